@@ -1,0 +1,60 @@
+"""What a reward is given and what it gives back.
+
+Letters: B samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Values = Sequence[float | None]
+
+
+@runtime_checkable
+class Reward(Protocol):
+    """Images in, one number per image out; ``None`` where nobody could tell.
+
+    ``images`` is uint8 [B, H, W, 3] in RGB (video: [B, T, H, W, 3]); ``prompts`` has B entries; ``columns`` are the other
+    columns of the prompt file, B entries each. The answer is a sequence of B numbers, or a mapping of named parts, of
+    which ``"score"`` is the one that counts. A reward must not raise for one bad image: it says ``None`` for that one.
+    """
+
+    def __call__(
+        self, images: np.ndarray, prompts: Sequence[str], **columns: Sequence[Any]
+    ) -> Values | Mapping[str, Values]: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """One score per sample that is a number or missing.
+
+    A failed score is missing, never zero. ``total`` is NaN exactly where ``missing`` is true, so that using a missing
+    score by mistake cannot go unnoticed.
+    """
+
+    total: Tensor  # [B] float32, NaN where missing
+    parts: dict[str, Tensor] = field(default_factory=dict)  # name -> [B] float32, NaN where missing
+    failures: dict[int, str] = field(default_factory=dict)  # row -> why its score is missing
+
+    def __post_init__(self) -> None:
+        if self.total.dim() != 1:
+            raise ValueError(f"scores have one number per sample, got the shape {tuple(self.total.shape)}")
+        for name, part in self.parts.items():
+            if part.shape != self.total.shape:
+                raise ValueError(
+                    f"part {name!r} has the shape {tuple(part.shape)}, the total {tuple(self.total.shape)}"
+                )
+
+    @property
+    def missing(self) -> Tensor:
+        """[B] bool, true where there is no score."""
+        return torch.isnan(self.total)
+
+    def __len__(self) -> int:
+        return len(self.total)

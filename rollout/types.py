@@ -1,0 +1,111 @@
+"""What the rollout side hands to the others.
+
+Letters: B samples, K stored transitions, T denoising steps, X latent shape of one sample, G group size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """The noise levels of one sampling run: ``x = alpha * data + sigma * noise`` at every index.
+
+    Rectified flow has ``alpha = 1 - sigma`` and ``sigma`` from 1 down to 0; a variance-preserving model
+    (Stable Diffusion 1.5, SDXL) has ``alpha = sqrt(alphas_cumprod)``. All on the CPU in float32.
+
+    Example: two steps of a rectified flow are ``sigma = [1, .5, 0]``, ``alpha = [0, .5, 1]``, ``timesteps = [1000, 500]``.
+    """
+
+    sigma: Tensor  # [T+1]
+    alpha: Tensor  # [T+1]
+    timesteps: Tensor  # [T], what the network wants to be told
+    prediction: Literal["velocity", "epsilon", "v_prediction"] = "velocity"
+
+    def __post_init__(self) -> None:
+        steps = len(self.timesteps)
+        if self.sigma.shape != (steps + 1,) or self.alpha.shape != (steps + 1,):
+            raise ValueError(
+                f"a schedule of {steps} timesteps needs {steps + 1} sigmas and alphas, "
+                f"got {tuple(self.sigma.shape)} and {tuple(self.alpha.shape)}"
+            )
+
+    @property
+    def num_steps(self) -> int:
+        """T, how many denoising steps there are."""
+        return len(self.timesteps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trajectory:
+    """The stochastic transitions of a rollout batch, each self-contained.
+
+    All samples of a batch share their denoising indices, so one network call serves one transition of the whole batch.
+    """
+
+    indices: tuple[int, ...]  # K denoising indices, increasing
+    noise_levels: tuple[float, ...]  # K, the kernel's eta at each index
+    latents: Tensor  # [B, K, *X], storage dtype
+    next_latents: Tensor  # [B, K, *X], storage dtype: rounded first, scored second
+    log_prob: Tensor  # [B, K] float32, mean over the latent's dimensions, under the policy that drew it
+
+    def __post_init__(self) -> None:
+        count = len(self.indices)
+        if (
+            self.latents.shape != self.next_latents.shape
+            or self.latents.shape[:2] != self.log_prob.shape
+            or self.log_prob.shape[1] != count
+            or len(self.noise_levels) != count
+        ):
+            raise ValueError(
+                f"a trajectory of {count} transitions needs latents [B, {count}, ...] and log_prob [B, {count}], got "
+                f"{tuple(self.latents.shape)}, {tuple(self.next_latents.shape)} and {tuple(self.log_prob.shape)}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rollout:
+    """The finished samples of one sampling batch; a training step has several.
+
+    A batch is the unit of everything that follows: the improving passes use the same samples in the same order, so that
+    every network call has the shape it had when the samples were drawn.
+    """
+
+    prompts: tuple[str, ...]  # B
+    columns: dict[str, tuple[Any, ...]] = field(default_factory=dict)  # other columns of the prompt file, B each
+    group: Tensor  # [B] int64, the same number for samples of one prompt in one training step
+    sample: Tensor  # [B] int64, the sample's place in the whole training step, on whichever process it was drawn
+    seeds: Tensor  # [B] int64, the seed of each sample's own generator
+    conditioning: Any  # rollout.pipeline.Conditioning, B rows
+    latents: Tensor  # [B, *X], final
+    images: Tensor  # [B, 3, H, W] or [B, T, 3, H, W] float32 in [0, 1], on the CPU
+    trajectory: Trajectory | None
+    policy_version: int  # how many optimiser updates the policy that drew it had seen
+
+    def __post_init__(self) -> None:
+        size = len(self.prompts)
+        for name in ("group", "sample", "seeds", "latents", "images"):
+            if len(getattr(self, name)) != size:
+                raise ValueError(
+                    f"a rollout of {size} prompts needs {size} rows of {name}, got {len(getattr(self, name))}"
+                )
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+
+def flat_mean(x: Tensor) -> Tensor:
+    """Mean over everything but the batch: [B, *X] -> [B]. Latents have 3 to 5 dimensions; no fixed set of axes will do."""
+    return x.flatten(1).mean(1)
+
+
+def expand_to(value: Tensor, like: Tensor) -> Tensor:
+    """Give ``value`` [B] the trailing axes of ``like`` [B, *X], so that they broadcast."""
+    return value.view(-1, *([1] * (like.dim() - 1)))
+
+
+__all__ = ["Rollout", "Schedule", "Trajectory", "expand_to", "flat_mean"]
