@@ -1,0 +1,74 @@
+"""The noise levels that a pipeline's scheduler would have used, read from it once and never asked again.
+
+Schedulers are stateful, which is poison where one transition is evaluated many times: only their tables are read.
+Left out: schedulers with several network calls per step (Heun), and levels beyond 1 (the EDM parametrisation).
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from diffusers import CogVideoXDDIMScheduler, DDIMScheduler
+
+from flowsteer.rollout.types import Schedule
+
+logger = logging.getLogger(__name__)
+
+VARIANCE_PRESERVING = ("epsilon", "v_prediction")
+_DDIM = (DDIMScheduler, CogVideoXDDIMScheduler)
+
+
+def is_variance_preserving(scheduler: Any) -> bool:
+    """True for noise or v prediction on a table of ``alphas_cumprod``, false for a flow with ``sigmas`` in [0, 1]."""
+    config = scheduler.config
+    return config.get("prediction_type") in VARIANCE_PRESERVING and not config.get("use_flow_sigmas", False)
+
+
+def steppable(scheduler: Any) -> Any:
+    """The scheduler, or for a variance-preserving model the DDIM scheduler over the same noise levels, as DDPO used.
+
+    Source: Black et al. 2023, "Training Diffusion Models with Reinforcement Learning" (arXiv:2305.13301), section 4.
+    Raises ValueError where DDIM would not have the same noise levels.
+    """
+    if not is_variance_preserving(scheduler) or isinstance(scheduler, _DDIM):
+        return scheduler
+    ddim = DDIMScheduler.from_config(scheduler.config, clip_sample=False, thresholding=False)
+    if not torch.equal(ddim.alphas_cumprod, scheduler.alphas_cumprod):
+        raise ValueError(
+            f"{type(scheduler).__name__} has noise levels that DDIMScheduler.from_config does not reproduce; give the "
+            "pipeline a DDIM scheduler of its own (pipe.scheduler = ...) before handing it over"
+        )
+    logger.warning("%s is replaced by DDIMScheduler with the same noise levels", type(scheduler).__name__)
+    return ddim
+
+
+def read_schedule(scheduler: Any, num_steps: int) -> Schedule:
+    """The ``num_steps`` noise levels that ``set_timesteps`` has left in a scheduler.
+
+    Raises ValueError where the levels are not one more than the steps, or do not fall within [0, 1].
+    """
+    start = getattr(scheduler, "begin_index", None) or 0  # image-to-image starts late
+    timesteps = scheduler.timesteps[start : start + num_steps].detach().float().cpu()
+    if is_variance_preserving(scheduler):
+        return _ddim_schedule(scheduler, timesteps)
+    sigma = scheduler.sigmas[start : start + num_steps + 1].detach().float().cpu()
+    name = type(scheduler).__name__
+    if len(sigma) != num_steps + 1:
+        raise ValueError(f"{name} has {len(sigma)} noise levels for {num_steps} steps; a one-call scheduler is needed")
+    if sigma.min() < 0 or sigma.max() > 1 or (sigma.diff() >= 0).any():
+        raise ValueError(f"{name} has noise levels {sigma.tolist()}; they must fall, from at most 1 to at least 0")
+    return Schedule(sigma=sigma, alpha=1 - sigma, timesteps=timesteps)
+
+
+def _ddim_schedule(scheduler: Any, timesteps: torch.Tensor) -> Schedule:
+    """Alpha = sqrt(abar), sigma = sqrt(1 - abar) (Song et al. 2021, DDIM, arXiv:2010.02502, eq. 4), in float32."""
+    abar = scheduler.alphas_cumprod.float().cpu()[timesteps.long()]
+    abar = torch.cat([abar, scheduler.final_alpha_cumprod.float().cpu().reshape(1)])  # [T+1]
+    return Schedule(
+        sigma=(1 - abar) ** 0.5,
+        alpha=abar**0.5,
+        timesteps=timesteps,
+        prediction=scheduler.config.prediction_type,
+    )
