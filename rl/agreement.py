@@ -1,0 +1,53 @@
+"""Can this run learn? The cosine between the gradients of two halves of an update's samples.
+
+An update whose halves point the same way (0.1 or more) learns; one whose halves are orthogonal (0.001) walks at random and
+needs larger groups, a denser reward or other denoising steps. The expected cosine of two halves with n samples each is
+n s / (1 + n s), where s is the signal of a single sample: it grows with the batch, so compare runs of equal size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+class GradientAgreement:
+    """Watches the gradients of each pass through tensor hooks, which fire alike under every engine.
+
+    Args:
+        parameters: the trained parameters.
+        passes: backward passes of one update on this process; the first half of them makes one gradient, the rest the other.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], passes: int) -> None:
+        self._half = passes // 2
+        self._sums: list[dict[int, Tensor]] = [{}, {}]
+        self._pass = 0
+        if self._half:  # a single pass has no halves
+            for number, parameter in enumerate(parameters):
+                parameter.register_hook(lambda gradient, number=number: self._add(number, gradient))
+
+    def next_pass(self) -> None:
+        """A backward pass is about to run."""
+        self._pass += 1
+
+    def finish(self) -> Tensor:
+        """The cosine of this update, a scalar float32 on the parameters' device; NaN where an update is a single pass."""
+        first, second = self._sums
+        self._sums, self._pass = [{}, {}], 0
+        common = sorted(first.keys() & second.keys())
+        if not common:
+            return torch.tensor(float("nan"))
+        dot = sum((first[k] * second[k]).sum() for k in common)
+        norms = [torch.sqrt(sum((value**2).sum() for value in half.values())) for half in (first, second)]  # type: ignore[arg-type]
+        return (dot / (norms[0] * norms[1]).clamp(min=1e-30)).float()  # type: ignore[operator]
+
+    def _add(self, number: int, gradient: Tensor) -> None:
+        half = self._sums[0 if self._pass <= self._half else 1]
+        gradient = gradient.detach().float()
+        if number in half:
+            half[number] += gradient
+        else:
+            half[number] = gradient.clone()

@@ -1,0 +1,169 @@
+"""DiffusionNFT: learning on the forward process by contrast of good and bad (arXiv 2509.16117, equations 5 and 6).
+
+The old policy draws; the final latents are noised again. From the old prediction o and the new one v two implicit policies
+are made, v+ = (1-b) o + b v and v- = (1+b) o - b v. Good samples pull v+ towards themselves, bad ones v-: a step of guidance
+towards the good and away from the bad that needs no likelihood, so any ODE solver may draw the rollouts.
+
+As in the published code (and unlike the paper's equation): errors are measured in the predicted clean latents and each is
+divided by its own mean magnitude, the optimality probability is r = clip(A / (2 clip) + 1/2, 0, 1), the loss is scaled by the
+advantage's clip. Difference from the published code: a rollout batch shares its noise levels (drawn without replacement from
+the sampler's own) and samples without a comparison are masked. Left out: the one-sided and binary advantage modes.
+
+Letters: B samples, X latent shape of one sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from torch import Tensor
+
+from flowsteer.rl.types import Comparison, Metrics, PolicyView, in_updates, schedule_of
+from flowsteer.rollout.noise import mix, stream_noise
+from flowsteer.rollout.types import Rollout, flat_mean
+
+_NOISE_STREAM = 1 << 20  # apart from the sampler's streams, which are denoising indices
+
+
+class DiffusionNFTConfig(BaseModel):
+    """DiffusionNFT's hyper-parameters; the defaults are the published ones for Stable Diffusion 3.5."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    needs_trajectory: Literal[False] = Field(default=False, exclude=True)
+
+    name: Literal["diffusion_nft"] = "diffusion_nft"
+    beta: PositiveFloat = 1.0
+    """b, how far the implicit policies reach: small values take long steps."""
+    noise_levels_per_sample: PositiveInt = 9
+    """How many of the sampler's noise levels each rollout batch is trained at; at most all but the last."""
+    kl_coef: NonNegativeFloat = 1e-4
+    """Weight of the squared distance of the prediction to the reference's."""
+    old_decay_slope: NonNegativeFloat = 1e-3
+    old_decay_max: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """After n updates the old policy keeps min(slope * n, max) of itself and takes the rest from the current one."""
+    updates_per_rollout: PositiveInt = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForwardBatch:
+    """One noise level of one rollout batch."""
+
+    rollout: Rollout
+    comparison: Comparison
+    index: int
+
+
+class DiffusionNFT:
+    """See the module's docstring.
+
+    Args:
+        num_inference_steps: denoising steps of the rollout's schedule.
+        advantage_clip: the clip of the advantages, which maps them to [0, 1].
+        seed: of the choice of noise levels.
+        The others as in `DiffusionNFTConfig`.
+    """
+
+    acting = "old"
+
+    def __init__(
+        self,
+        *,
+        num_inference_steps: int,
+        advantage_clip: float,
+        seed: int,
+        beta: float,
+        noise_levels_per_sample: int,
+        kl_coef: float,
+        old_decay_slope: float,
+        old_decay_max: float,
+        updates_per_rollout: int,
+    ) -> None:
+        if noise_levels_per_sample > max(num_inference_steps - 1, 1):
+            raise ValueError(
+                f"algorithm.noise_levels_per_sample={noise_levels_per_sample}, but a schedule of {num_inference_steps} steps "
+                f"has {max(num_inference_steps - 1, 1)} noise levels to train at (all but the last); take at most as many"
+            )
+        self.candidates = max(num_inference_steps - 1, 1)
+        self.passes_per_batch = noise_levels_per_sample
+        self.advantage_clip = advantage_clip
+        self.seed = seed
+        self.beta = beta
+        self.kl_coef = kl_coef
+        self.old_decay_slope = old_decay_slope
+        self.old_decay_max = old_decay_max
+        self.updates_per_rollout = updates_per_rollout
+
+    @property
+    def variants(self) -> frozenset[str]:
+        """The old policy always, the reference when the KL asks for it."""
+        return frozenset({"old", "reference"} if self.kl_coef else {"old"})
+
+    def old_decay(self, num_updates: int) -> float:
+        """The published schedule: nearly on-policy at first, slower later."""
+        return min(self.old_decay_slope * num_updates, self.old_decay_max)
+
+    def batches(
+        self, rollouts: Sequence[Rollout], comparisons: Sequence[Comparison], step: int
+    ) -> Iterator[ForwardBatch]:
+        """Every rollout batch at its own draw of noise levels, whole batches per update."""
+        for rollout, comparison in in_updates(list(zip(rollouts, comparisons)), self.updates_per_rollout):
+            generator = np.random.default_rng(mix(self.seed, step, int(rollout.sample[0])))
+            for index in generator.permutation(self.candidates)[: self.passes_per_batch]:
+                yield ForwardBatch(rollout=rollout, comparison=comparison, index=int(index))
+
+    def loss(self, policy: PolicyView, batch: ForwardBatch) -> tuple[Tensor, Metrics]:
+        """The contrast of the two implicit policies at one noise level, and the distance to the reference."""
+        rollout, index = batch.rollout, batch.index
+        schedule, clean = schedule_of(rollout), rollout.latents
+        sigma, alpha = float(schedule.sigma[index]), float(schedule.alpha[index])
+        noise = stream_noise(rollout.seeds, _NOISE_STREAM + index, clean.shape[1:]).to(clean.device)
+        noised = (alpha * clean.float() + sigma * noise).to(clean.dtype)  # [B, *X]
+
+        velocity = policy.velocity(noised, index, rollout.conditioning).float()
+        with torch.no_grad(), policy.using("old"):
+            old = policy.velocity(noised, index, rollout.conditioning).float()
+        weight = batch.comparison.weight.to(clean.device)
+        optimality = (batch.comparison.advantage.to(clean.device) / (2 * self.advantage_clip) + 0.5).clamp(0, 1)  # [B]
+
+        per_sample = self.advantage_clip * nft_loss(velocity, old, noised, clean, sigma, optimality, self.beta)
+        distance = torch.zeros_like(per_sample)
+        if self.kl_coef:
+            with torch.no_grad(), policy.using("reference"):
+                reference = policy.velocity(noised, index, rollout.conditioning).float()
+            distance = flat_mean((velocity - reference) ** 2)
+        loss = ((per_sample + self.kl_coef * distance) * weight).mean()
+
+        count = float(weight.sum())
+        metrics: Metrics = {
+            "loss": (loss.detach() * len(weight), float(len(weight))),
+            "old_distance": ((flat_mean((velocity.detach() - old) ** 2) * weight).sum(), count),
+        }
+        if self.kl_coef:
+            metrics["kl"] = ((distance.detach() * weight).sum(), count)
+        return loss, metrics
+
+
+def nft_loss(
+    velocity: Tensor,  # [B, *X]
+    old: Tensor,  # [B, *X]
+    noised: Tensor,  # [B, *X]
+    clean: Tensor,  # [B, *X]
+    sigma: float,
+    optimality: Tensor,  # [B] in [0, 1]
+    beta: float,
+) -> Tensor:
+    """Equation 5's contrast per sample [B], each error divided by its own mean magnitude as in the published code."""
+    positive = _clean_error(beta * velocity + (1 - beta) * old, noised, clean, sigma)
+    negative = _clean_error((1 + beta) * old - beta * velocity, noised, clean, sigma)
+    return optimality * positive / beta + (1 - optimality) * negative / beta
+
+
+def _clean_error(velocity: Tensor, noised: Tensor, clean: Tensor, sigma: float) -> Tensor:
+    error = noised.float() - sigma * velocity - clean.float()
+    magnitude = flat_mean(error.detach().double().abs()).clamp(min=1e-5)  # [B]
+    return flat_mean(error**2) / magnitude.float()

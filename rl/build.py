@@ -1,0 +1,390 @@
+"""From a configuration to the parts of a run. The only file that reads the configuration's fields.
+
+`start` checks everything that can be checked before anything is written: a run that cannot work ends here, with one message.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowsteer.rewards.combine import Normalise, RewardSet
+from flowsteer.rewards.registry import load_reward
+from flowsteer.rl.algorithms import DiffusionNFT, DiffusionNFTConfig, FlowGRPO
+from flowsteer.rl.checkpoint import Checkpoints, fingerprint, open_run
+from flowsteer.rl.compare import TooFewScores, compare
+from flowsteer.rl.config import Config, PlanConfig, save_config
+from flowsteer.rl.engine import Engine, OptimizerSettings
+from flowsteer.rl.evaluate import Evaluation, evaluate, save_grid
+from flowsteer.rl.export import export_lora, export_weights
+from flowsteer.rl.metrics import Log, Meter
+from flowsteer.rl.policy import Policy
+from flowsteer.rl.scoring import StepScorer
+from flowsteer.rl.show import Screen
+from flowsteer.rl.types import Algorithm
+from flowsteer.rollout import kernels
+from flowsteer.rollout.pipeline import FlowPipeline
+from flowsteer.rollout.plan import Plan, all_steps, fixed_steps, no_steps, window
+from flowsteer.rollout.prompts import Prompts, read_prompts
+from flowsteer.rollout.worker import RolloutWorker
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(kw_only=True)
+class Run:
+    """A run's parts, and what `rl/train.py` asks for between the acts."""
+
+    config: Config
+    folder: Path
+    policy: Policy
+    engine: Engine
+    worker: RolloutWorker
+    scorer: StepScorer
+    algorithm: Algorithm
+    meter: Meter
+    log: Log
+    screen: Screen
+    checkpoints: Checkpoints
+    evaluation_prompts: Prompts | None
+    start: int
+
+    def __post_init__(self) -> None:
+        self.num_steps = self.config.num_steps
+        advantage = self.config.advantage
+        self.compare = partial(
+            compare, deviation=advantage.deviation, clip=advantage.clip, min_scored=advantage.min_scored
+        )
+        self._stop_requested = False
+        self._saved = -1
+        signal.signal(signal.SIGTERM, self._request_stop)
+
+    def _request_stop(self, *_: object) -> None:
+        self._stop_requested = True
+
+    @contextmanager
+    def saving_before(self, step: int) -> Iterator[None]:
+        """Save the state before ``step`` when the rewards fail on too many of its samples, then pass the error on."""
+        try:
+            yield
+        except TooFewScores:
+            self.save(step=step, now=True)
+            raise
+
+    def report(self, step: int, statistics: dict[str, float]) -> None:
+        """Write the step's line and move the progress bar."""
+        values = statistics | self.meter.finish(self.engine) | {"num_updates": float(self.engine.num_updates)}
+        self.log.write(step, values)
+        self.screen.step(step, values)
+
+    def evaluate(self, step: int) -> None:
+        """Evaluate when due (before the first step, after the last, and as often as asked) and keep table and pictures."""
+        settings = self.config.evaluation
+        if settings is None or self.evaluation_prompts is None:
+            return
+        regular = settings.every and step % settings.every == 0
+        if not (step in (0, self.num_steps) or regular) or self._evaluation_file(step).exists():
+            return
+        with self.policy.using(self.policy.best), self.screen.evaluating(step) as progress:
+            result = evaluate(
+                self.policy.pipeline,
+                self.evaluation_prompts,
+                self.scorer.rewards,
+                num_prompts=settings.num_prompts,
+                num_seeds=settings.num_seeds,
+                num_inference_steps=settings.num_inference_steps,
+                guidance_scale=settings.guidance_scale,
+                batch_size=self.config.rollout.batch_size,
+                dtype=self.worker.dtype,
+                device=self.engine.device,
+                process_index=self.engine.process_index,
+                num_processes=self.engine.num_processes,
+                gather=self.engine.gather,
+                progress=progress,
+            )
+        if self.engine.is_main:
+            self._keep_evaluation(step, result)
+        self.engine.wait()
+
+    def _evaluation_file(self, step: int) -> Path:
+        return self.folder / "evaluations" / f"step_{step:06d}.json"
+
+    def _keep_evaluation(self, step: int, result: Evaluation) -> None:
+        summary = result.summary()
+        file = self._evaluation_file(step)
+        file.parent.mkdir(exist_ok=True)
+        save_grid(result.images, file.with_suffix(".png"))
+        table = {
+            "step": step,
+            "summary": {name: {"mean": mean, "interval": half} for name, (mean, half) in summary.items()},
+            "prompts": result.prompts,
+            "scores": {name: _rows(values) for name, values in result.parts.items()},
+        }
+        temporary = file.with_suffix(".part")
+        temporary.write_text(json.dumps(table, indent=1), encoding="utf-8")
+        temporary.replace(file)
+        self.screen.evaluation(step, summary)
+
+    def save(self, step: int, *, now: bool = False) -> bool:
+        """Keep a checkpoint when due; returns True when the run was asked to stop (SIGTERM) and has been saved."""
+        stopping = bool(self.engine.gather(torch.tensor([int(self._stop_requested)])).any())
+        regular = self.config.save_every and step % self.config.save_every == 0
+        if (now or stopping or regular or step == self.num_steps) and step != self._saved:
+            self.checkpoints.save(step)
+            self._saved = step
+        return stopping
+
+    def export(self) -> Path:
+        """Write the result as weights that diffusers loads; every process calls it."""
+        write = export_weights if self.config.model.lora is None else export_lora
+        return write(self.policy, self.engine, self.folder / "export")
+
+    def close(self) -> None:
+        """Let go of threads, files and processes."""
+        self.scorer.close()
+        self.log.close()
+        self.screen.close()
+        self.engine.close()
+
+
+def start(config: Config, *, resume: bool = False, quiet: bool = False) -> Run:
+    """Make a run's parts, restore its newest checkpoint when resuming, and only then write into its folder.
+
+    Raises ValueError for everything that makes the run impossible, before anything on disk has changed.
+    """
+    folder = Path(config.output)
+    open_run(folder, config, resume=resume)
+    plan = build_plan(config.rollout.plan, config)
+    algorithm = build_algorithm(config, plan)
+    prompts = read_prompts(config.prompts.train)
+    evaluation_prompts = read_prompts(config.evaluation.prompts) if config.evaluation else None
+    rewards = build_rewards(config)
+    engine = build_engine(config, algorithm)
+    pipeline = build_pipeline(config, engine.device)
+    model = fingerprint(dict(pipeline.denoisers))
+    _check_model(config, pipeline, plan, prompts)
+    policy = build_policy(config, pipeline, algorithm)
+    engine.prepare(policy, build_optimizer_settings(config))
+
+    checkpoints = Checkpoints(folder, engine, model=model, keep=config.keep)
+    first = checkpoints.restore() if resume else 0
+    if engine.is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(config.model_dump_json(indent=1), encoding="utf-8")
+        save_config(config, folder / "config.yaml")
+    engine.wait()
+    log = Log(
+        folder,
+        trackers=config.trackers,
+        start=first,
+        is_main=engine.is_main,
+        config=json.loads(config.model_dump_json()),
+    )
+    screen = Screen(quiet=quiet or not engine.is_main, start=first, num_steps=config.num_steps)
+    screen.opening(derived(config, policy, engine, prompts), missing_trackers=log.missing_trackers)
+    return Run(
+        config=config,
+        folder=folder,
+        policy=policy,
+        engine=engine,
+        worker=build_worker(config, pipeline, prompts, plan, engine),
+        scorer=StepScorer(rewards),
+        algorithm=algorithm,
+        meter=Meter(),
+        log=log,
+        screen=screen,
+        checkpoints=checkpoints,
+        evaluation_prompts=evaluation_prompts,
+        start=first,
+    )
+
+
+def build_plan(section: PlanConfig, config: Config) -> Plan:
+    """Which steps are stochastic when."""
+    rollout = config.rollout
+    count, level = rollout.num_inference_steps, rollout.kernel.noise_level
+    if section.name == "none":
+        return no_steps(count)
+    if level == 0:
+        raise ValueError(
+            "rollout.kernel.noise_level=0 makes no step stochastic; set it above 0, or rollout.plan.name=none"
+        )
+    if section.name == "all":
+        return all_steps(count, level, include_last=section.include_last)
+    if section.name == "steps":
+        return fixed_steps(count, level, section.indices)
+    return window(
+        count,
+        level,
+        size=section.size,
+        strategy=section.strategy,
+        low=section.low,
+        high=section.high,
+        stride=section.stride,
+        iterations=section.iterations,
+        roll_back=section.roll_back,
+        seed=config.seed,
+    )
+
+
+def build_algorithm(config: Config, plan: Plan) -> Algorithm:
+    """The algorithm with plain arguments."""
+    arguments: dict[str, Any] = config.algorithm.model_dump(exclude={"name"})
+    if isinstance(config.algorithm, DiffusionNFTConfig):
+        if config.advantage.clip is None:
+            raise ValueError(
+                "diffusion_nft maps advantages to [0, 1] by their clip; set advantage.clip, 5.0 is published"
+            )
+        return DiffusionNFT(
+            num_inference_steps=config.rollout.num_inference_steps,
+            advantage_clip=config.advantage.clip,
+            seed=config.seed,
+            **arguments,
+        )
+    kernel = config.rollout.kernel
+    return FlowGRPO(
+        kernel=kernel.name, log_prob_weight=kernel.log_prob_weight, num_transitions=plan.num_transitions, **arguments
+    )
+
+
+def build_rewards(config: Config) -> RewardSet:
+    """The rewards by their entry points."""
+    return RewardSet(
+        [(name, load_reward(name, **section.options), section.weight) for name, section in config.rewards.items()],
+        normalise={
+            name: Normalise(scale=section.scale, offset=section.offset) for name, section in config.rewards.items()
+        },
+    )
+
+
+def build_engine(config: Config, algorithm: Algorithm) -> Engine:
+    """Processes and precision."""
+    rollout = config.rollout
+    return Engine(
+        zero_stage=config.engine.zero_stage,
+        dtype=DTYPES[config.model.dtype],
+        cpu=config.engine.device == "cpu",
+        batch_size=rollout.batch_size,
+        max_grad_norm=config.optimizer.max_grad_norm,
+        timeout_s=config.engine.timeout_s,
+        accumulation=lambda processes: passes_per_update(config, algorithm, processes),
+    )
+
+
+def passes_per_update(config: Config, algorithm: Algorithm, num_processes: int) -> int:
+    """Backward passes of one optimiser update on one process."""
+    config.check(num_processes)
+    rollout = config.rollout
+    batches = rollout.prompts_per_step * rollout.group_size // rollout.batch_size // num_processes
+    return batches // config.algorithm.updates_per_rollout * algorithm.passes_per_batch
+
+
+def build_pipeline(config: Config, device: torch.device) -> FlowPipeline:
+    """The pipeline, lifted."""
+    model = config.model
+    pipeline = FlowPipeline.load(
+        model.path,
+        dtype=DTYPES[model.dtype],
+        device=device,
+        height=model.height,
+        width=model.width,
+        call_kwargs=model.call,
+    )
+    if model.gradient_checkpointing:
+        for denoiser in pipeline.denoisers.values():
+            denoiser.enable_gradient_checkpointing()  # type: ignore[operator]
+    return pipeline
+
+
+def build_policy(config: Config, pipeline: FlowPipeline, algorithm: Algorithm) -> Policy:
+    """The policies that the algorithm and the evaluation need."""
+    lora = config.model.lora
+    return Policy(
+        pipeline,
+        lora=None if lora is None else (lora.rank, lora.alpha, lora.targets),
+        variants=algorithm.variants | ({"ema"} if config.ema_decay else frozenset()),
+        seed=config.seed,
+        ema_decay=config.ema_decay,
+    )
+
+
+def build_optimizer_settings(config: Config) -> OptimizerSettings:
+    """AdamW's settings."""
+    section = config.optimizer
+    return OptimizerSettings(
+        learning_rate=section.learning_rate,
+        schedule=section.schedule,
+        warmup_updates=section.warmup_updates,
+        total_updates=config.num_steps * config.algorithm.updates_per_rollout,
+        betas=section.betas,
+        weight_decay=section.weight_decay,
+        epsilon=section.epsilon,
+        max_grad_norm=section.max_grad_norm,
+    )
+
+
+def build_worker(config: Config, pipeline: FlowPipeline, prompts: Prompts, plan: Plan, engine: Engine) -> RolloutWorker:
+    """The rollout worker of this process."""
+    rollout = config.rollout
+    return RolloutWorker(
+        pipeline,
+        prompts,
+        plan=plan,
+        kernel=rollout.kernel.name,
+        log_prob_weight=rollout.kernel.log_prob_weight,
+        solver=rollout.solver,
+        num_inference_steps=rollout.num_inference_steps,
+        guidance_scale=rollout.guidance_scale,
+        prompts_per_step=rollout.prompts_per_step,
+        group_size=rollout.group_size,
+        batch_size=rollout.batch_size,
+        shared_noise=rollout.shared_noise,
+        seed=config.seed,
+        num_processes=engine.num_processes,
+        process_index=engine.process_index,
+        dtype=DTYPES[config.model.dtype],
+        device=engine.device,
+    )
+
+
+def derived(config: Config, policy: Policy, engine: Engine, prompts: Prompts) -> dict[str, str]:
+    """Quantities that follow from the configuration: printed at the start, never asked for."""
+    rollout, algorithm = config.rollout, config.algorithm
+    images = rollout.prompts_per_step * rollout.group_size
+    trained = sum(parameter.numel() for parameter in policy.parameters().values())
+    lines = {
+        "model": f"{config.model.path}, {trained:,} parameters trained",
+        "algorithm": f"{algorithm.name}, {algorithm.updates_per_rollout} update(s) per step",
+        "images per step": f"{images} = {rollout.prompts_per_step} prompts x {rollout.group_size}",
+        "batches": f"{images // rollout.batch_size} of {rollout.batch_size} on {engine.num_processes} process(es), "
+        f"{engine.accumulation} backward passes per update",
+        "prompts": f"{len(prompts)}, all seen after {len(prompts) / rollout.prompts_per_step:.1f} steps",
+        "output": config.output,
+    }
+    if algorithm.name == "flow_grpo":
+        lines["clip range"] = f"{algorithm.clip_range:g} per latent dimension"
+    return lines
+
+
+def _check_model(config: Config, pipeline: FlowPipeline, plan: Plan, prompts: Prompts) -> None:
+    """Does the kernel fit the model's noise schedule?"""
+    conditioning = pipeline.prepare(
+        [prompts.texts[0]],
+        num_inference_steps=config.rollout.num_inference_steps,
+        guidance_scale=config.rollout.guidance_scale,
+    )
+    if plan.num_transitions:
+        kernels.check_kernel(config.rollout.kernel.name, conditioning.schedule, plan.covered_levels)
+
+
+def _rows(values: Tensor) -> list[list[float | None]]:
+    return [[None if number != number else round(number, 6) for number in row] for row in values.tolist()]

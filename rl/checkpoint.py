@@ -1,0 +1,150 @@
+"""What a restart needs, written so that a kill at any moment leaves the previous checkpoint whole.
+
+A checkpoint is a folder ``checkpoints/step_000010`` of safetensors and JSON: it is written under a temporary name, synced and
+renamed. Randomness needs no state, because every draw comes from (seed, step, sample). Nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from flowsteer.rl.config import Config
+from flowsteer.rl.engine import Engine
+
+FORMAT = 1
+
+_FREE_TO_CHANGE = {"output", "num_steps", "save_every", "keep", "trackers", "evaluation", "engine.timeout_s"}
+
+
+class Checkpoints:
+    """The checkpoints of one run.
+
+    Args:
+        folder: of the run.
+        engine: whose state is kept.
+        model: fingerprint of the base weights, from `fingerprint`.
+        keep: how many stay on disk.
+    """
+
+    def __init__(self, folder: Path, engine: Engine, *, model: str, keep: int) -> None:
+        self.root = folder / "checkpoints"
+        self.engine = engine
+        self.model = model
+        self.keep = keep
+
+    def save(self, step: int) -> Path:
+        """Keep the state after ``step`` training steps. Every process calls it; the folder appears whole or not at all."""
+        final, temporary = self.root / f"step_{step:06d}", self.root / f".step_{step:06d}.part"
+        if self.engine.is_main:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+        self.engine.wait()
+        self.engine.save(temporary)
+        self.engine.wait()
+        if self.engine.is_main:
+            about = {
+                "format": FORMAT,
+                "step": step,
+                "num_updates": self.engine.num_updates,
+                "num_processes": self.engine.num_processes,
+                "zero_stage": self.engine.zero_stage,
+                "model": self.model,
+            }
+            (temporary / "checkpoint.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
+            for file in temporary.iterdir():
+                _sync(file)
+            _sync(temporary)
+            if final.exists():
+                shutil.rmtree(final)
+            temporary.rename(final)
+            _sync(self.root)
+            for old in self.steps()[: -self.keep]:
+                shutil.rmtree(self.root / f"step_{old:06d}")
+        self.engine.wait()
+        return final
+
+    def steps(self) -> list[int]:
+        """The training steps that whole checkpoints exist for, ascending."""
+        return sorted(int(path.parent.name.split("_")[1]) for path in self.root.glob("step_*/checkpoint.json"))
+
+    def restore(self) -> int:
+        """Load the newest checkpoint, if there is one; returns the training step to go on with.
+
+        Raises ValueError for a checkpoint of another model, another number of processes or another ZeRO stage.
+        """
+        steps = self.steps()
+        if not steps:
+            return 0
+        folder = self.root / f"step_{steps[-1]:06d}"
+        about = json.loads((folder / "checkpoint.json").read_text(encoding="utf-8"))
+        here = {
+            "format": FORMAT,
+            "model": self.model,
+            "num_processes": self.engine.num_processes,
+            "zero_stage": self.engine.zero_stage,
+        }
+        for key, value in here.items():
+            if about[key] != value:
+                raise ValueError(
+                    f"{folder} was written with {key.replace('_', ' ')} {about[key]}, this run has {value}; "
+                    "resume with what the run was started with, or start a new one in another output folder"
+                )
+        self.engine.restore(folder)
+        return int(about["step"])
+
+
+def open_run(folder: Path, config: Config, *, resume: bool) -> None:
+    """Refuse a folder that another run uses, and a resumption with other settings. Changes nothing on disk.
+
+    Raises ValueError that says which settings differ.
+    """
+    saved = folder / "config.json"
+    if not saved.exists():
+        if folder.exists() and any(folder.iterdir()):
+            raise ValueError(f"the output folder {folder} is not empty; choose another with output=FOLDER")
+        return
+    if not resume:
+        raise ValueError(
+            f"the output folder {folder} holds a run already; continue it with --resume, or choose another with output=FOLDER"
+        )
+    before, now = _flat(json.loads(saved.read_text(encoding="utf-8"))), _flat(json.loads(config.model_dump_json()))
+    changed = [
+        f"{key}: {before.get(key)!r} then, {now.get(key)!r} now"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key)
+        and not any(key == free or key.startswith(f"{free}.") for free in _FREE_TO_CHANGE)
+    ]
+    if changed:
+        raise ValueError(f"the run in {folder} was started with other settings:\n  " + "\n  ".join(changed))
+
+
+def fingerprint(denoisers: dict[str, nn.Module]) -> str:
+    """Which model this is: a hash over the names, shapes and first values of the denoisers' weights."""
+    digest = hashlib.sha256()
+    for component, denoiser in sorted(denoisers.items()):
+        for key, value in denoiser.state_dict().items():
+            digest.update(f"{component}.{key}{tuple(value.shape)}".encode())
+            digest.update(value.detach().flatten()[:64].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

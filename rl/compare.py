@@ -1,0 +1,78 @@
+"""Scores of this process's batches become comparisons within groups across all processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from flowsteer.rewards.types import Scores
+from flowsteer.rl.advantage import Deviation, group_advantage, reward_statistics, usable
+from flowsteer.rl.types import Comparison
+from flowsteer.rollout.types import Rollout
+
+
+class TooFewScores(ValueError):
+    """Less than the required part of a training step's samples has a score."""
+
+
+def compare(
+    rollouts: Sequence[Rollout],
+    scores: Sequence[Scores],
+    gather: Callable[[Tensor], Tensor],
+    *,
+    deviation: Deviation,
+    clip: float | None,
+    min_scored: float,
+) -> tuple[list[Comparison], dict[str, float]]:
+    """Compare each sample with its group.
+
+    Args:
+        rollouts: this process's batches.
+        scores: theirs, in the same order.
+        gather: concatenates over processes.
+        deviation: what a difference is divided by, see `group_advantage`.
+        clip: of the advantage.
+        min_scored: the part of all samples that must have a score.
+
+    Returns:
+        One comparison per batch, and the step's reward statistics, equal on every process.
+
+    Raises:
+        TooFewScores: names how many are missing and the most frequent reason on this process.
+    """
+    parts = sorted(scores[0].parts)
+    local = torch.stack(
+        [torch.cat([s.total for s in scores]), *(torch.cat([s.parts[p] for s in scores]) for p in parts)], 1
+    )
+    table = gather(local)  # [N, 1 + parts]
+    group = gather(torch.cat([rollout.group for rollout in rollouts]))  # [N]
+    sample = gather(torch.cat([rollout.sample for rollout in rollouts]))  # [N]
+    total = table[:, 0]
+
+    scored = float((~total.isnan()).float().mean())
+    if scored < min_scored:
+        reasons = [reason for s in scores for reason in s.failures.values()]
+        common = max(set(reasons), key=reasons.count) if reasons else "no failure on this process"
+        raise TooFewScores(
+            f"only {scored:.1%} of the samples have a score, advantage.min_scored asks for {min_scored:.1%}; "
+            f"the most frequent reason: {common}"
+        )
+    advantage = group_advantage(total, group, deviation=deviation, clip=clip)
+    counts = usable(total, group)
+    weight = counts.float() * (len(total) / counts.sum().clamp(min=1))
+
+    place = torch.empty(int(sample.max()) + 1, dtype=torch.int64)
+    place[sample] = torch.arange(len(sample))
+    comparisons = [
+        Comparison(advantage=advantage[place[rollout.sample]], weight=weight[place[rollout.sample]])
+        for rollout in rollouts
+    ]
+    statistics = reward_statistics(total, group)
+    for column, name in enumerate(parts, start=1):
+        values = table[:, column]
+        values = values[~values.isnan()]
+        if len(values):
+            statistics[f"reward/{name}"] = float(values.mean())
+    return comparisons, statistics

@@ -1,0 +1,267 @@
+"""accelerate and DeepSpeed behind five verbs: prepare, backward, gather, save, restore.
+
+The rest of the project does not know on how many processes it runs, nor under which ZeRO stage. `backward` accumulates; at
+the boundary it reduces over processes, clips, steps and clears. DeepSpeed is imported only when a ZeRO stage is asked for.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator, DeepSpeedPlugin, InitProcessGroupKwargs
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from flowsteer.rl.agreement import GradientAgreement
+from flowsteer.rl.policy import Denoisers, Policy
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerSettings:
+    """AdamW and its learning rate as a pure function of the number of updates made."""
+
+    learning_rate: float
+    schedule: Literal["constant", "linear", "cosine"]
+    warmup_updates: int
+    total_updates: int
+    betas: tuple[float, float]
+    weight_decay: float
+    epsilon: float
+    max_grad_norm: float
+
+    def rate(self, update: int) -> float:
+        """The learning rate of update number ``update`` (0 is the first)."""
+        if update < self.warmup_updates:
+            return self.learning_rate * (update + 1) / self.warmup_updates
+        left = 1 - (update - self.warmup_updates) / max(self.total_updates - self.warmup_updates, 1)
+        factor = {"constant": 1.0, "linear": left, "cosine": 0.5 - 0.5 * math.cos(math.pi * left)}[self.schedule]
+        return self.learning_rate * max(factor, 0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpdateInfo:
+    """What one optimiser update was like."""
+
+    grad_norm: float  # before clipping, over all processes
+    learning_rate: float
+    gradient_agreement: float  # see rl/agreement.py
+
+
+class Engine:
+    """Processes, precision, ZeRO and the optimiser.
+
+    Args:
+        zero_stage: DeepSpeed's ZeRO stage, None for plain data parallelism.
+        dtype: of the denoiser's frozen weights.
+        cpu: stay on the CPU even where there is an accelerator.
+        batch_size: samples of one backward pass on this process.
+        accumulation: from the number of processes, the backward passes of one update on each.
+        max_grad_norm: the gradient's norm is clipped to it.
+        timeout_s: a collective that waits longer ends the job.
+    """
+
+    def __init__(
+        self,
+        *,
+        zero_stage: Literal[0, 1, 2, 3] | None,
+        dtype: torch.dtype,
+        cpu: bool,
+        batch_size: int,
+        accumulation: Callable[[int], int],
+        max_grad_norm: float,
+        timeout_s: int,
+    ) -> None:
+        if zero_stage == 0 and dtype != torch.float32:
+            raise ValueError(
+                "engine.zero_stage=0 keeps no float32 master weights; use stage 1 to 3, or model.dtype=float32"
+            )
+        passes = accumulation(int(os.environ.get("WORLD_SIZE", "1")))
+        plugin = None
+        if zero_stage is not None:
+            plugin = DeepSpeedPlugin(
+                hf_ds_config={
+                    "train_micro_batch_size_per_gpu": batch_size,
+                    "gradient_accumulation_steps": passes,
+                    "gradient_clipping": max_grad_norm,
+                    "zero_optimization": {"stage": zero_stage, "stage3_param_persistence_threshold": 0},
+                    "bf16": {"enabled": dtype == torch.bfloat16},
+                    "fp16": {"enabled": dtype == torch.float16},
+                    "zero_allow_untested_optimizer": True,
+                    "zero_force_ds_cpu_optimizer": False,
+                    "steps_per_print": 1 << 62,
+                }
+            )
+        self.zero_stage = zero_stage
+        self.accelerator = Accelerator(
+            cpu=cpu or not torch.cuda.is_available(),
+            gradient_accumulation_steps=passes,
+            deepspeed_plugin=plugin,
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=timeout_s))],
+        )
+        self.accumulation = passes
+        self.num_updates = 0
+        self._micro_step = 0
+        self._max_grad_norm = max_grad_norm
+
+    @property
+    def device(self) -> torch.device:
+        """Where this process's tensors live."""
+        return self.accelerator.device
+
+    @property
+    def num_processes(self) -> int:
+        """How many processes share the run."""
+        return self.accelerator.num_processes
+
+    @property
+    def process_index(self) -> int:
+        """The number of this process."""
+        return self.accelerator.process_index
+
+    @property
+    def is_main(self) -> bool:
+        """True on the process that writes and prints."""
+        return self.accelerator.is_main_process
+
+    # ---- prepare
+
+    def prepare(self, policy: Policy, settings: OptimizerSettings) -> None:
+        """Make the optimiser, lay the parameters out over processes, and send the pipeline's calls through the wrapper."""
+        self._policy, self._settings = policy, settings
+        parameters = list(policy.parameters().values())
+        optimizer = torch.optim.AdamW(
+            parameters,
+            lr=settings.rate(0),
+            betas=settings.betas,
+            weight_decay=settings.weight_decay,
+            eps=settings.epsilon,
+        )
+        if self.zero_stage is None:
+            self._optimizer = optimizer
+        else:
+            wrapped, prepared = self.accelerator.prepare(Denoisers(policy.denoisers), optimizer)
+            self._optimizer = prepared.optimizer
+            policy.pipeline.route(wrapped)
+        self._parameters: list[nn.Parameter] = parameters
+        self._agreement = GradientAgreement(parameters, passes=self.accumulation)
+        policy.ready()
+
+    # ---- backward
+
+    def backward(self, loss: Tensor) -> UpdateInfo | None:
+        """Accumulate one loss; at the boundary make the update and say what it was like, else None."""
+        self._agreement.next_pass()
+        self._micro_step = (self._micro_step + 1) % self.accumulation
+        boundary = self._micro_step == 0
+        rate = self._settings.rate(self.num_updates)
+        if boundary:
+            for group in self._optimizer.param_groups:
+                group["lr"] = rate
+        if self.zero_stage is None:
+            (loss / self.accumulation).backward()
+            if boundary:
+                self._reduce_gradients()
+                norm = float(nn.utils.clip_grad_norm_(self._parameters, self._max_grad_norm))
+                self._optimizer.step()
+                self._optimizer.zero_grad(set_to_none=True)
+        else:
+            self.accelerator.gradient_state._set_sync_gradients(boundary)
+            self.accelerator.backward(loss)  # divides by the accumulation, clips, steps and clears
+            norm = float(self.accelerator.deepspeed_engine_wrapped.get_global_grad_norm() or 0.0)
+        if not boundary:
+            return None
+        self.num_updates += 1
+        self._policy.updated()
+        agreement = float(self.gather(self._agreement.finish().view(1)).mean())
+        return UpdateInfo(grad_norm=norm, learning_rate=rate, gradient_agreement=agreement)
+
+    def _reduce_gradients(self) -> None:
+        """Average over processes in one message; a parameter that no pass reached counts as zero."""
+        if self.num_processes == 1:
+            return
+        for parameter in self._parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        flat = torch.cat([parameter.grad.flatten() for parameter in self._parameters if parameter.grad is not None])
+        flat = self.accelerator.reduce(flat, reduction="mean")
+        for parameter, mean in zip(self._parameters, flat.split([p.numel() for p in self._parameters])):
+            parameter.grad = mean.view_as(parameter)
+
+    # ---- gather
+
+    def gather(self, values: Tensor) -> Tensor:
+        """Concatenate equally long tensors of all processes in their order: [n, ...] -> [processes * n, ...]."""
+        if self.num_processes == 1:
+            return values
+        return self.accelerator.gather(values.to(self.device).contiguous()).to(values.device)
+
+    def wait(self) -> None:
+        """Until every process has come here."""
+        self.accelerator.wait_for_everyone()
+
+    @contextmanager
+    def whole(self, parameters: list[nn.Parameter]) -> Iterator[None]:
+        """Inside the context every parameter holds all its values on every process, also under ZeRO-3."""
+        if self.zero_stage == 3:
+            import deepspeed
+
+            with deepspeed.zero.GatheredParameters(parameters):
+                yield
+        else:
+            yield
+
+    # ---- save and restore
+
+    def save(self, folder: Path) -> None:
+        """Write this process's part of the optimiser and of every policy into ``folder``; safetensors only."""
+        if self.zero_stage is None and not self.is_main:
+            return
+        tensors = {f"policy/{key}": value for key, value in self._policy.state().items()}
+        for number, (master, state) in enumerate(self._masters()):
+            tensors[f"optimizer/{number}/master"] = master
+            tensors |= {f"optimizer/{number}/{key}": torch.as_tensor(value) for key, value in state.items()}
+        detached = {key: value.detach().cpu().clone().contiguous() for key, value in tensors.items()}
+        save_file(detached, self._file(folder), metadata={"num_updates": str(self.num_updates)})
+
+    def restore(self, folder: Path) -> None:
+        """Take back what `save` wrote. Raises ValueError when it belongs to another model."""
+        with safe_open(self._file(folder), framework="pt") as file:
+            saved = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+            self.num_updates = int(file.metadata()["num_updates"])
+        prefix = "policy/"
+        self._policy.load_state({key[len(prefix) :]: value for key, value in saved.items() if key.startswith(prefix)})
+        for number, (master, state) in enumerate(self._masters()):
+            start = f"optimizer/{number}/"
+            entries = {key[len(start) :]: value for key, value in saved.items() if key.startswith(start)}
+            master.data.copy_(entries.pop("master"))
+            state.clear()
+            for key, value in entries.items():
+                state[key] = value if value.dim() == 0 else value.to(master.device)
+
+    def _file(self, folder: Path) -> Path:
+        return folder / f"process_{0 if self.zero_stage is None else self.process_index:05d}.safetensors"
+
+    def _masters(self) -> list[tuple[Tensor, dict[str, Any]]]:
+        """The tensors that the optimiser really updates on this process, each with its state."""
+        if self.zero_stage in (1, 2):
+            masters, optimizer = self._optimizer.single_partition_of_fp32_groups, self._optimizer.optimizer
+        elif self.zero_stage == 3:
+            masters, optimizer = self._optimizer.fp32_partitioned_groups_flat, self._optimizer.optimizer
+        else:
+            masters, optimizer = self._parameters, self._optimizer
+        return [(master, optimizer.state[master]) for master in masters]
+
+    def close(self) -> None:
+        """End the process group."""
+        self.accelerator.end_training()
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()

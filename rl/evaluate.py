@@ -1,0 +1,135 @@
+"""How good a policy is: fixed prompts, fixed seeds, the deterministic sampler.
+
+Letters: P prompts, S noise seeds of each.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from flowsteer.rewards.combine import RewardSet
+from flowsteer.rollout.pipeline import Pipeline
+from flowsteer.rollout.prompts import Prompts
+from flowsteer.rollout.sample import sample
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Scores of every prompt and seed, and pictures of the first seed."""
+
+    prompts: tuple[str, ...]  # P
+    parts: dict[str, Tensor]  # name -> [P, S] float32, NaN where missing; "total" is the weighted sum
+    images: Tensor  # [P, 3, H, W] float32 in [0, 1], of the first seed
+
+    def summary(self) -> dict[str, tuple[float, float]]:
+        """Name -> (mean, half of its 95 % interval over prompts)."""
+        return {name: mean_and_interval(values) for name, values in self.parts.items()}
+
+
+def mean_and_interval(values: Tensor) -> tuple[float, float]:
+    """The mean of [P, S] and half of its 95 % interval; a prompt's seeds are one observation. NaN entries are left out."""
+    by_prompt = values.double().nanmean(1)
+    by_prompt = by_prompt[~by_prompt.isnan()]
+    count = len(by_prompt)
+    if count == 0:
+        return float("nan"), float("nan")
+    half = 1.96 * float(by_prompt.std()) / math.sqrt(count) if count > 1 else float("nan")
+    return float(by_prompt.mean()), half
+
+
+@torch.no_grad()
+def evaluate(
+    pipeline: Pipeline,
+    prompts: Prompts,
+    rewards: RewardSet,
+    *,
+    num_prompts: int,
+    num_seeds: int,
+    num_inference_steps: int,
+    guidance_scale: float,
+    batch_size: int,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    process_index: int = 0,
+    num_processes: int = 1,
+    gather: Callable[[Tensor], Tensor] = lambda values: values,
+    progress: Callable[[int], object] = lambda done: None,
+) -> Evaluation:
+    """Draw ``num_prompts`` prompts, spread evenly over the file, with the seeds 0 .. num_seeds - 1, and score them.
+
+    Seed s of prompt p is ``num_seeds * p + s``, given to ``torch.Generator().manual_seed``: plain diffusers draws the same
+    pictures. Processes share the prompts; each gets the whole result.
+    """
+    count = min(num_prompts, len(prompts))
+    chosen = [place * len(prompts) // count for place in range(count)]
+    jobs = [(p, s) for p in range(count) for s in range(num_seeds)]
+    mine = jobs[process_index::num_processes]
+    padded = mine + [jobs[0]] * (math.ceil(len(jobs) / num_processes) - len(mine))  # equal work, equal collectives
+
+    columns: dict[str, list[Tensor]] = {}
+    pictures: list[Tensor] = []
+    for start in range(0, len(padded), batch_size):
+        batch = padded[start : start + batch_size]
+        texts = [prompts.texts[chosen[p]] for p, _ in batch]
+        distinct = list(dict.fromkeys(texts))
+        conditioning = pipeline.prepare(
+            distinct, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale
+        ).take([distinct.index(text) for text in texts])
+        seeds = torch.tensor([num_seeds * p + s for p, s in batch])
+        latents, _ = sample(
+            pipeline, conditioning, seeds=seeds, noise_levels=[0.0] * num_inference_steps, dtype=dtype, device=device
+        )
+        images = pipeline.decode(latents, conditioning).float().cpu()
+        extra = {name: [values[chosen[p]] for p, _ in batch] for name, values in prompts.columns.items()}
+        scores = rewards.score(images, texts, extra)
+        for name, values in {"total": scores.total, **scores.parts}.items():
+            columns.setdefault(name, []).append(values)
+        pictures.append(images)
+        progress(start + len(batch))
+
+    order = gather(torch.tensor([jobs.index(job) for job in padded]))
+    names = sorted(columns)
+    table = gather(torch.stack([torch.cat(columns[name]) for name in names], dim=1))  # [jobs, parts]
+    whole = torch.full((len(jobs), len(names)), float("nan"))
+    whole[order] = table
+    images = gather(torch.cat(pictures))
+    first = torch.empty((len(jobs), *images.shape[1:]))
+    first[order] = images
+    return Evaluation(
+        prompts=tuple(prompts.texts[row] for row in chosen),
+        parts={name: whole[:, column].view(count, num_seeds) for column, name in enumerate(names)},
+        images=first[::num_seeds],
+    )
+
+
+def image_grid(rows: Sequence[Tensor], *, scale: int = 1, columns: int = 12) -> Image.Image:
+    """Pictures side by side: each of ``rows`` [P, 3, H, W] in [0, 1] is drawn in lines of ``columns``, one set below another.
+
+    With two sets (before and after) the lines alternate, so that a picture stands above its successor.
+    """
+    count, _, height, width = rows[0].shape[0], *rows[0].shape[1:]
+    columns = min(columns, count)
+    lines = math.ceil(count / columns)
+    sheet = np.full((lines * len(rows) * (height + 2), columns * (width + 2), 3), 255, dtype=np.uint8)
+    for kind, images in enumerate(rows):
+        pixels = (images.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
+        for place, picture in enumerate(pixels):
+            top = ((place // columns) * len(rows) + kind) * (height + 2)
+            left = (place % columns) * (width + 2)
+            sheet[top : top + height, left : left + width] = picture
+    grid = Image.fromarray(sheet)
+    return grid.resize((grid.width * scale, grid.height * scale), Image.Resampling.NEAREST)
+
+
+def save_grid(images: Tensor, path: Path) -> None:
+    """Write a sheet of pictures as PNG, small ones enlarged."""
+    first_frames = images[:, 0] if images.dim() == 5 else images
+    image_grid([first_frames], scale=max(1, 128 // first_frames.shape[-1])).save(path)

@@ -1,0 +1,138 @@
+"""What a run reports: JSON lines always, TensorBoard and Weights & Biases where installed.
+
+Numbers are kept as (sum, count) and added over batches and processes before the division, so a mean is over samples and
+never an average of averages.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
+
+from flowsteer.rl.engine import Engine, UpdateInfo
+from flowsteer.rl.types import Metrics
+
+
+class Meter:
+    """Collects one training step's numbers on this process."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Any] = {}
+        self._counts: dict[str, float] = {}
+        self._updates: list[UpdateInfo] = []
+        self._seconds: dict[str, float] = {}
+
+    def add(self, metrics: Metrics) -> None:
+        """Add sums and counts of one loss term."""
+        for name, (total, count) in metrics.items():
+            self._sums[name] = self._sums.get(name, 0.0) + total
+            self._counts[name] = self._counts.get(name, 0.0) + count
+
+    def add_update(self, update: UpdateInfo | None) -> None:
+        """Note an optimiser update; None is a pass in between."""
+        if update is not None:
+            self._updates.append(update)
+
+    @contextmanager
+    def timing(self, act: str) -> Iterator[None]:
+        """Add the wall time of the block to the act's seconds."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._seconds[act] = self._seconds.get(act, 0.0) + time.perf_counter() - start
+
+    def finish(self, engine: Engine) -> dict[str, float]:
+        """The step's means over all samples of all processes; the meter is empty afterwards."""
+        names = sorted(self._sums)
+        local = torch.tensor([[float(self._sums[n]), self._counts[n]] for n in names], dtype=torch.float64)
+        sums = engine.gather(local[None].float() if engine.device.type == "mps" else local[None]).sum(0)  # [names, 2]
+        values = {name: float(total / count) for name, (total, count) in zip(names, sums) if count > 0}
+        if self._updates:
+            values["grad_norm"] = sum(u.grad_norm for u in self._updates) / len(self._updates)
+            values["learning_rate"] = self._updates[-1].learning_rate
+            agreements = [u.gradient_agreement for u in self._updates if not math.isnan(u.gradient_agreement)]
+            if agreements:
+                values["gradient_agreement"] = sum(agreements) / len(agreements)
+        values |= {f"seconds/{act}": seconds for act, seconds in self._seconds.items()}
+        self.__init__()
+        return values
+
+
+class Log:
+    """The run's ``metrics.jsonl`` and its trackers; only the main process writes.
+
+    Args:
+        folder: of the run.
+        trackers: ``tensorboard`` and ``wandb``; one that is not installed is named once and left out.
+        start: the training step that the run goes on with; lines from there on are dropped, for they will be made again.
+        is_main: whether this process writes.
+        config: the resolved configuration, for the trackers.
+    """
+
+    def __init__(
+        self, folder: Path, *, trackers: Sequence[str], start: int, is_main: bool, config: dict[str, Any]
+    ) -> None:
+        self.path = folder / "metrics.jsonl"
+        self._file: TextIO | None = None
+        self._trackers: list[GeneralTracker] = []
+        self.missing_trackers: list[str] = []
+        if not is_main:
+            return
+        kept = [line for line in read_metrics(self.path) if line["step"] < start]
+        temporary = self.path.with_suffix(".part")
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        temporary.replace(self.path)
+        self._file = self.path.open("a", encoding="utf-8")
+        for name in trackers:
+            if importlib.util.find_spec(name) is None:
+                self.missing_trackers.append(name)
+                continue
+            tracker = (
+                TensorBoardTracker("tensorboard", folder, purge_step=start)
+                if name == "tensorboard"
+                else WandBTracker("flowsteer", dir=str(folder), name=folder.name, resume="allow")
+            )
+            tracker.start()
+            if name == "wandb":
+                tracker.store_init_configuration(config)
+            self._trackers.append(tracker)
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """One line; numbers that are not finite are written as null."""
+        if self._file is None:
+            return
+        finite = {key: value if math.isfinite(value) else None for key, value in values.items()}
+        self._file.write(json.dumps({"step": step, **finite}) + "\n")
+        self._file.flush()
+        for tracker in self._trackers:
+            tracker.log({key: value for key, value in values.items() if math.isfinite(value)}, step=step)
+
+    def close(self) -> None:
+        """Flush everything."""
+        if self._file is not None:
+            self._file.close()
+        for tracker in self._trackers:
+            tracker.finish()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a ``metrics.jsonl``; a last line that a kill cut short is left out."""
+    if not path.exists():
+        return []
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return lines

@@ -1,0 +1,78 @@
+"""What passes between the stages of learning.
+
+Letters: B samples, N samples of a training step over all processes, X latent shape of one sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from flowsteer.rollout.types import Rollout, Schedule
+
+Metrics = dict[str, tuple[Tensor | float, float]]
+"""name -> (sum over samples, count of samples): sums and counts can be added over batches and processes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """How much better than its group each sample of one rollout batch is."""
+
+    advantage: Tensor  # [B] float32, 0 where nothing can be said
+    weight: Tensor  # [B] float32, 0 for samples that carry no comparison; its mean over the step's N samples is 1
+
+
+class PolicyView(Protocol):
+    """What an algorithm may ask of the policy."""
+
+    def velocity(self, latents: Tensor, index: int, conditioning: Any) -> Tensor:
+        """The active policy's prediction, [B, *X] -> [B, *X]; differentiable for the current policy."""
+        ...
+
+    def using(self, name: str) -> AbstractContextManager[None]:
+        """Make ``old``, ``reference`` or ``ema`` the active policy inside the context."""
+        ...
+
+
+class Algorithm(Protocol):
+    """Turns comparisons into an update: `batches` says on what, `loss` says how much."""
+
+    acting: str
+    """The policy that draws the rollouts: ``current`` or ``old``."""
+
+    passes_per_batch: int
+    """How many losses one rollout batch gives."""
+
+    @property
+    def variants(self) -> frozenset[str]:
+        """The policies besides the current one that the algorithm asks for."""
+        ...
+
+    def batches(self, rollouts: Sequence[Rollout], comparisons: Sequence[Comparison], step: int) -> Iterator[Any]:
+        """The step's loss terms in order, all those of the first update before those of the second."""
+        ...
+
+    def loss(self, policy: PolicyView, batch: Any) -> tuple[Tensor, Metrics]:
+        """The weighted mean loss of one term, a scalar, and what to report of it."""
+        ...
+
+    def old_decay(self, num_updates: int) -> float:
+        """How much of the old policy stays when it follows the current one at the end of a training step."""
+        ...
+
+
+def schedule_of(rollout: Rollout) -> Schedule:
+    """The schedule that a rollout was drawn on."""
+    return rollout.conditioning.schedule
+
+
+def in_updates(items: Sequence[Any], num_updates: int) -> list[Any]:
+    """Reorder rollout batches so that update u gets every num_updates-th one.
+
+    Processes own contiguous blocks of batches, so each update gets the same set of samples however many processes share it.
+    """
+    return [item for update in range(num_updates) for item in items[update::num_updates]]

@@ -1,0 +1,41 @@
+"""Randomness as a value: every draw comes from (seed, stream), never from a generator's state.
+
+A sample therefore does not depend on its batch, on the number of processes, or on whether the run was interrupted.
+Letters: B samples, X latent shape of one sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_MASK = (1 << 63) - 1
+
+
+def mix(*values: int) -> int:
+    """A well-mixed 63-bit number from some whole numbers; their order matters (SplitMix64's finaliser)."""
+    state = 0
+    for value in values:
+        state = (state + value + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
+        state ^= state >> 31
+    return state & _MASK
+
+
+def initial_noise(seeds: Tensor, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
+    """Standard normal [B, *shape]; row b is what ``torch.Generator().manual_seed(seeds[b])`` gives diffusers.
+
+    Drawn on the CPU, where the same seed gives the same bits on every machine.
+    """
+    rows = [
+        torch.randn((1, *shape), generator=torch.Generator().manual_seed(seed), dtype=dtype) for seed in seeds.tolist()
+    ]
+    return torch.cat(rows)
+
+
+def stream_noise(seeds: Tensor, stream: int, shape: Sequence[int]) -> Tensor:
+    """Standard normal float32 [B, *shape], independent between streams and of `initial_noise`."""
+    return initial_noise(torch.tensor([mix(seed, stream) for seed in seeds.tolist()]), shape)
