@@ -1,0 +1,162 @@
+"""Finding a reward: by the name of an installed entry point, or by where a user's own function or class lives.
+
+A package adds a reward with three lines of its ``pyproject.toml``::
+
+    [project.entry-points."flowsteer.rewards"]
+    my_reward = "my_package.my_module:MyReward"
+
+The target is a class whose instances are a `flowsteer.rewards.types.Reward` (its constructor's arguments are the
+options), such a function, or a reward function as TRL knows it (`flowsteer.rewards.functions`). Without packaging
+anything, ``my_module:my_function`` names one in an installed package or in the current folder.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Callable, Mapping
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, NamedTuple
+
+from flowsteer.rewards.functions import FunctionReward, bind_options, parameters_of
+from flowsteer.rewards.types import Reward
+
+GROUP = "flowsteer.rewards"
+
+
+class RewardEntry(NamedTuple):
+    """One line of the list of rewards."""
+
+    name: str
+    target: str  # package.module:attribute
+    doc: str  # first line of its docstring, or why it cannot be imported
+    distribution: str  # the installed package that brings it
+
+
+def list_rewards() -> list[RewardEntry]:
+    """All rewards that installed packages bring, by name. One that cannot be imported is listed with the reason."""
+    entries = []
+    for point in sorted(_points(), key=lambda point: (point.name, point.value)):
+        try:
+            doc = inspect.getdoc(point.load()) or ""
+        except Exception as error:  # somebody else's package: listing the others must still work
+            doc = f"cannot be imported: {type(error).__name__}: {error}"
+        distribution = point.dist.name if point.dist is not None else ""
+        entries.append(RewardEntry(point.name, point.value, (doc.splitlines() or [""])[0], distribution))
+    return entries
+
+
+def load_reward(name: str, **options: Any) -> Reward:
+    """Make the reward of that name, or the one at ``package.module:attribute``.
+
+    Args:
+        name: an entry point of the group ``flowsteer.rewards``, or ``package.module:attribute``.
+        options: arguments of the reward's constructor; of a function, keyword arguments that it names.
+
+    Raises:
+        ValueError: no such reward, no such option, a required option is missing, or the target is not a reward.
+        ImportError: the module that the name stands for cannot be imported.
+    """
+    target = _import_target(name) if ":" in name else _entry_point(name).load()
+    if not callable(target):
+        raise ValueError(f"reward {name!r} is a {type(target).__name__}; it must be a class or a function")
+    if inspect.isclass(target):
+        _check_options(name, target, options)
+        reward = target(**options)
+        if not callable(reward):
+            raise ValueError(
+                f"reward {name!r}: objects of the class {target.__name__} cannot be called; give it a method "
+                "__call__(self, images, prompts, **columns)"
+            )
+    else:
+        reward = bind_options(name, target, options)
+    return _as_reward(name, reward)
+
+
+def _points() -> list[EntryPoint]:
+    """The group's entry points, each once: a project installed from the current folder is seen twice."""
+    return list({(point.name, point.value): point for point in entry_points(group=GROUP)}.values())
+
+
+def _entry_point(name: str) -> EntryPoint:
+    points = _points()
+    found = [point for point in points if point.name == name]
+    if len(found) > 1:
+        targets = " and ".join(sorted(point.value for point in found))
+        raise ValueError(
+            f"several packages bring a reward {name!r}: {targets}; give the one you mean as package.module:attribute"
+        )
+    if not found:
+        names = sorted({point.name for point in points})
+        nearest = difflib.get_close_matches(name, names, n=len(names) or 1, cutoff=0.5)
+        ordered = nearest + [other for other in names if other not in nearest]
+        raise ValueError(
+            f"there is no reward {name!r}; there are: {', '.join(ordered) or 'none'}. A new entry point is visible only "
+            "after its project has been installed again (pip install -e .); a function or class of your own can also be "
+            "given as package.module:attribute"
+        )
+    return found[0]
+
+
+def _import_target(name: str) -> Any:
+    """``package.module:attribute`` from the installed packages, then from the current folder."""
+    module_name, _, attribute = name.partition(":")
+    if not module_name or not attribute:
+        raise ValueError(f"{name!r} is no place of a reward; write package.module:attribute")
+    if os.getcwd() not in sys.path and "" not in sys.path:
+        sys.path.append(os.getcwd())  # last, so that a file here hides no installed package
+    try:
+        target: Any = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+            raise  # the module is there, and what is missing is something that it imports
+        raise ValueError(
+            f"reward {name!r}: there is no module {error.name!r} among the installed packages or in {os.getcwd()}"
+        ) from error
+    for part in attribute.split("."):
+        try:
+            target = getattr(target, part)
+        except AttributeError as error:
+            public = [other for other in dir(target) if not other.startswith("_")]
+            near = difflib.get_close_matches(part, public, n=3, cutoff=0.5)
+            hint = f"; did you mean {' or '.join(near)}?" if near else ""
+            raise ValueError(f"reward {name!r}: {module_name} has no {part!r}{hint}") from error
+    return target
+
+
+def _check_options(name: str, cls: type, options: Mapping[str, Any]) -> None:
+    """The options against the constructor's signature, before anything heavy is imported."""
+    parameters = parameters_of(cls)
+    named = {
+        key: parameter
+        for key, parameter in parameters.items()
+        if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+    }
+    accepted = ", ".join(named) or "none"
+    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        for key in options:
+            if key not in named:
+                near = difflib.get_close_matches(key, named, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                raise ValueError(f"reward {name!r} has no option {key!r}{hint} It accepts: {accepted}")
+    lacking = [key for key, parameter in named.items() if parameter.default is parameter.empty and key not in options]
+    if lacking:
+        raise ValueError(f"reward {name!r} needs the option {', '.join(map(repr, lacking))}. It accepts: {accepted}")
+
+
+def _as_reward(name: str, reward: Callable[..., Any]) -> Reward:
+    """A reward as it is; a function written for TRL in its adapter; anything else is refused."""
+    parameters = parameters_of(reward)
+    if "completions" in parameters:
+        return FunctionReward(reward)
+    takes_columns = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    if "images" in parameters and takes_columns:
+        return reward
+    lacking = "lacks **columns, under which the prompt file's other columns come" if "images" in parameters else ""
+    raise ValueError(
+        f"reward {name!r} takes ({', '.join(parameters)}){' and ' + lacking if lacking else ''}; a reward takes (images, "
+        "prompts, **columns), and a reward function as TRL knows it (completions, **kwargs)"
+    )
