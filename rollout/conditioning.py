@@ -2,7 +2,7 @@
 
 The local variables of a prologue are of many kinds: tensors with the batch in some dimension, [negative; positive]
 blocks of a batch, Python lists of samples, batch sizes, and things that are the same for all. ``find_layout`` learns
-which is which by comparing the prologue at batch 2 with the prologue at batch 3; nothing else is known about a pipeline.
+which is which by comparing the prologue at batch 2 with the prologue at batch 3; nothing else is known of a pipeline.
 
 Letters: B samples, K blocks, T denoising steps, X latent shape of one sample.
 """
@@ -265,21 +265,21 @@ def _difference(a: Conditioning, b: Conditioning) -> str | None:
         return f"locals {sorted(a.values.keys() ^ b.values.keys())} are in one of them only, or carry rows differently"
     for name, value in a.values.items():
         layout, other = a.layout.get(name), b.values[name]
-        if not _same(value, other) if layout is None else layout.shape(value, a.size) != layout.shape(other, b.size):
+        if not same(value, other) if layout is None else layout.shape(value, a.size) != layout.shape(other, b.size):
             return f"{name} is {_describe(value)} and {_describe(other)}"
     return None
 
 
-def _same(a: Any, b: Any) -> bool:
+def same(a: Any, b: Any) -> bool:
     """Equality of what all rows share; objects that hold state of their own need only be of one type."""
     if a is b:
         return True
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
     if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
     if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
-        return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b))
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b))
     if isinstance(a, (int, float, str)) or isinstance(b, (int, float, str)):
         return a == b
     return type(a) is type(b)

@@ -1,16 +1,16 @@
 """A pipeline's own ``__call__``, cut at its denoising loop.
 
 ``__call__`` of a diffusers pipeline is a prologue (encode the prompt, shape the noise, make the timesteps), one loop
-``for i, t in enumerate(timesteps)`` around ``scheduler.step``, and an epilogue (decode). ``lift`` compiles these three as
-functions of their own; every statement stays the pipeline's:
+``for i, t in enumerate(timesteps)`` around ``scheduler.step``, and an epilogue (decode). ``lift`` compiles these three
+as functions of their own; every statement stays the pipeline's:
 
-- ``prologue(self, **call_kwargs)`` runs up to the loop and returns ``(its local variables, what the loop iterates over)``.
+- ``prologue(self, **call_kwargs)`` runs up to the loop and returns its local variables and what the loop iterates over.
 - ``body(item, *, self, **locals)`` is one pass of the loop, as a generator: it yields the arguments that
   ``scheduler.step`` would have got, is sent what the step answered, and returns its local variables.
 - ``epilogue(*, self, **locals)`` is everything after the loop and returns what ``__call__`` returns.
 
-Decorators such as ``torch.no_grad`` are left behind. File name and line numbers are kept, so a traceback points into the
-pipeline's file. What is left out: loops within loops (videos made section by section), loops in a helper method, and
+Decorators such as ``torch.no_grad`` are left behind. File name and line numbers are kept, so a traceback points into
+the pipeline's file. What is left out: loops within loops (videos made section by section), loops in a helper method, and
 iterations that step two schedulers (picture and sound).
 """
 
@@ -52,14 +52,19 @@ class Lifted:
 
 @functools.cache
 def lift(cls: type) -> Lifted:
-    """Cut ``cls.__call__`` into prologue, loop body and epilogue. Raises ``LiftError`` where it has not exactly one loop."""
+    """Cut ``cls.__call__`` into prologue, loop body and epilogue.
+
+    Raises LiftError where it has no loop around ``scheduler.step``, several, or one inside another.
+    """
     function = inspect.unwrap(cls.__call__)
     definition = _definition(cls, function)
     loop = _denoising_loop(cls, definition)
     steps = [node for node in ast.walk(loop) if _is_step(node)]
     after_loop = _after(cls, definition.body, loop)
     local_names = set(function.__code__.co_varnames + function.__code__.co_cellvars) - {"self"}
-    body_reads = _loads(loop.body) & local_names
+    bound_before = {arg.arg for arg in ast.walk(definition.args) if isinstance(arg, ast.arg)}
+    bound_before |= {name.id for name in ast.walk(definition) if _is_stored(name) and name.lineno < loop.lineno}
+    body_reads = (_loads(loop.body) & local_names) - (_stores([loop]) - bound_before)
     epilogue_reads = _loads(after_loop) & local_names
 
     prologue = copy.deepcopy(definition)
@@ -80,7 +85,7 @@ def lift(cls: type) -> Lifted:
         body_reads=frozenset(body_reads),
         epilogue_reads=frozenset(epilogue_reads),
         written_in_place=frozenset(_written_in_place(loop.body) & body_reads),
-        writes=frozenset(_stores(loop.body)),
+        writes=frozenset(_stores([loop])),
         attributes=frozenset(_bare_attributes(loop) | _aliases(definition, body_reads)),
         bars=frozenset(bars),
         tail_is_idle=all(_idle(_after(cls, loop.body, step), bars, settled) for step in steps),
@@ -129,7 +134,7 @@ class _YieldSteps(ast.NodeTransformer):
 
 
 def _replace(definition: ast.FunctionDef, loop: ast.For, leave: ast.stmt, iterable: ast.expr) -> None:
-    """Put ``return locals(), ITERABLE`` where the loop stands; what follows stays, never reached, so locals stay locals."""
+    """Put ``return locals(), ITERABLE`` where the loop stands. What follows is never reached, but locals stay locals."""
     leave.value.elts[1] = iterable  # type: ignore[attr-defined]
     for node in ast.walk(definition):
         for block in (getattr(node, field, None) for field in ("body", "orelse", "finalbody")):
@@ -147,7 +152,7 @@ def _function(name: str, args: ast.arguments, body: list[ast.stmt]) -> ast.Funct
 
 
 def _signature(item: str | None, names: set[str]) -> ast.arguments:
-    """``(item, *, self, a=None, b=None)``: a name that the prologue never bound is bound by the body before it is read."""
+    """``(item, *, self, a=None, b=None)``; None is for what the prologue bound in one branch only."""
     optional = ", ".join(f"{name}=None" for name in sorted(names))
     text = f"def f({item + ', ' if item else ''}*, self{', ' + optional if optional else ''}): pass"
     return ast.parse(text).body[0].args  # type: ignore[attr-defined]
@@ -218,7 +223,7 @@ def _sample_name(cls: type, loop: ast.For, steps: list[ast.Call]) -> str:
         names.add(both.pop() if len(both) == 1 else third[0])
     if len(names) > 1:
         raise LiftError(
-            f"{cls.__name__} steps several things in one iteration ({', '.join(sorted(names))}); only one can be trained"
+            f"{cls.__name__} steps several things in one iteration ({', '.join(sorted(names))}); one can be trained"
         )
     return names.pop()
 
@@ -259,9 +264,12 @@ def _written_in_place(block: list[ast.stmt]) -> set[str]:
     return found
 
 
+def _is_stored(node: ast.AST) -> bool:
+    return isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
+
+
 def _stores(block: list[ast.stmt]) -> set[str]:
-    nodes = [node for statement in block for node in ast.walk(statement)]
-    return {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    return {node.id for statement in block for node in ast.walk(statement) if _is_stored(node)}
 
 
 def _of_self(node: ast.AST) -> bool:

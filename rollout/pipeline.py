@@ -1,8 +1,8 @@
 """Any diffusers pipeline as three questions: prepare a prompt, the velocity at a step, decode the latents.
 
 ``FlowPipeline`` runs the pipeline's own code, cut at its denoising loop by ``lift``. It knows nothing about any model:
-guidance, packing, timestep maps and the choice between transformers are the pipeline's. ``Pipeline`` is the protocol that
-a hand-written adapter follows where a pipeline cannot be lifted.
+guidance, packing, timestep maps and the choice between transformers are the pipeline's. ``Pipeline`` is the protocol
+that a hand-written adapter follows where a pipeline cannot be lifted.
 
 Letters: B samples, T denoising steps, X latent shape of one sample.
 """
@@ -10,39 +10,24 @@ Letters: B samples, T denoising steps, X latent shape of one sample.
 from __future__ import annotations
 
 import copy
-import difflib
-import inspect
-import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Mapping
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple, Protocol
 
+import diffusers
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
+from flowsteer.rollout.arguments import CallArguments, Settings
 from flowsteer.rollout.conditioning import Conditioning, Layout, UnlikeConditioning, find_layout
 from flowsteer.rollout.lift import LiftError, lift
 from flowsteer.rollout.schedules import read_schedule, steppable
 
 EMBEDDED = "embedded"
-_OURS = [
-    "prompt",
-    "negative_prompt",
-    "num_inference_steps",
-    "latents",
-    "generator",
-    "output_type",
-    "return_dict",
-    "num_images_per_prompt",
-    "callback",
-    "callback_steps",
-    "callback_on_step_end",
-    "height",
-    "width",
-]
+ADAPTER_ADVICE = "write an adapter for it (flowsteer.rollout.pipeline.Pipeline)"
 _NEUTRAL_PROMPT = "a photo"
 
 Call = Callable[..., Any]
@@ -75,15 +60,7 @@ class Pipeline(Protocol):
         ...
 
 
-class Settings(NamedTuple):
-    """Everything besides the prompt that a prepared row depends on."""
-
-    num_inference_steps: int
-    guidance_scale: float
-    negative_prompt: str | None
-
-
-class _StepOutput(NamedTuple):
+class StepOutput(NamedTuple):
     """What the lifted body gets back from its ``yield``: ``scheduler.step(...)[0]`` or ``.prev_sample``."""
 
     prev_sample: Tensor
@@ -102,8 +79,13 @@ class _Denoiser:
         return getattr(getattr(self._owner.pipe, self._name), attribute)
 
     @property
-    def __class__(self) -> type:  # isinstance(pipe.transformer, ...) in pipelines
+    def __class__(self) -> type:  # for pipelines that ask isinstance(self.controlnet, ...)
         return type(getattr(self._owner.pipe, self._name))
+
+
+class _SilentBar:
+    def update(self, count: int = 1) -> None:
+        """A progress bar that shows nothing."""
 
 
 class FlowPipeline:
@@ -116,7 +98,7 @@ class FlowPipeline:
         cache_size: how many prepared prompts are kept.
 
     Raises:
-        LiftError: the pipeline's loop cannot be lifted.
+        LiftError: the pipeline's loop cannot be lifted (a ValueError).
         ValueError: an argument that the pipeline does not have.
     """
 
@@ -126,50 +108,52 @@ class FlowPipeline:
         *,
         height: int | None = None,
         width: int | None = None,
-        call_kwargs: dict[str, Any] | None = None,
+        call_kwargs: Mapping[str, Any] | None = None,
         cache_size: int = 256,
     ) -> None:
         self.pipe: Any = pipe
         self.lifted = lift(type(pipe))
-        self._parameters = inspect.signature(inspect.unwrap(type(pipe).__call__)).parameters
-        size = {name: value for name, value in (("height", height), ("width", width)) if value is not None}
-        self._check_arguments(size, call_kwargs or {})
-        self._fixed = {**size, **(call_kwargs or {})}
         if not self.denoisers:
-            raise LiftError(f"the denoising loop of {type(pipe).__name__} calls no network of the pipeline")
+            raise LiftError(f"the denoising loop of {type(pipe).__name__} calls no network of the pipeline itself")
         scheduler = steppable(self.pipe.scheduler)
         if scheduler is not self.pipe.scheduler:
             self.pipe.scheduler = scheduler
         # What an earlier call of the pipeline left on it (pipe._guidance_scale) must not move under prepared rows.
         self._private = {name: value for name, value in vars(pipe).items() if name.startswith("_")}
+        at_one = self._view({"_guidance_scale": 1.0})
+        self._arguments = CallArguments(
+            type(pipe),
+            size={name: value for name, value in (("height", height), ("width", width)) if value is not None},
+            call_kwargs=call_kwargs or {},
+            counts_from_zero=bool(getattr(at_one, "do_classifier_free_guidance", False)),
+            has_guider="guider" in vars(pipe),
+        )
         self._call: Call = self._call_inner
         self._cache_size = cache_size
         self._prepared: OrderedDict[tuple[str, Settings], Conditioning] = OrderedDict()
-        self._layouts: dict[Settings, tuple[dict[str, Layout], dict[str, Any]]] = {}
-        self._suspended: tuple[Tensor, int, Conditioning, Generator] | None = None
+        self._probed: dict[Settings, tuple[dict[str, Layout], dict[str, Any]]] = {}
+        self._suspended: tuple[tuple[Tensor, int, Conditioning], Generator] | None = None
 
     @classmethod
     def load(
         cls, path: str, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", **arguments: Any
     ) -> FlowPipeline:
-        """From a folder, a hub id, or "embedded", the tiny pipeline that comes with this package.
-
-        Components that ``model_index.json`` leaves out or lists as [null, null] are None: Stable Diffusion 3 without T5
-        loads. Further arguments are the constructor's.
-        """
-        folder = str(Path(__file__).parent / "embedded") if path == EMBEDDED else path
-        pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype, **_absent_components(folder))
-        return cls(pipe.to(device), **arguments)
+        """From a folder, a hub id, or "embedded"; further arguments are the constructor's. See ``load_diffusers``."""
+        return cls(load_diffusers(path, dtype=dtype, device=device), **arguments)
 
     @property
     def denoisers(self) -> dict[str, nn.Module]:
         """The networks that the denoising loop calls, by component name: ``{"transformer": ...}``."""
-        components = vars(self.pipe)
         return {
             name: component
-            for name, component in components.items()
+            for name, component in vars(self.pipe).items()
             if name in self.lifted.attributes and isinstance(component, nn.Module)
         }
+
+    @property
+    def parameters(self) -> Mapping[str, Any]:
+        """The signature of the pipeline's ``__call__``."""
+        return self._arguments.parameters
 
     def route(self, call: Call) -> None:
         """Send the loop's network calls to ``call(name, *args, **kwargs)``, such as a trainer's wrapped network.
@@ -188,9 +172,9 @@ class FlowPipeline:
     ) -> Conditioning:
         """One row per prompt, by the pipeline's prologue at batch 1; what was prepared before comes from memory.
 
-        ``guidance_scale`` goes to the argument that switches guidance in this pipeline, in the pipeline's own unit; 1 is
-        off. Raises UnlikeConditioning (a ValueError) where the prompts' rows have different shapes, as with pipelines
-        that do not pad: prepare these prompts one by one.
+        ``guidance_scale`` goes to the argument that switches guidance in this pipeline, in the pipeline's own unit; 1
+        is off. Raises UnlikeConditioning (a ValueError) where prompts cannot stand in one batch, as with pipelines
+        that do not pad: sample such prompts in batches of their own.
         """
         if not prompts:
             raise ValueError("there is no prompt to prepare; give at least one")
@@ -199,137 +183,88 @@ class FlowPipeline:
         try:
             joined = Conditioning.join([self._prepare_one(prompt, settings) for prompt in place])
         except UnlikeConditioning as error:
-            listed = dict(enumerate(place))
-            raise UnlikeConditioning(f"{error} (prompts: {listed})") from None
+            raise UnlikeConditioning(f"{error} (prompts: {dict(enumerate(place))})") from None
         return joined if len(place) == len(prompts) else joined.take([place[prompt] for prompt in prompts])
+
+    def call_arguments(
+        self, prompts: list[str], *, num_inference_steps: int, guidance_scale: float, negative_prompt: str | None = None
+    ) -> dict[str, Any]:
+        """The arguments with which ``pipe(**arguments, latents=latents)`` draws what this class draws."""
+        return self._arguments.build(prompts, Settings(num_inference_steps, float(guidance_scale), negative_prompt))
 
     def _prepare_one(self, prompt: str, settings: Settings) -> Conditioning:
         key = (prompt, settings)
-        if key in self._prepared:
-            self._prepared.move_to_end(key)
-            return self._prepared[key]
-        if settings not in self._layouts:
-            self._layouts[settings] = self._probe(settings)
-        layout, from_loop = self._layouts[settings]
-        prepared = self._run_prologue([prompt], settings, layout, from_loop)
-        self._prepared[key] = prepared
+        if key not in self._prepared:
+            one = self._run_prologue([prompt], settings)
+            if settings not in self._probed:
+                self._probed[settings] = self._probe(settings)
+            layout, from_loop = self._probed[settings]
+            self._prepared[key] = replace(one, layout=layout, values={**from_loop, **one.values})
+        self._prepared.move_to_end(key)
         while len(self._prepared) > self._cache_size:
             self._prepared.popitem(last=False)
-        return prepared
+        return self._prepared[key]
 
     def _probe(self, settings: Settings) -> tuple[dict[str, Layout], dict[str, Any]]:
         """Which values carry rows, and what the epilogue wants from the loop besides latents."""
         try:
-            two, three = (self._run_prologue([_NEUTRAL_PROMPT] * size, settings, {}, {}) for size in (2, 3))
+            two, three = (self._run_prologue([_NEUTRAL_PROMPT] * size, settings) for size in (2, 3))
         except Exception as error:
             raise ValueError(
-                f"{type(self.pipe).__name__} cannot prepare two or three prompts at once, so how it lays out a batch is "
-                f"unknown ({type(error).__name__}: {error}); write an adapter for it (flowsteer.rollout.pipeline.Pipeline)"
+                f"{type(self.pipe).__name__} prepares one prompt, but not two or three at once ({type(error).__name__}: "
+                f"{error}), so how it lays out a batch is unknown; {ADAPTER_ADVICE}"
             ) from error
-        if two.values.keys() != three.values.keys():
-            raise ValueError(
-                f"locals {sorted(two.values.keys() ^ three.values.keys())} exist for some batch sizes only"
-            )
+        some_only = sorted(two.values.keys() ^ three.values.keys())
+        if some_only:
+            raise ValueError(f"{type(self.pipe).__name__} has {', '.join(some_only)} for some batch sizes only")
         found = {name: find_layout(two.values[name], three.values[name], name) for name in two.values}
         layout = {name: rows for name, rows in found.items() if rows is not None}
         missing = (self.lifted.epilogue_reads & self.lifted.writes) - two.values.keys() - {self.lifted.latents}
-        from_loop = self._locals_of_one_pass(two) if missing else {}
-        return layout, {name: value for name, value in from_loop.items() if name in missing}
+        return layout, self._left_by_the_loop(two, missing) if missing else {}
 
-    def _locals_of_one_pass(self, conditioning: Conditioning) -> dict[str, Any]:
-        """Plain values (dtypes, numbers) that the loop leaves for the epilogue."""
-        latents = torch.zeros(
-            conditioning.size, *conditioning.latent_shape, dtype=conditioning.latent_dtype, device=self.pipe.device
-        )
+    def _left_by_the_loop(self, conditioning: Conditioning, names: frozenset[str]) -> dict[str, Any]:
+        """Plain values, such as a dtype, that an iteration leaves for the epilogue."""
+        shape = (conditioning.size, *conditioning.latent_shape)
+        latents = torch.zeros(shape, dtype=conditioning.latent_dtype, device=self.pipe.device)
         with torch.no_grad():
-            generator = self._enter(latents, 0, conditioning)
+            generator = self.enter(latents, 0, conditioning)
             next(generator)
-            left = _finish(generator, latents)
-        return {name: value for name, value in left.items() if not isinstance(value, (Tensor, list, tuple, dict))}
+            left = finish(generator, latents)
+        plain = (torch.dtype, torch.device, int, float, str)
+        return {name: value for name, value in left.items() if name in names and isinstance(value, plain)}
 
-    def _run_prologue(
-        self, prompts: list[str], settings: Settings, layout: Mapping[str, Layout], from_loop: Mapping[str, Any]
-    ) -> Conditioning:
-        """The prologue for ``prompts``, on a private view of the pipeline."""
+    def _run_prologue(self, prompts: list[str], settings: Settings) -> Conditioning:
+        """The prologue for ``prompts``, on a private view of the pipeline; which values carry rows is not known yet."""
         lifted = self.lifted
-        view = self._view({"scheduler": copy.deepcopy(self.pipe.scheduler), "_progress_bar_config": {"disable": True}})
+        own: dict[str, Any] = {"scheduler": copy.deepcopy(self.pipe.scheduler)}
         if "guider" in vars(self.pipe):  # may keep momentum
-            view.__dict__["guider"] = copy.deepcopy(self.pipe.guider)
-            view.guider.guidance_scale = settings.guidance_scale
+            own["guider"] = copy.deepcopy(self.pipe.guider)
+            own["guider"].guidance_scale = settings.guidance_scale
+        view = self._view({**own, "_progress_bar_config": {"disable": True}})
         before = dict(vars(view))
         with torch.no_grad():
-            local, iterable = lifted.prologue(view, **self._arguments(len(prompts), prompts, settings))
-        items = tuple(iterable)
+            local, iterable = lifted.prologue(view, **self._arguments.build(prompts, settings))
         latents = local.get(lifted.latents)
         if not isinstance(latents, Tensor):
             raise LiftError(
-                f"{type(self.pipe).__name__} gives {lifted.latents!r} to scheduler.step, which does not exist before the "
-                "loop: its state is more than the step's latents; write an adapter for it"
+                f"{type(self.pipe).__name__} gives {lifted.latents!r} to scheduler.step, which is no tensor before the "
+                f"loop: the loop's state is more than the step's latents; {ADAPTER_ADVICE}"
             )
-        read = (lifted.body_reads | lifted.epilogue_reads) & local.keys() - {lifted.latents}
-        values = {**from_loop, **{name: local[name] for name in sorted(read)}}
-        values |= dict.fromkeys(lifted.bars & values.keys(), SimpleNamespace(update=lambda *_: None))
-        private = {name: value for name, value in vars(view).items() if before.get(name, view) is not value}
-        private["scheduler"] = view.scheduler
-        if "guider" in vars(self.pipe):
-            private["guider"] = view.guider
-        values |= {f"self.{name}": value for name, value in private.items()}
+        items = tuple(iterable)
+        read = ((lifted.body_reads | lifted.epilogue_reads) & local.keys()) - {lifted.latents}
+        values: dict[str, Any] = {name: local[name] for name in sorted(read)}
+        values |= dict.fromkeys(lifted.bars & values.keys(), _SilentBar())
+        set_by_prologue = {name: value for name, value in vars(view).items() if before.get(name, view) is not value}
+        values |= {f"self.{name}": value for name, value in {**own, **set_by_prologue}.items()}
         return Conditioning(
             schedule=read_schedule(view.scheduler, len(items)),
             latent_shape=tuple(latents.shape[1:]),
             latent_dtype=latents.dtype,
             size=len(prompts),
             values=values,
-            layout=layout,
+            layout={},
             items=items,
         )
-
-    # --- the arguments of __call__ ---
-
-    def _check_arguments(self, size: Mapping[str, Any], call_kwargs: Mapping[str, Any]) -> None:
-        name = type(self.pipe).__name__
-        for key in call_kwargs:
-            if key in _OURS:
-                raise ValueError(f"call_kwargs[{key!r}] is set by FlowPipeline itself; leave it out")
-        for key in itertools.chain(size, call_kwargs):
-            if key not in self._parameters:
-                near = difflib.get_close_matches(key, self._parameters, n=1)
-                hint = f"did you mean {near[0]!r}?" if near else f"it takes {', '.join(list(self._parameters)[1:])}"
-                raise ValueError(f"{name}.__call__ has no argument {key!r}; {hint}")
-
-    def _arguments(self, count: int, prompts: list[str], settings: Settings) -> dict[str, Any]:
-        arguments: dict[str, Any] = {
-            "prompt": prompts,
-            "num_inference_steps": settings.num_inference_steps,
-            "generator": torch.Generator().manual_seed(0),  # the prologue's own noise is never used
-            "output_type": "pt",
-            "return_dict": False,
-            **self._guidance(settings.guidance_scale),
-        }
-        arguments = {name: value for name, value in arguments.items() if name in self._parameters} | self._fixed
-        negative = settings.negative_prompt
-        if negative is None and arguments.get("true_cfg_scale", 0) > 1:
-            negative = ""  # such pipelines take a missing negative prompt for guidance off
-        if negative is not None:
-            if "negative_prompt" not in self._parameters:
-                raise ValueError(f"{type(self.pipe).__name__} takes no negative prompt; leave it out")
-            arguments["negative_prompt"] = [negative] * count
-        return arguments
-
-    def _guidance(self, scale: float) -> dict[str, float]:
-        """The argument that switches guidance: ``true_cfg_scale`` where that is on by default, else ``guidance_scale``."""
-        true_scale = self._parameters.get("true_cfg_scale")
-        if true_scale is not None and (true_scale.default or 0) > 1:
-            return {"true_cfg_scale": scale}
-        if "guidance_scale" in self._parameters:
-            return {"guidance_scale": 0.0 if scale == 1 and self._is_guided_at_one() else scale}
-        if scale != 1 and "guider" not in vars(self.pipe):
-            raise ValueError(f"{type(self.pipe).__name__} has no guidance; guidance_scale must be 1, got {scale}")
-        return {}
-
-    def _is_guided_at_one(self) -> bool:
-        """True for pipelines that count guidance from 0: conditional + scale * (conditional - unconditional)."""
-        return bool(getattr(self._view({"_guidance_scale": 1.0}), "do_classifier_free_guidance", False))
 
     # --- the loop ---
 
@@ -341,21 +276,22 @@ class FlowPipeline:
         view.__dict__.update({**self._private, **public, **proxies, **attributes})
         return view
 
-    def _bound(self, conditioning: Conditioning, names: frozenset[str]) -> dict[str, Any]:
+    def _bind(self, conditioning: Conditioning, names: frozenset[str]) -> dict[str, Any]:
         """``self`` and the locals ``names``, as the lifted functions want them."""
-        prefix = "self."
-        attributes = {name[len(prefix) :]: v for name, v in conditioning.values.items() if name.startswith(prefix)}
+        attributes = {name[5:]: value for name, value in conditioning.values.items() if name.startswith("self.")}
         local = {name: conditioning.values[name] for name in names if name in conditioning.values}
         return {"self": self._view(attributes), **local}
 
-    def _enter(self, latents: Tensor, index: int, conditioning: Conditioning) -> Generator:
+    def enter(self, latents: Tensor, index: int, conditioning: Conditioning, **instead: Any) -> Generator:
+        """One pass of the lifted body, not yet begun, on fresh values; ``instead`` replaces some of them."""
         shape = (conditioning.size, *conditioning.latent_shape)
         if latents.shape != shape:
             raise ValueError(f"latents have the shape {tuple(latents.shape)}; this conditioning needs {shape}")
         if not 0 <= index < len(conditioning.items):
             raise ValueError(f"denoising index {index}; allowed are 0 to {len(conditioning.items) - 1}")
-        bound = self._bound(conditioning, self.lifted.body_reads)
+        bound = self._bind(conditioning, self.lifted.body_reads)
         bound[self.lifted.latents] = latents.to(conditioning.latent_dtype)
+        bound |= instead
         for name in self.lifted.written_in_place & bound.keys():
             bound[name] = bound[name].clone() if isinstance(bound[name], Tensor) else copy.copy(bound[name])
         return self.lifted.body(conditioning.items[index], **bound)
@@ -365,19 +301,15 @@ class FlowPipeline:
 
         For an epsilon or v_prediction pipeline it is that prediction. Differentiable; any index in any order.
         """
-        generator = self._enter(latents, index, conditioning)
-        step = next(generator, None)
-        if step is None:
-            raise ValueError(f"{type(self.pipe).__name__} takes no step at denoising index {index}")
-        args, kwargs = step
-        velocity = args[0] if args else kwargs["model_output"]
+        generator = self.enter(latents, index, conditioning)
+        velocity = run_to_step(generator, type(self.pipe).__name__, index)
         if velocity.shape != latents.shape:
             raise ValueError(
-                f"{type(self.pipe).__name__} steps {list(velocity.shape)} where its latents are {list(latents.shape)}: its "
-                "state is more than the step's latents; write an adapter for it (flowsteer.rollout.pipeline.Pipeline)"
+                f"{type(self.pipe).__name__} steps {list(velocity.shape)} where its latents are {list(latents.shape)}: "
+                f"the loop's state is more than the step's latents; {ADAPTER_ADVICE}"
             )
         if not self.lifted.tail_is_idle and not torch.is_grad_enabled():
-            self._suspended = (latents, index, conditioning, generator)
+            self._suspended = (latents, index, conditioning), generator
         return velocity
 
     def advance(self, latents: Tensor, next_latents: Tensor, index: int, conditioning: Conditioning) -> Tensor:
@@ -390,45 +322,69 @@ class FlowPipeline:
             return next_latents
         suspended, self._suspended = self._suspended, None
         with torch.no_grad():
-            if suspended is not None and all(a is b for a, b in zip(suspended[:3], (latents, index, conditioning))):
-                generator = suspended[3]
+            if suspended is not None and all(a is b for a, b in zip(suspended[0], (latents, index, conditioning))):
+                generator = suspended[1]
             else:
-                generator = self._enter(latents, index, conditioning)
-                next(generator)
-            return _finish(generator, next_latents)[self.lifted.latents]
+                generator = self.enter(latents, index, conditioning)
+                run_to_step(generator, type(self.pipe).__name__, index)
+            return finish(generator, next_latents)[self.lifted.latents]
 
     def decode(self, latents: Tensor, conditioning: Conditioning) -> Tensor:
-        """The pipeline's epilogue: final latents [B, *X] -> images float32 [B, 3, H, W] in [0, 1], video [B, T, 3, H, W]."""
-        bound = self._bound(conditioning, self.lifted.epilogue_reads)
-        bound[self.lifted.latents] = latents
+        """The epilogue: final latents [B, *X] -> images float32 [B, 3, H, W] in [0, 1], video [B, T, 3, H, W]."""
+        bound = self._bind(conditioning, self.lifted.epilogue_reads)
+        bound[self.lifted.latents] = latents.to(conditioning.latent_dtype)
         with torch.no_grad():
             images = self.lifted.epilogue(**bound)[0]
         if not isinstance(images, Tensor) or images.dim() not in (4, 5):
-            raise ValueError(
-                f"{type(self.pipe).__name__} decodes to {type(images).__name__}, not to a tensor of images"
-            )
+            raise ValueError(f"{type(self.pipe).__name__} decodes to {type(images).__name__}, not to a batch of images")
         return images.float()
 
 
-def _finish(generator: Generator, next_latents: Tensor) -> dict[str, Any]:
+def run_to_step(generator: Generator, name: str, index: int) -> Tensor:
+    """Run a lifted body up to its step: the model output that the scheduler would have got."""
+    try:
+        args, kwargs = next(generator)
+    except StopIteration:
+        raise ValueError(f"{name} takes no step at denoising index {index}; {ADAPTER_ADVICE}") from None
+    except UnboundLocalError as error:
+        raise ValueError(
+            f"the loop of {name} needs a local that an earlier iteration has set ({error}), so no step can be evaluated "
+            f"by itself; {ADAPTER_ADVICE}"
+        ) from error
+    return args[0] if args else kwargs["model_output"]
+
+
+def finish(generator: Generator, next_latents: Tensor) -> dict[str, Any]:
     """Answer a suspended body's step and let it run out: its locals."""
     try:
-        generator.send(_StepOutput(next_latents))
+        generator.send(StepOutput(next_latents))
     except StopIteration as stop:
         return stop.value
     raise LiftError("the pipeline steps twice in one iteration; only one step can be trained")
 
 
-def _absent_components(path: str) -> dict[str, None]:
-    """Components of the pipeline's class that ``model_index.json`` does not name, or names as [null, null]."""
-    index = DiffusionPipeline.load_config(path)
-    import diffusers
+def load_diffusers(
+    path: str, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> DiffusionPipeline:
+    """A diffusers pipeline from a folder, a hub id, or "embedded", the tiny one that comes with this package.
 
-    cls = getattr(diffusers, index["_class_name"], None)
-    if cls is None:  # a pipeline class that comes with the checkpoint
-        return {}
-    expected, _ = cls._get_signature_keys(cls)
-    return {name: None for name in expected if index.get(name, [None])[0] is None}
+    Components that ``model_index.json`` leaves out or lists as [null, null] are None, so that Stable Diffusion 3
+    without T5 loads.
+    """
+    folder = str(Path(__file__).parent / EMBEDDED) if path == EMBEDDED else path
+    index = DiffusionPipeline.load_config(folder)
+    cls = getattr(diffusers, index["_class_name"], None)  # None: a class that comes with the checkpoint
+    expected = cls._get_signature_keys(cls)[0] if cls is not None else ()
+    absent = {name: None for name in expected if (index.get(name) or [None])[0] is None}
+    return DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype, **absent).to(device)
 
 
-__all__ = ["Conditioning", "FlowPipeline", "LiftError", "Pipeline", "Settings", "UnlikeConditioning"]
+__all__ = [
+    "EMBEDDED",
+    "Conditioning",
+    "FlowPipeline",
+    "LiftError",
+    "Pipeline",
+    "UnlikeConditioning",
+    "load_diffusers",
+]

@@ -49,7 +49,8 @@ from transformers import (
 )
 
 START, END, VOCABULARY = "<|startoftext|>", "<|endoftext|>", 600
-CHAT_TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+CHAT_TEMPLATE = """{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}
+{% if add_generation_prompt %}<assistant>{% endif %}"""
 
 
 def byte_characters() -> list[str]:

@@ -1,0 +1,99 @@
+"""What to pass to a pipeline's ``__call__``, found from its signature.
+
+Pipelines name guidance differently and switch it off at different values; this file knows how to ask. A user's own
+``call_kwargs`` win over everything that is derived here, and an argument that the pipeline does not have is an error.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+
+OURS = frozenset(
+    {"self", "prompt", "negative_prompt", "num_inference_steps", "height", "width", "latents", "generator"}
+    | {"output_type", "return_dict", "num_images_per_prompt", "num_videos_per_prompt"}
+    | {"callback", "callback_steps", "callback_on_step_end"}
+)
+
+
+class Settings(NamedTuple):
+    """Everything besides the prompt that a prepared row depends on."""
+
+    num_inference_steps: int
+    guidance_scale: float
+    negative_prompt: str | None
+
+
+class CallArguments:
+    """The keyword arguments of one pipeline's ``__call__``.
+
+    Args:
+        cls: the pipeline's class.
+        size: height and width in pixels, where given.
+        call_kwargs: further arguments of the user's.
+        counts_from_zero: the pipeline's guidance is off at 0 (``c + g (c - u)``) rather than at 1 (``u + g (c - u)``).
+        has_guider: guidance is in a component of the pipeline, not in an argument.
+
+    Raises ValueError for an argument that the pipeline does not have, or that is not the user's to set.
+    """
+
+    def __init__(
+        self,
+        cls: type,
+        *,
+        size: Mapping[str, int],
+        call_kwargs: Mapping[str, Any],
+        counts_from_zero: bool,
+        has_guider: bool,
+    ) -> None:
+        self.name = cls.__name__
+        self.parameters = inspect.signature(inspect.unwrap(cls.__call__)).parameters
+        self.fixed = {**size, **call_kwargs}
+        self.counts_from_zero = counts_from_zero
+        self.has_guider = has_guider
+        for key in call_kwargs.keys() & OURS:
+            raise ValueError(
+                f"the call argument {key!r} has a setting of its own; leave it out of the further arguments"
+            )
+        for key in self.fixed.keys() - self.parameters.keys():
+            near = difflib.get_close_matches(key, self.parameters, n=1)
+            takes = ", ".join(name for name in self.parameters if name not in OURS)
+            hint = f"did you mean {near[0]!r}?" if near else f"it takes {takes}"
+            raise ValueError(f"{self.name}.__call__ has no argument {key!r}; {hint}")
+
+    def build(self, prompts: list[str], settings: Settings) -> dict[str, Any]:
+        """Everything but ``latents``. ``prompts`` has B entries."""
+        wanted = {
+            "prompt": prompts,
+            "num_inference_steps": settings.num_inference_steps,
+            "generator": torch.Generator().manual_seed(
+                0
+            ),  # noise is drawn by the sampler; nothing may touch global state
+            "output_type": "pt",
+            "return_dict": False,
+            **self._guidance(settings.guidance_scale),
+        }
+        arguments = {name: value for name, value in wanted.items() if name in self.parameters} | self.fixed
+        negative = settings.negative_prompt
+        if negative is None and (arguments.get("true_cfg_scale") or 0) > 1:
+            negative = ""  # these pipelines take a missing negative prompt for guidance off
+        if negative is not None:
+            if "negative_prompt" not in self.parameters:
+                raise ValueError(f"{self.name} takes no negative prompt; leave it out")
+            arguments["negative_prompt"] = [negative] * len(prompts)
+        return arguments
+
+    def _guidance(self, scale: float) -> dict[str, float]:
+        """``true_cfg_scale`` where that is on by default (Qwen-Image), else ``guidance_scale``."""
+        true_scale = self.parameters.get("true_cfg_scale")
+        if true_scale is not None and isinstance(true_scale.default, (int, float)) and true_scale.default > 1:
+            return {"true_cfg_scale": scale}
+        if "guidance_scale" in self.parameters:
+            return {"guidance_scale": 0.0 if scale == 1 and self.counts_from_zero else scale}
+        if scale != 1 and not self.has_guider:
+            raise ValueError(f"{self.name} has no guidance: guidance_scale must be 1, got {scale:g}")
+        return {}
