@@ -71,9 +71,9 @@ def lift(cls: type) -> Lifted:
     _replace(prologue, loop, ast.parse("return locals(), None").body[0], iterable=loop.iter)
     body = [_YieldSteps().visit(copy.deepcopy(statement)) for statement in loop.body]
     one_pass = ast.For(target=loop.target, iter=ast.parse("(_item,)", mode="eval").body, body=body, orelse=[])
-    body_args = _signature("_item", body_reads)
-    body_function = _function(f"{cls.__name__}_loop", body_args, [one_pass, *ast.parse("return locals()").body])
-    epilogue_function = _function(f"{cls.__name__}_epilogue", _signature(None, epilogue_reads), after_loop)
+    body = [ast.copy_location(one_pass, loop), *ast.parse("return locals()").body]
+    body_function = _function(f"{cls.__name__}_loop", _signature("_item", body_reads), body, loop)
+    epilogue_function = _function(f"{cls.__name__}_epilogue", _signature(None, epilogue_reads), after_loop, loop)
     bars = {name.id for node in ast.walk(definition) for name in _bound_by_with(node)}
     settled = functools.partial(_settled, function=function, hidden=local_names - set(_CALLBACKS))
     return Lifted(
@@ -144,11 +144,11 @@ def _replace(definition: ast.FunctionDef, loop: ast.For, leave: ast.stmt, iterab
                         block[place] = ast.copy_location(leave, loop)
 
 
-def _function(name: str, args: ast.arguments, body: list[ast.stmt]) -> ast.FunctionDef:
+def _function(name: str, args: ast.arguments, body: list[ast.stmt], where: ast.stmt) -> ast.FunctionDef:
     made = ast.parse(f"def {name}(): pass").body[0]
     assert isinstance(made, ast.FunctionDef)
     made.args, made.body = args, body
-    return ast.copy_location(made, body[0]) if body and hasattr(body[0], "lineno") else made
+    return ast.copy_location(made, where)
 
 
 def _signature(item: str | None, names: set[str]) -> ast.arguments:

@@ -282,8 +282,10 @@ class FlowPipeline:
         local = {name: conditioning.values[name] for name in names if name in conditioning.values}
         return {"self": self._view(attributes), **local}
 
-    def enter(self, latents: Tensor, index: int, conditioning: Conditioning, **instead: Any) -> Generator:
-        """One pass of the lifted body, not yet begun, on fresh values; ``instead`` replaces some of them."""
+    def enter(
+        self, latents: Tensor, index: int, conditioning: Conditioning, instead: Mapping[str, Any] | None = None
+    ) -> Generator:
+        """One pass of the lifted body, not yet begun, on fresh locals; ``instead`` replaces some of them."""
         shape = (conditioning.size, *conditioning.latent_shape)
         if latents.shape != shape:
             raise ValueError(f"latents have the shape {tuple(latents.shape)}; this conditioning needs {shape}")
@@ -291,7 +293,7 @@ class FlowPipeline:
             raise ValueError(f"denoising index {index}; allowed are 0 to {len(conditioning.items) - 1}")
         bound = self._bind(conditioning, self.lifted.body_reads)
         bound[self.lifted.latents] = latents.to(conditioning.latent_dtype)
-        bound |= instead
+        bound |= instead or {}
         for name in self.lifted.written_in_place & bound.keys():
             bound[name] = bound[name].clone() if isinstance(bound[name], Tensor) else copy.copy(bound[name])
         return self.lifted.body(conditioning.items[index], **bound)

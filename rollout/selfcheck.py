@@ -185,7 +185,7 @@ def _carried(pipeline: FlowPipeline, latents: Tensor, conditioning: Conditioning
     visited, velocities, changed = [], [], set()
     carried: dict[str, Any] = {}
     for index in range(conditioning.schedule.num_steps):
-        generator = pipeline.enter(latents, index, conditioning, **carried)
+        generator = pipeline.enter(latents, index, conditioning, carried)
         velocity = run_to_step(generator, name, index)
         visited.append(latents.clone())
         velocities.append(velocity)
