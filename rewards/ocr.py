@@ -33,9 +33,9 @@ class OCRReward:
 
     Args:
         mode: ``detect`` finds the places with text and reads each, from top to bottom; about 0.25 s per image on one
-            core, several times that for a wide one. ``recognize`` reads the whole image as one line of text, ten times faster, and is right only where the
-            image holds nothing else. ``auto`` recognises where the shorter side has fewer than 64 pixels, where there is
-            room for one short word, and detects otherwise.
+            core, several times that for a wide one. ``recognize`` reads the whole image as one line of text, ten times
+            faster, and is right only where the image holds nothing else. ``auto`` recognises where the shorter side has
+            fewer than 64 pixels, where there is room for one short word, and detects otherwise.
         num_threads: of the CPU, for each image.
 
     Raises:
