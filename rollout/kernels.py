@@ -39,11 +39,14 @@ Kernel = Callable[[Tensor, Tensor, Schedule, int, float], Gaussian]
 
 
 def flow_sde(velocity: Tensor, latents: Tensor, schedule: Schedule, index: int, noise_level: float) -> Gaussian:
-    """Flow-GRPO's reverse SDE of a rectified flow (arXiv 2505.05470, its sampling SDE): a = eta sqrt(s / (1 - s)).
+    """Flow-GRPO's reverse SDE of a rectified flow (arXiv 2505.05470): a = eta sqrt(s / (1 - s)).
 
     At index 0 the denominator takes ``sigma[1]``: 1 - s is 0 there, or nearly so (a schedule that starts at .9997 would
     get a deviation of 8). With sigma[0] = 1 this makes the first deviation equal eta, whatever the schedule. The step
     leaves noise on the sample when sigma_next is 0, so plans leave the last step out.
+
+    It converges to the data's law with weak order min(1, eta^2): step i has q^2 of about eta^2 / (i + 1) however fine
+    the schedule is, and what the first steps do wrong is only forgotten like T^-(eta^2).
     """
     sigma = schedule.sigma[index].item()
     clamped = schedule.sigma[max(index, 1)].item()
@@ -51,7 +54,7 @@ def flow_sde(velocity: Tensor, latents: Tensor, schedule: Schedule, index: int, 
 
 
 def dance_sde(velocity: Tensor, latents: Tensor, schedule: Schedule, index: int, noise_level: float) -> Gaussian:
-    """DanceGRPO's reverse SDE (arXiv 2505.07818, its rectified-flow SDE): the same as `flow_sde` with a constant a = eta."""
+    """DanceGRPO's reverse SDE of a rectified flow (arXiv 2505.07818): `flow_sde` with a constant a = eta."""
     return _reverse_sde(velocity, latents, schedule, index, noise_level)
 
 
@@ -74,7 +77,8 @@ def cps(velocity: Tensor, latents: Tensor, schedule: Schedule, index: int, noise
 
     mean = (1-s') denoised + sqrt(s'^2 - q^2) noise: the coefficient of the data and the total noise are the schedule's
     at every step, by construction. Eta 0 is the Euler step, eta 1 draws all of the noise anew. The last step has q = 0.
-    It does not keep the data's law when it is used on every step, because fresh noise replaces predicted noise.
+    It does not keep the data's law when it is used on every step, because fresh noise replaces predicted noise: on
+    Gaussian data the limit of many steps has cos(eta pi/4) of the data's deviation (.85 at eta .7, .81 at .8).
     """
     sigma, sigma_next = _pair(schedule.sigma, index)
     kept = sigma_next * math.cos(noise_level * math.pi / 2)
