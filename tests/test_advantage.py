@@ -146,6 +146,10 @@ def test_combined_advantages_are_a_weighted_sum_then_clipped() -> None:
     found = combined_advantage(parts, {"a": 1.0, "b": 0.5}, group, epsilon=0)
     assert found.tolist() == pytest.approx([-0.5, 0.5, -1, 1])  # where b says nothing, a still does
     assert combined_advantage(parts, {"a": 9.0}, group, epsilon=0).tolist() == [-5, 5, -5, 5]
+    outlier = torch.zeros(101)
+    outlier[3] = 1  # its advantage is 10, so 10 - 8 for the two together; clipped one by one they would give 5 - 4
+    both = combined_advantage({"a": outlier, "b": outlier}, {"a": 1.0, "b": -0.8}, torch.zeros(101).long(), epsilon=0)
+    assert both[3].item() == pytest.approx(2)
     with pytest.raises(ValueError, match=r"given for \['c'\]; rewards with scores are \['a', 'b'\]"):
         combined_advantage(parts, {"c": 1.0}, group)
     with pytest.raises(ValueError, match="weights are given for"):
