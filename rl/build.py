@@ -238,7 +238,7 @@ def build_plan(section: PlanConfig, config: Config) -> Plan:
 
 def build_algorithm(config: Config, plan: Plan) -> Algorithm:
     """The algorithm with plain arguments."""
-    arguments: dict[str, Any] = config.algorithm.model_dump(exclude={"name"})
+    arguments: dict[str, Any] = config.algorithm.model_dump(exclude={"name", "updates_per_rollout"})
     if isinstance(config.algorithm, DiffusionNFTConfig):
         if config.advantage.clip is None:
             raise ValueError(
@@ -348,6 +348,7 @@ def build_worker(config: Config, pipeline: FlowPipeline, prompts: Prompts, plan:
         group_size=rollout.group_size,
         batch_size=rollout.batch_size,
         shared_noise=rollout.shared_noise,
+        updates_per_rollout=config.algorithm.updates_per_rollout,
         seed=config.seed,
         num_processes=engine.num_processes,
         process_index=engine.process_index,

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from accelerate import Accelerator, DeepSpeedPlugin, InitProcessGroupKwargs
+from accelerate import Accelerator, InitProcessGroupKwargs
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -85,28 +85,24 @@ class Engine:
                 "engine.zero_stage=0 keeps no float32 master weights; use stage 1 to 3, or model.dtype=float32"
             )
         passes = accumulation(int(os.environ.get("WORLD_SIZE", "1")))
-        plugin = None
-        if zero_stage is not None:
-            plugin = DeepSpeedPlugin(
-                hf_ds_config={
-                    "train_micro_batch_size_per_gpu": batch_size,
-                    "gradient_accumulation_steps": passes,
-                    "gradient_clipping": max_grad_norm,
-                    "zero_optimization": {"stage": zero_stage, "stage3_param_persistence_threshold": 0},
-                    "bf16": {"enabled": dtype == torch.bfloat16},
-                    "fp16": {"enabled": dtype == torch.float16},
-                    "zero_allow_untested_optimizer": True,
-                    "zero_force_ds_cpu_optimizer": False,
-                    "steps_per_print": 1 << 62,
-                }
-            )
         self.zero_stage = zero_stage
         self.accelerator = Accelerator(
             cpu=cpu or not torch.cuda.is_available(),
             gradient_accumulation_steps=passes,
-            deepspeed_plugin=plugin,
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=timeout_s))],
         )
+        self._deepspeed_config = {
+            "train_micro_batch_size_per_gpu": batch_size,
+            "gradient_accumulation_steps": passes,
+            "gradient_clipping": max_grad_norm,
+            # shares of every parameter, however small: `policy.part` then always is where the values are kept
+            "zero_optimization": {"stage": zero_stage, "stage3_param_persistence_threshold": 0},
+            "bf16": {"enabled": dtype == torch.bfloat16},
+            "fp16": {"enabled": dtype == torch.float16},
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+            "steps_per_print": 1 << 62,
+        }
         self.accumulation = passes
         self.num_updates = 0
         self._micro_step = 0
@@ -148,12 +144,29 @@ class Engine:
         if self.zero_stage is None:
             self._optimizer = optimizer
         else:
-            wrapped, prepared = self.accelerator.prepare(Denoisers(policy.denoisers), optimizer)
-            self._optimizer = prepared.optimizer
-            policy.pipeline.route(wrapped)
+            self._deepspeed = self._wrap(policy, optimizer)
+            self._optimizer = self._deepspeed.optimizer
+            policy.pipeline.route(self._deepspeed)
         self._parameters: list[nn.Parameter] = parameters
         self._agreement = GradientAgreement(parameters, passes=self.accumulation)
         policy.ready()
+
+    def _wrap(self, policy: Policy, optimizer: torch.optim.Optimizer) -> Any:
+        import deepspeed
+
+        if (
+            not torch.distributed.is_initialized()
+        ):  # one process without a launcher; DeepSpeed wants a group all the same
+            backend = "nccl" if self.device.type == "cuda" else "gloo"
+            torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
+            os.environ.setdefault("LOCAL_RANK", "0")
+        engine, *_ = deepspeed.initialize(
+            model=Denoisers(policy.denoisers),
+            optimizer=optimizer,
+            config=self._deepspeed_config,
+            dist_init_required=False,
+        )
+        return engine
 
     # ---- backward
 
@@ -174,9 +187,12 @@ class Engine:
                 self._optimizer.step()
                 self._optimizer.zero_grad(set_to_none=True)
         else:
-            self.accelerator.gradient_state._set_sync_gradients(boundary)
-            self.accelerator.backward(loss)  # divides by the accumulation, clips, steps and clears
-            norm = float(self.accelerator.deepspeed_engine_wrapped.get_global_grad_norm() or 0.0)
+            self._deepspeed.backward(loss)  # divides by the accumulation
+            # DeepSpeed does not report the norm at stage 0
+            gradients = [p.grad for p in self._parameters if p.grad is not None] if self.zero_stage == 0 else []
+            before = nn.utils.get_total_norm(gradients) if boundary else 0.0
+            self._deepspeed.step()  # at the boundary clips, steps and clears
+            norm = float(before or self._deepspeed.get_global_grad_norm() or 0.0)
         if not boundary:
             return None
         self.num_updates += 1

@@ -53,7 +53,7 @@ class Algorithm(Protocol):
         ...
 
     def batches(self, rollouts: Sequence[Rollout], comparisons: Sequence[Comparison], step: int) -> Iterator[Any]:
-        """The step's loss terms in order, all those of the first update before those of the second."""
+        """The step's loss terms, in the order of the rollouts: those of the first update come first."""
         ...
 
     def loss(self, policy: PolicyView, batch: Any) -> tuple[Tensor, Metrics]:
@@ -69,10 +69,3 @@ def schedule_of(rollout: Rollout) -> Schedule:
     """The schedule that a rollout was drawn on."""
     return rollout.conditioning.schedule
 
-
-def in_updates(items: Sequence[Any], num_updates: int) -> list[Any]:
-    """Reorder rollout batches so that update u gets every num_updates-th one.
-
-    Processes own contiguous blocks of batches, so each update gets the same set of samples however many processes share it.
-    """
-    return [item for update in range(num_updates) for item in items[update::num_updates]]

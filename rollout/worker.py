@@ -26,6 +26,7 @@ class RolloutWorker:
         prompts: the prompt file.
         plan: which steps are stochastic at which training step.
         seed: of prompts and noise.
+        updates_per_rollout: batches come in the order of the updates that they are shared among.
         The others as in the configuration's ``rollout`` section.
     """
 
@@ -44,6 +45,7 @@ class RolloutWorker:
         group_size: int,
         batch_size: int,
         shared_noise: bool,
+        updates_per_rollout: int,
         seed: int,
         num_processes: int,
         process_index: int,
@@ -62,6 +64,7 @@ class RolloutWorker:
         self.group_size = group_size
         self.batch_size = batch_size
         self.shared_noise = shared_noise
+        self.updates_per_rollout = updates_per_rollout
         self.seed = seed
         self.num_processes = num_processes
         self.process_index = process_index
@@ -79,6 +82,7 @@ class RolloutWorker:
             batch_size=self.batch_size,
             num_processes=self.num_processes,
             process_index=self.process_index,
+            updates_per_rollout=self.updates_per_rollout,
         )
 
     def sample(self, step: int, *, policy_version: int = 0, done: Done | None = None) -> list[Rollout]:

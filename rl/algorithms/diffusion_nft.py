@@ -23,7 +23,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
 
-from flowsteer.rl.types import Comparison, Metrics, PolicyView, in_updates, schedule_of
+from flowsteer.rl.types import Comparison, Metrics, PolicyView, schedule_of
 from flowsteer.rollout.noise import mix, stream_noise
 from flowsteer.rollout.types import Rollout, flat_mean
 
@@ -81,7 +81,6 @@ class DiffusionNFT:
         kl_coef: float,
         old_decay_slope: float,
         old_decay_max: float,
-        updates_per_rollout: int,
     ) -> None:
         if noise_levels_per_sample > max(num_inference_steps - 1, 1):
             raise ValueError(
@@ -96,7 +95,6 @@ class DiffusionNFT:
         self.kl_coef = kl_coef
         self.old_decay_slope = old_decay_slope
         self.old_decay_max = old_decay_max
-        self.updates_per_rollout = updates_per_rollout
 
     @property
     def variants(self) -> frozenset[str]:
@@ -110,8 +108,8 @@ class DiffusionNFT:
     def batches(
         self, rollouts: Sequence[Rollout], comparisons: Sequence[Comparison], step: int
     ) -> Iterator[ForwardBatch]:
-        """Every rollout batch at its own draw of noise levels, whole batches per update."""
-        for rollout, comparison in in_updates(list(zip(rollouts, comparisons)), self.updates_per_rollout):
+        """Every rollout batch at its own draw of noise levels."""
+        for rollout, comparison in zip(rollouts, comparisons):
             generator = np.random.default_rng(mix(self.seed, step, int(rollout.sample[0])))
             for index in generator.permutation(self.candidates)[: self.passes_per_batch]:
                 yield ForwardBatch(rollout=rollout, comparison=comparison, index=int(index))

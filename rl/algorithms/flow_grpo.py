@@ -21,7 +21,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
 
-from flowsteer.rl.types import Comparison, Metrics, PolicyView, in_updates, schedule_of
+from flowsteer.rl.types import Comparison, Metrics, PolicyView, schedule_of
 from flowsteer.rollout import kernels
 from flowsteer.rollout.types import Rollout
 
@@ -57,7 +57,6 @@ class FlowGRPO:
         num_transitions: K, stored transitions per sample.
         clip_range: epsilon of the ratio's clipping.
         kl_coef: weight of the KL divergence to the reference policy; 0 leaves the reference pass out.
-        updates_per_rollout: optimiser updates that one rollout is divided into.
     """
 
     acting = "current"
@@ -70,14 +69,12 @@ class FlowGRPO:
         num_transitions: int,
         clip_range: float,
         kl_coef: float,
-        updates_per_rollout: int,
     ) -> None:
         self.kernel = kernel
         self.log_prob_weight: Literal["gaussian", "variance"] = log_prob_weight
         self.passes_per_batch = num_transitions
         self.clip_range = clip_range
         self.kl_coef = kl_coef
-        self.updates_per_rollout = updates_per_rollout
 
     @property
     def variants(self) -> frozenset[str]:
@@ -91,8 +88,8 @@ class FlowGRPO:
     def batches(
         self, rollouts: Sequence[Rollout], comparisons: Sequence[Comparison], step: int
     ) -> Iterator[TransitionBatch]:
-        """Every transition of every rollout batch, whole batches per update."""
-        for rollout, comparison in in_updates(list(zip(rollouts, comparisons)), self.updates_per_rollout):
+        """Every transition of every rollout batch."""
+        for rollout, comparison in zip(rollouts, comparisons):
             for transition in range(self.passes_per_batch):
                 yield TransitionBatch(rollout=rollout, comparison=comparison, transition=transition)
 
