@@ -20,6 +20,7 @@ import ast
 import copy
 import functools
 import inspect
+import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -47,7 +48,7 @@ class Lifted:
     attributes: frozenset[str]  # X of every ``self.X`` that the body calls or passes on: its networks are among them
     bars: frozenset[str]  # progress bars
     tail_is_idle: bool  # True where nothing that matters follows the step within an iteration
-    source: str  # the body as Python source, to be read
+    source: str  # the loop as it stands in the pipeline's file
 
 
 @functools.cache
@@ -57,7 +58,7 @@ def lift(cls: type) -> Lifted:
     Raises LiftError where it has no loop around ``scheduler.step``, several, or one inside another.
     """
     function = inspect.unwrap(cls.__call__)
-    definition = _definition(cls, function)
+    lines, definition = _definition(cls, function)
     loop = _denoising_loop(cls, definition)
     steps = [node for node in ast.walk(loop) if _is_step(node)]
     after_loop = _after(cls, definition.body, loop)
@@ -89,22 +90,29 @@ def lift(cls: type) -> Lifted:
         attributes=frozenset(_bare_attributes(loop) | _aliases(definition, body_reads)),
         bars=frozenset(bars),
         tail_is_idle=all(_idle(_after(cls, loop.body, step), bars, settled) for step in steps),
-        source=ast.unparse(ast.fix_missing_locations(body_function)),
+        source=textwrap.dedent("".join(lines[loop.lineno - 1 : loop.end_lineno])),
     )
 
 
 def show_loop(cls: type) -> str:
-    """The lifted loop body of a pipeline class as Python source: diffusers' own code, with ``yield`` for the step."""
+    """The lifted loop of a pipeline class, to be read: the pipeline's own source, under a few lines of explanation."""
     lifted = lift(cls)
-    file, line = inspect.getsourcefile(lifted.body), lifted.body.__code__.co_firstlineno
-    return f"# {file}, from line {line}\n{lifted.source}\n"
+    first = lifted.body.__code__.co_firstlineno
+    names = textwrap.fill(", ".join(sorted(lifted.body_reads)), 110, initial_indent="#   ", subsequent_indent="#   ")
+    return (
+        f"# {lifted.body.__code__.co_filename}, from line {first}\n"
+        f"# One pass of this loop is a function of one item, the latents ({lifted.latents}) and these locals from before:\n"
+        f"{names}\n"
+        "# scheduler.step(...) is not called: what it would get is handed out, and the next latents are put in its place.\n"
+        f"{lifted.source}"
+    )
 
 
 # --- the surgery ---
 
 
-def _definition(cls: type, function: Callable) -> ast.FunctionDef:
-    """The syntax tree of ``function``, from its whole file, so that lines and columns are the file's."""
+def _definition(cls: type, function: Callable) -> tuple[list[str], ast.FunctionDef]:
+    """The lines of a function's file and its syntax tree, so that line numbers and columns are the file's."""
     try:
         lines, _ = inspect.findsource(function)
     except OSError as error:
@@ -116,7 +124,7 @@ def _definition(cls: type, function: Callable) -> ast.FunctionDef:
             first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
             if first == function.__code__.co_firstlineno:
                 node.decorator_list = []
-                return node
+                return lines, node
     raise LiftError(f"{cls.__name__}.__call__ was not found in its source file; was the file changed after the import?")
 
 

@@ -378,7 +378,7 @@ def load_diffusers(
     cls = getattr(diffusers, index["_class_name"], None)  # None: a class that comes with the checkpoint
     expected = cls._get_signature_keys(cls)[0] if cls is not None else ()
     absent = {name: None for name in expected if (index.get(name) or [None])[0] is None}
-    return DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype, **absent).to(device)
+    return DiffusionPipeline.from_pretrained(folder, dtype=dtype, **absent).to(device)
 
 
 __all__ = [

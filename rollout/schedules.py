@@ -34,6 +34,11 @@ def steppable(scheduler: Any) -> Any:
     """
     if not is_variance_preserving(scheduler) or isinstance(scheduler, _DDIM):
         return scheduler
+    if "alphas_cumprod" not in vars(scheduler):
+        raise ValueError(
+            f"{type(scheduler).__name__} predicts {scheduler.config.prediction_type} on noise levels of its own; a flow, or "
+            "a table of alphas_cumprod, is needed"
+        )
     ddim = DDIMScheduler.from_config(scheduler.config, clip_sample=False, thresholding=False)
     if not torch.equal(ddim.alphas_cumprod, scheduler.alphas_cumprod):
         raise ValueError(
