@@ -56,7 +56,7 @@ class ListRows:
     def take(self, value: Sequence, index: Tensor, size: int) -> Sequence:
         """The entries ``index`` of each block."""
         rows = index.tolist()
-        return type(value)([value[row + block * size] for block in range(self.blocks) for row in rows])
+        return _like(value, [value[row + block * size] for block in range(self.blocks) for row in rows])
 
     def join(self, values: Sequence[Sequence]) -> Sequence:
         """Block by block, the values' entries one after the other."""
@@ -67,7 +67,7 @@ class ListRows:
             for value, size in zip(values, sizes)
             for entry in value[block * size : (block + 1) * size]
         ]
-        return type(values[0])(joined)
+        return _like(values[0], joined)
 
     def shape(self, value: Any, size: int) -> Any:
         """Entries may differ in shape: the pipeline takes them apart itself."""
@@ -121,7 +121,7 @@ class Nested:
         changed = {key: change(layout, key) for key, layout in self.inner.items()}
         if isinstance(value, dict):
             return {**value, **changed}
-        return type(value)([changed.get(place, entry) for place, entry in enumerate(value)])
+        return _like(value, [changed.get(place, entry) for place, entry in enumerate(value)])
 
 
 Layout = Rows | ListRows | Count | Nested
@@ -157,6 +157,10 @@ def find_layout(two: Any, three: Any, name: str) -> Layout | None:
         f"the pipeline's local {name} is {_describe(two)} for two prompts and {_describe(three)} for three: no dimension "
         "of it counts the prompts; write an adapter for this pipeline (flowsteer.rollout.pipeline.Pipeline)"
     )
+
+
+def _like(value: Sequence[Any], entries: list[Any]) -> Sequence[Any]:
+    return tuple(entries) if isinstance(value, tuple) else entries
 
 
 def _blocks(two: int, three: int) -> int:
@@ -281,7 +285,7 @@ def same(a: Any, b: Any) -> bool:
     if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
         return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b))
     if isinstance(a, (int, float, str)) or isinstance(b, (int, float, str)):
-        return a == b
+        return bool(a == b)
     return type(a) is type(b)
 
 
@@ -290,4 +294,4 @@ def _to(value: Any, device: torch.device | str) -> Any:
         return value.to(device)
     if isinstance(value, dict):
         return {key: _to(entry, device) for key, entry in value.items()}
-    return type(value)([_to(entry, device) for entry in value]) if type(value) in (list, tuple) else value
+    return _like(value, [_to(entry, device) for entry in value]) if isinstance(value, (list, tuple)) else value

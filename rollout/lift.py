@@ -23,7 +23,7 @@ import inspect
 import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 _CALLBACKS = ("callback", "callback_on_step_end")  # never given by us, so None
 
@@ -135,8 +135,8 @@ class _YieldSteps(ast.NodeTransformer):
         self.generic_visit(node)
         if not _is_step(node):
             return node
-        keys = [keyword.arg and ast.Constant(keyword.arg) for keyword in node.keywords]
-        keywords = ast.Dict(keys=keys, values=[keyword.value for keyword in node.keywords])
+        keywords = ast.Dict(keys=[], values=[keyword.value for keyword in node.keywords])
+        keywords.keys = [None if keyword.arg is None else ast.Constant(keyword.arg) for keyword in node.keywords]
         handed_out = ast.Tuple(elts=[ast.Tuple(elts=node.args, ctx=ast.Load()), keywords], ctx=ast.Load())
         return ast.copy_location(ast.Yield(value=handed_out), node)
 
@@ -176,7 +176,7 @@ def _compile(definition: ast.FunctionDef, like: Callable) -> Callable:
 # --- finding things ---
 
 
-def _is_step(node: ast.AST) -> bool:
+def _is_step(node: ast.AST) -> TypeGuard[ast.Call]:
     """``scheduler.step(...)``, ``self.scheduler.step(...)``, ``audio_scheduler.step(...)``."""
     return (
         isinstance(node, ast.Call)
@@ -272,7 +272,7 @@ def _written_in_place(block: list[ast.stmt]) -> set[str]:
     return found
 
 
-def _is_stored(node: ast.AST) -> bool:
+def _is_stored(node: ast.AST) -> TypeGuard[ast.Name]:
     return isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
 
 
@@ -280,14 +280,14 @@ def _stores(block: list[ast.stmt]) -> set[str]:
     return {node.id for statement in block for node in ast.walk(statement) if _is_stored(node)}
 
 
-def _of_self(node: ast.AST) -> bool:
+def _of_self(node: ast.AST) -> TypeGuard[ast.Attribute]:
     return isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self"
 
 
 def _bare_attributes(block: ast.AST) -> set[str]:
     """X of ``self.X(...)`` and ``model = self.X``, but not of ``self.X.config``."""
     inner = {id(node.value) for node in ast.walk(block) if isinstance(node, ast.Attribute)}
-    return {node.attr for node in ast.walk(block) if _of_self(node) and id(node) not in inner}  # type: ignore[attr-defined]
+    return {node.attr for node in ast.walk(block) if _of_self(node) and id(node) not in inner}
 
 
 def _aliases(definition: ast.FunctionDef, names: set[str]) -> set[str]:

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -31,6 +32,7 @@ ADAPTER_ADVICE = "write an adapter for it (flowsteer.rollout.pipeline.Pipeline)"
 _NEUTRAL_PROMPT = "a photo"
 
 Call = Callable[..., Any]
+Body = Generator[tuple[tuple, dict[str, Any]], "StepOutput", dict[str, Any]]  # yields scheduler.step's arguments
 
 
 class Pipeline(Protocol):
@@ -132,7 +134,7 @@ class FlowPipeline:
         self._cache_size = cache_size
         self._prepared: OrderedDict[tuple[str, Settings], Conditioning] = OrderedDict()
         self._probed: dict[Settings, tuple[dict[str, Layout], dict[str, Any]]] = {}
-        self._suspended: tuple[tuple[Tensor, int, Conditioning], Generator] | None = None
+        self._suspended: tuple[tuple[Tensor, int, Conditioning], Body] | None = None
 
     @classmethod
     def load(
@@ -242,7 +244,7 @@ class FlowPipeline:
             own["guider"].guidance_scale = settings.guidance_scale
         view = self._view({**own, "_progress_bar_config": {"disable": True}})
         before = dict(vars(view))
-        with torch.no_grad():
+        with torch.no_grad(), fixed_randomness(self.pipe.device):
             local, iterable = lifted.prologue(view, **self._arguments.build(prompts, settings))
         latents = local.get(lifted.latents)
         if not isinstance(latents, Tensor):
@@ -284,7 +286,7 @@ class FlowPipeline:
 
     def enter(
         self, latents: Tensor, index: int, conditioning: Conditioning, instead: Mapping[str, Any] | None = None
-    ) -> Generator:
+    ) -> Body:
         """One pass of the lifted body, not yet begun, on fresh locals; ``instead`` replaces some of them."""
         shape = (conditioning.size, *conditioning.latent_shape)
         if latents.shape != shape:
@@ -342,7 +344,17 @@ class FlowPipeline:
         return images.float()
 
 
-def run_to_step(generator: Generator, name: str, index: int) -> Tensor:
+@contextmanager
+def fixed_randomness(device: torch.device) -> Iterator[None]:
+    """Some prologues draw from the global generator (the latents of a control image): the same every time, and outside
+    nothing has been drawn.
+    """
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(0)
+        yield
+
+
+def run_to_step(generator: Body, name: str, index: int) -> Tensor:
     """Run a lifted body up to its step: the model output that the scheduler would have got."""
     try:
         args, kwargs = next(generator)
@@ -356,7 +368,7 @@ def run_to_step(generator: Generator, name: str, index: int) -> Tensor:
     return args[0] if args else kwargs["model_output"]
 
 
-def finish(generator: Generator, next_latents: Tensor) -> dict[str, Any]:
+def finish(generator: Body, next_latents: Tensor) -> dict[str, Any]:
     """Answer a suspended body's step and let it run out: its locals."""
     try:
         generator.send(StepOutput(next_latents))
@@ -374,7 +386,7 @@ def load_diffusers(
     without T5 loads.
     """
     folder = str(Path(__file__).parent / EMBEDDED) if path == EMBEDDED else path
-    index = DiffusionPipeline.load_config(folder)
+    index: Any = DiffusionPipeline.load_config(folder)
     cls = getattr(diffusers, index["_class_name"], None)  # None: a class that comes with the checkpoint
     expected = cls._get_signature_keys(cls)[0] if cls is not None else ()
     absent = {name: None for name in expected if (index.get(name) or [None])[0] is None}

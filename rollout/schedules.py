@@ -39,7 +39,7 @@ def steppable(scheduler: Any) -> Any:
             f"{type(scheduler).__name__} predicts {scheduler.config.prediction_type} on noise levels of its own; a flow, or "
             "a table of alphas_cumprod, is needed"
         )
-    ddim = DDIMScheduler.from_config(scheduler.config, clip_sample=False, thresholding=False)
+    ddim: Any = DDIMScheduler.from_config(scheduler.config, clip_sample=False, thresholding=False)
     if not torch.equal(ddim.alphas_cumprod, scheduler.alphas_cumprod):
         raise ValueError(
             f"{type(scheduler).__name__} has noise levels that DDIMScheduler.from_config does not reproduce; give the "

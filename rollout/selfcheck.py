@@ -19,7 +19,7 @@ from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from flowsteer.rollout.conditioning import Conditioning, UnlikeConditioning, same
-from flowsteer.rollout.pipeline import FlowPipeline, Pipeline, StepOutput, finish, run_to_step
+from flowsteer.rollout.pipeline import FlowPipeline, Pipeline, StepOutput, finish, fixed_randomness, run_to_step
 from flowsteer.rollout.solvers import euler
 from flowsteer.rollout.types import Schedule
 
@@ -222,7 +222,8 @@ def _parity(pipeline: FlowPipeline, latents: Tensor, row: Conditioning, argument
     if own_step:
         private.scheduler.step = _Stepper(row.schedule)
     private.__dict__["_progress_bar_config"] = {"disable": True}
-    expected = private(**arguments, latents=latents.clone())[0].float()
+    with fixed_randomness(latents.device):  # as the prologue had it
+        expected = private(**arguments, latents=latents.clone())[0].float()
     current = latents
     for index in range(row.schedule.num_steps):
         velocity = pipeline.velocity(current, index, row)

@@ -380,6 +380,25 @@ def test_writing_into_the_latents_does_not_reach_the_caller(tmp_path):
     assert torch.equal(pipeline.velocity(latents, 0, conditioning), first)
 
 
+def test_what_the_epilogue_wants_from_the_loop(tmp_path):
+    """As Bria FIBO does: a dtype that only the loop sets."""
+    end = "            latents = (latents / self.vae.config.scaling_factor) + self.vae.config.shift_factor\n"
+    pipe = zoo.build_variant(tmp_path, "dtype", (end, "            latents = latents.to(latents_dtype)\n" + end))
+    pipeline = zoo.lifted("sd3", pipe)
+    conditioning = prepare(pipeline, [PROMPT])
+    latents = noise(conditioning)
+    assert torch.equal(draw(pipeline, latents, conditioning)[0], plainly("sd3", pipe, [PROMPT], latents, 1.0))
+
+
+def test_a_prologue_that_draws_without_a_generator(tmp_path):
+    """As Stable Diffusion 3's ControlNet does with the latents of the control image."""
+    before = "        # 7. Denoising loop\n"
+    jitter = "        prompt_embeds = prompt_embeds + torch.randn_like(prompt_embeds)\n"
+    pipe = zoo.build_variant(tmp_path, "jittered", (before, jitter + before))
+    one, other = (prepare(zoo.lifted("sd3", pipe), [PROMPT]).values["prompt_embeds"] for _ in range(2))
+    assert torch.equal(one, other)
+
+
 def test_a_step_that_is_not_taken(tmp_path):
     skip = "                if self.interrupt:\n"
     pipe = zoo.build_variant(tmp_path, "skipping", (skip, "                if i == 1:\n"))
