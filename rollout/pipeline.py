@@ -19,7 +19,9 @@ from typing import Any, NamedTuple, Protocol
 
 import diffusers
 import torch
+import transformers
 from diffusers import DiffusionPipeline
+from huggingface_hub.errors import HFValidationError
 from torch import Tensor, nn
 
 from flowsteer.rollout.arguments import CallArguments, Settings
@@ -383,14 +385,41 @@ def load_diffusers(
     """A diffusers pipeline from a folder, a hub id, or "embedded", the tiny one that comes with this package.
 
     Components that ``model_index.json`` leaves out or lists as [null, null] are None, so that Stable Diffusion 3
-    without T5 loads.
+    without T5 loads. Raises ValueError where there is no such pipeline.
     """
     folder = str(Path(__file__).parent / EMBEDDED) if path == EMBEDDED else path
-    index: Any = DiffusionPipeline.load_config(folder)
+    try:
+        if not Path(folder).is_dir():
+            folder = str(DiffusionPipeline.download(folder))  # its progress is worth seeing, that of loading is not
+        index: Any = DiffusionPipeline.load_config(folder)
+    except (OSError, HFValidationError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"there is no diffusers pipeline {path!r}: give a folder with a model_index.json, the id of a repository on the "
+            f"hub, or {EMBEDDED!r} ({type(error).__name__}: {reason})"
+        ) from error
     cls = getattr(diffusers, index["_class_name"], None)  # None: a class that comes with the checkpoint
     expected = cls._get_signature_keys(cls)[0] if cls is not None else ()
     absent = {name: None for name in expected if (index.get(name) or [None])[0] is None}
-    return DiffusionPipeline.from_pretrained(folder, dtype=dtype, **absent).to(device)
+    with _without_progress_bars():
+        return DiffusionPipeline.from_pretrained(folder, dtype=dtype, **absent).to(device)
+
+
+@contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    """No bars of diffusers and transformers while parts are loaded; afterwards as before."""
+    shown = [
+        library
+        for library in (diffusers.utils.logging, transformers.utils.logging)
+        if library.is_progress_bar_enabled()
+    ]
+    for library in shown:
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library in shown:
+            library.enable_progress_bar()
 
 
 __all__ = [
