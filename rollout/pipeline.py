@@ -155,6 +155,11 @@ class FlowPipeline:
         }
 
     @property
+    def device(self) -> torch.device:
+        """Where the first denoiser is."""
+        return next(parameter.device for denoiser in self.denoisers.values() for parameter in denoiser.parameters())
+
+    @property
     def parameters(self) -> Mapping[str, Any]:
         """The signature of the pipeline's ``__call__``."""
         return self._arguments.parameters
@@ -229,7 +234,7 @@ class FlowPipeline:
     def _left_by_the_loop(self, conditioning: Conditioning, names: frozenset[str]) -> dict[str, Any]:
         """Plain values, such as a dtype, that an iteration leaves for the epilogue."""
         shape = (conditioning.size, *conditioning.latent_shape)
-        latents = torch.zeros(shape, dtype=conditioning.latent_dtype, device=self.pipe.device)
+        latents = torch.zeros(shape, dtype=conditioning.latent_dtype, device=self.device)
         with torch.no_grad():
             generator = self.enter(latents, 0, conditioning)
             next(generator)
@@ -246,7 +251,7 @@ class FlowPipeline:
             own["guider"].guidance_scale = settings.guidance_scale
         view = self._view({**own, "_progress_bar_config": {"disable": True}})
         before = dict(vars(view))
-        with torch.no_grad(), fixed_randomness(self.pipe.device):
+        with torch.no_grad(), fixed_randomness(self.device):
             local, iterable = lifted.prologue(view, **self._arguments.build(prompts, settings))
         latents = local.get(lifted.latents)
         if not isinstance(latents, Tensor):
