@@ -155,7 +155,7 @@ def find_layout(two: Any, three: Any, name: str) -> Layout | None:
         return None
     raise ValueError(
         f"the pipeline's local {name} is {_describe(two)} for two prompts and {_describe(three)} for three: no dimension "
-        "of it counts the prompts; write an adapter for this pipeline (flowsteer.rollout.pipeline.Pipeline)"
+        "of it counts the prompts; write an adapter for this pipeline (flowsteer.rollout.protocol.Pipeline)"
     )
 
 

@@ -195,7 +195,7 @@ def _denoising_loop(cls: type, definition: ast.FunctionDef) -> ast.For:
     loops = [node for node in ast.walk(definition) if isinstance(node, (ast.For, ast.While)) and _has_step(node)]
     inner = [loop for loop in loops if not any(other is not loop and other in ast.walk(loop) for other in loops)]
     lines = ", ".join(f"line {loop.lineno} ({ast.unparse(loop).splitlines()[0]})" for loop in loops)
-    advice = "write an adapter for it (flowsteer.rollout.pipeline.Pipeline)"
+    advice = "write an adapter for it (flowsteer.rollout.protocol.Pipeline)"
     if not loops:
         helpers = [name for name in _methods_with_a_step(cls) if name != "__call__"]
         where = f"; it steps in {', '.join(helpers)}" if helpers else ""

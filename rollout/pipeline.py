@@ -1,8 +1,8 @@
 """Any diffusers pipeline as three questions: prepare a prompt, the velocity at a step, decode the latents.
 
 ``FlowPipeline`` runs the pipeline's own code, cut at its denoising loop by ``lift``. It knows nothing about any model:
-guidance, packing, timestep maps and the choice between transformers are the pipeline's. ``Pipeline`` is the protocol
-that a hand-written adapter follows where a pipeline cannot be lifted.
+guidance, packing, timestep maps and the choice between transformers are the pipeline's. Where a pipeline cannot be lifted,
+a hand-written adapter follows the protocol that this class follows, ``Pipeline``.
 
 Letters: B samples, T denoising steps, X latent shape of one sample.
 """
@@ -15,7 +15,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import diffusers
 import torch
@@ -27,41 +27,15 @@ from torch import Tensor, nn
 from flowsteer.rollout.arguments import CallArguments, Settings
 from flowsteer.rollout.conditioning import Conditioning, Layout, UnlikeConditioning, find_layout
 from flowsteer.rollout.lift import LiftError, lift
+from flowsteer.rollout.protocol import Pipeline
 from flowsteer.rollout.schedules import read_schedule, steppable
 
 EMBEDDED = "embedded"
-ADAPTER_ADVICE = "write an adapter for it (flowsteer.rollout.pipeline.Pipeline)"
+ADAPTER_ADVICE = "write an adapter for it (flowsteer.rollout.protocol.Pipeline)"
 _NEUTRAL_PROMPT = "a photo"
 
 Call = Callable[..., Any]
 Body = Generator[tuple[tuple, dict[str, Any]], "StepOutput", dict[str, Any]]  # yields scheduler.step's arguments
-
-
-class Pipeline(Protocol):
-    """What sampling and learning ask of a model. ``FlowPipeline`` is one; a hand-written adapter may stand in."""
-
-    @property
-    def denoisers(self) -> dict[str, nn.Module]:
-        """The networks that the denoising loop calls, by component name."""
-        ...
-
-    def prepare(
-        self, prompts: list[str], *, num_inference_steps: int, guidance_scale: float, negative_prompt: str | None = None
-    ) -> Conditioning:
-        """One row per prompt."""
-        ...
-
-    def velocity(self, latents: Tensor, index: int, conditioning: Conditioning) -> Tensor:
-        """[B, *X] -> [B, *X], differentiable, for any index in any order."""
-        ...
-
-    def advance(self, latents: Tensor, next_latents: Tensor, index: int, conditioning: Conditioning) -> Tensor:
-        """The latents that enter the next index, after this index's step gave ``next_latents``."""
-        ...
-
-    def decode(self, latents: Tensor, conditioning: Conditioning) -> Tensor:
-        """[B, *X] -> images float32 [B, 3, H, W] in [0, 1], video [B, T, 3, H, W]."""
-        ...
 
 
 class StepOutput(NamedTuple):
@@ -119,6 +93,9 @@ class FlowPipeline:
         self.lifted = lift(type(pipe))
         if not self.denoisers:
             raise LiftError(f"the denoising loop of {type(pipe).__name__} calls no network of the pipeline itself")
+        for name, denoiser in self.denoisers.items():
+            if any("_hf_hook" in vars(module) for module in denoiser.modules()):
+                raise ValueError(f"{name} carries offloading hooks; load the pipeline without offloading it")
         scheduler = steppable(self.pipe.scheduler)
         if scheduler is not self.pipe.scheduler:
             self.pipe.scheduler = scheduler

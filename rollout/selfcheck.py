@@ -19,14 +19,17 @@ from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from flowsteer.rollout.conditioning import Conditioning, UnlikeConditioning, same
-from flowsteer.rollout.pipeline import FlowPipeline, Pipeline, StepOutput, finish, fixed_randomness, run_to_step
+from flowsteer.rollout.pipeline import FlowPipeline, StepOutput, finish, fixed_randomness, run_to_step
+from flowsteer.rollout.protocol import Pipeline
 from flowsteer.rollout.solvers import euler
 from flowsteer.rollout.types import Schedule
 
 PROMPTS = ("a red circle", "two blue squares", "a photo of a cat")
-# Rows of a batch differ by rounding only when other kernels serve another batch size: 4e-5 was the largest difference
-# over 60 pipelines in float32 (see docs). A wrong row differs by about 1.
-ROW_TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+# A row's velocity depends on its batch only by rounding, where another batch size is served by other kernels: 4e-5 of its
+# deviation was the largest difference over 60 pipelines on a CPU; convolutions in TF32 are coarser. A wrong row is off by 1.
+ROW_TOLERANCE = {torch.float32: 1e-2, torch.float16: 3e-2, torch.bfloat16: 1e-1}
+# Of images in [0, 1]. The same calls in the same order: equal to the last bit, unless a kernel is not deterministic.
+PARITY_TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,8 +197,9 @@ def _carried(pipeline: FlowPipeline, latents: Tensor, conditioning: Conditioning
         carried = {local: left[local] for local in lifted.body_reads & left.keys() - {lifted.latents}} | {
             "self": left["self"]
         }
+        now = carried | {f"self.{attribute}": value for attribute, value in vars(left["self"]).items()}
         before = conditioning.values
-        changed |= {local for local, value in carried.items() if local in before and not same(value, before[local])}
+        changed |= {local for local, value in now.items() if local in before and not same(value, before[local])}
     return visited, velocities, sorted(changed)
 
 
@@ -206,7 +210,7 @@ def _rows(pipeline: Pipeline, latents: Tensor, conditioning: Conditioning) -> Fi
     whole = pipeline.velocity(latents, index, conditioning)
     part = pipeline.velocity(latents[order], index, conditioning.take(order))
     difference = _difference(whole[order], part) / max(whole.float().std().item(), 1e-12)
-    allowed = ROW_TOLERANCE.get(whole.dtype, 1e-3)
+    allowed = ROW_TOLERANCE.get(whole.dtype, 1e-2)
     detail = f"rows {order} by themselves differ by {difference:.2g} of the velocity's std (allowed {allowed:g})"
     return Finding(name="sub-batch", ok=difference <= allowed, detail=detail)
 
@@ -230,7 +234,7 @@ def _parity(pipeline: FlowPipeline, latents: Tensor, row: Conditioning, argument
         current = pipeline.advance(current, _step(velocity, current, row.schedule, index), index, row)
     difference = _difference(pipeline.decode(current, row), expected)
     note = f", with Euler steps in place of {type(pipe.scheduler).__name__}'s" if own_step else ""
-    allowed = ROW_TOLERANCE.get(latents.dtype, 1e-3)
+    allowed = PARITY_TOLERANCE.get(latents.dtype, 1e-3)
     equal = "bit for bit" if difference == 0 else f"to {difference:.2g} (allowed {allowed:g})"
     return Finding(name="parity", ok=difference <= allowed, detail=f"equals {owner}(...){note} {equal}")
 

@@ -8,6 +8,7 @@ import diffusers
 import pytest
 import torch
 import zoo
+from accelerate.hooks import ModelHook, add_hook_to_module
 from peft import LoraConfig
 from torch import Tensor
 
@@ -332,6 +333,13 @@ def test_arguments_that_the_pipeline_does_not_have():
     unguided = zoo.build_class_without_guidance()
     with pytest.raises(ValueError, match="has no guidance: guidance_scale must be 1, got 3"):
         prepare(FlowPipeline(unguided), [PROMPT], 3.0)
+
+
+def test_an_offloaded_network_is_refused():
+    pipe = zoo.build("sd3")
+    add_hook_to_module(pipe.transformer, ModelHook())
+    with pytest.raises(ValueError, match="transformer carries offloading hooks"):
+        FlowPipeline(pipe)
 
 
 def test_the_users_arguments_win():

@@ -57,6 +57,13 @@ def test_a_local_that_the_loop_changes(tmp_path):
     assert not findings(report)["parity"].ok
 
 
+def test_an_attribute_that_the_loop_changes(tmp_path):
+    decay = "                self._guidance_scale = 0.5 * self._guidance_scale\n"
+    pipe = zoo.build_variant(tmp_path, "fading", (zoo.STEP, decay + zoo.STEP))
+    report = check(zoo.lifted("sd3", pipe), guidance_scale=8.0)
+    assert findings(report)["purity"].detail.endswith("; the loop changes self._guidance_scale")
+
+
 def test_a_cache_from_the_first_step(tmp_path):
     report = check_variant(tmp_path, "cached", (zoo.STEP, zoo.CACHE + zoo.STEP))
     assert not report.ok
