@@ -99,7 +99,8 @@ class FlowGRPO:
         assert trajectory is not None, "the configuration guarantees stochastic steps"
         k = batch.transition
         index, noise_level = trajectory.indices[k], trajectory.noise_levels[k]
-        latents, next_latents = trajectory.latents[:, k], trajectory.next_latents[:, k]  # [B, *X]
+        # contiguous as when they were drawn: strided ones take other kernels in half precision, and the ratio leaves 1
+        latents, next_latents = trajectory.latents[:, k].contiguous(), trajectory.next_latents[:, k]  # [B, *X]
 
         def step() -> kernels.Gaussian:
             velocity = policy.velocity(latents, index, conditioning)
