@@ -20,7 +20,9 @@ from flowsteer.rl.engine import Engine
 
 FORMAT = 1
 
-_FREE_TO_CHANGE = {"output", "num_steps", "save_every", "keep", "trackers", "evaluation", "engine.timeout_s"}
+_FREE_TO_CHANGE = {
+    "output", "num_steps", "save_every", "keep", "trackers", "evaluation", "engine.timeout_s", "advantage.min_scored",
+}  # fmt: skip
 
 
 class Checkpoints:
@@ -114,7 +116,11 @@ def open_run(folder: Path, config: Config, *, resume: bool) -> None:
         raise ValueError(
             f"the output folder {folder} holds a run already; continue it with --resume, or choose another with output=FOLDER"
         )
-    before, now = _flat(json.loads(saved.read_text(encoding="utf-8"))), _flat(json.loads(config.model_dump_json()))
+    try:
+        before = _flat(json.loads(saved.read_text(encoding="utf-8")))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{saved} is damaged ({error}); start a new run with output=FOLDER") from None
+    now = _flat(json.loads(config.model_dump_json()))
     changed = [
         f"{key}: {before.get(key)!r} then, {now.get(key)!r} now"
         for key in sorted(before.keys() | now.keys())

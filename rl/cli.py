@@ -1,16 +1,39 @@
-"""The ``flowsteer`` command. Every command ends a user's mistake with one message and exit code 2."""
+"""The ``flowsteer`` command. Every command ends a user's mistake with one message and exit code 2.
+
+What a command needs is imported when it runs: ``flowsteer --help`` shall not wait for torch.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import sys
+import traceback
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
+
+from flowsteer.rl.options import (
+    CallOption,
+    DeviceOption,
+    DTypeOption,
+    GuidanceOption,
+    HeightOption,
+    LoRAOption,
+    ModelOption,
+    RewardOption,
+    RunOption,
+    StepsOption,
+    WidthOption,
+    choose,
+    named_rewards,
+    read_run,
+    refuse_existing,
+)
 
 app = typer.Typer(
     name="flowsteer",
@@ -24,18 +47,14 @@ rewards_app = typer.Typer(help="The installed rewards.", no_args_is_help=True)
 app.add_typer(rewards_app, name="rewards")
 console = Console()
 
+STOPPED = 143  # exit code of a run that SIGTERM ended: 128 + 15, as of any process
+
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="[KEY=VALUE]...", help="Overrides such as `rollout.group_size=8 optimizer.learning_rate=1e-4`."
     ),
 ]
-ModelOption = Annotated[
-    str, typer.Option("--model", "-m", help="Folder or hub id in diffusers' layout, or `embedded`.")
-]
-LoRAOption = Annotated[Path | None, typer.Option("--lora", help="Folder with an exported LoRA to load first.")]
-StepsOption = Annotated[int, typer.Option("--num-inference-steps", min=1, help="Denoising steps.")]
-GuidanceOption = Annotated[float, typer.Option("--guidance-scale", help="1 is without guidance.")]
 SeedsOption = Annotated[int, typer.Option("--num-seeds", min=1, help="Noise seeds of each prompt.")]
 BatchOption = Annotated[int, typer.Option("--batch-size", min=1, help="Samples per network pass.")]
 
@@ -59,6 +78,7 @@ def train(
     **Example**: `flowsteer train embedded_nft output=runs/first num_steps=20`
     """
     from flowsteer.rl.build import start
+    from flowsteer.rl.compare import TooFewScores
     from flowsteer.rl.config import load_config
     from flowsteer.rl.report import write_report
     from flowsteer.rl.train import train as train_run
@@ -66,62 +86,84 @@ def train(
     run = start(load_config(config, overrides or []), resume=resume, quiet=quiet)
     try:
         train_run(run)
+        done = max(run.checkpoints.steps())
+        if done < run.num_steps:
+            run.screen.print(f"stopped after step {done} of {run.num_steps}; the same command with --resume goes on")
+            raise typer.Exit(STOPPED)
         exported = run.export()
         if run.engine.is_main:
             report = write_report(run.folder)
             run.screen.print(f"weights: {exported}\nreport:  {report}")
+    except TooFewScores as error:
+        raise TooFewScores(
+            f"{error}. The state before this step is saved: once the reward works again, go on with --resume"
+        ) from error
     finally:
         run.close()
 
 
 @app.command()
 def evaluate(
-    prompts: Annotated[str, typer.Argument(help="Prompt file, or the name of a shipped one.")] = "shapes_reserved.txt",
-    model: ModelOption = "embedded",
-    lora: LoRAOption = None,
-    reward: Annotated[
-        list[str] | None, typer.Option("--reward", "-r", help="Name of a reward; may be repeated.")
+    prompts: Annotated[
+        str | None,
+        typer.Argument(help="Prompt file, or the name of a shipped one; default `shapes_reserved.txt`, or the run's."),
     ] = None,
+    run: RunOption = None,
+    model: ModelOption = None,
+    lora: LoRAOption = None,
+    height: HeightOption = None,
+    width: WidthOption = None,
+    call: CallOption = None,
+    dtype: DTypeOption = None,
+    device: DeviceOption = "auto",
+    reward: RewardOption = None,
     num_prompts: Annotated[int, typer.Option(min=1, help="Prompts, spread evenly over the file.")] = 48,
     num_seeds: SeedsOption = 4,
-    num_inference_steps: StepsOption = 10,
-    guidance_scale: GuidanceOption = 1.0,
+    num_inference_steps: StepsOption = None,
+    guidance_scale: GuidanceOption = None,
     batch_size: BatchOption = 64,
     output: Annotated[
-        Path | None, typer.Option(help="Write the table here as JSON and the pictures beside it.")
+        Path | None, typer.Option(help="JSON file to write the table to; the pictures go beside it as PNG.")
     ] = None,
 ) -> None:
     """Score a pipeline on fixed prompts and seeds with the deterministic sampler.
 
-    **Example**: `flowsteer evaluate --lora runs/first/export --num-prompts 240`
+    **Example**: `flowsteer evaluate --run runs/first --num-prompts 240`
     """
-    import torch
-
+    from flowsteer.rl.build import DTYPES
     from flowsteer.rl.evaluate import evaluate as run_evaluation
     from flowsteer.rl.evaluate import save_grid
     from flowsteer.rollout.prompts import read_prompts
 
-    _refuse_existing(output)
-    pipeline = _load(model, lora)
-    result = run_evaluation(
-        pipeline,
-        read_prompts(prompts),
-        _reward_set(reward or ["composition"]),
-        num_prompts=num_prompts,
-        num_seeds=num_seeds,
-        num_inference_steps=num_inference_steps,
-        guidance_scale=guidance_scale,
-        batch_size=batch_size,
-        dtype=torch.float32,
-        device="cpu",
-    )
+    if output is not None:
+        if output.suffix == ".png":
+            raise ValueError(f"{output} is to be a JSON file; the pictures are written beside it as PNG")
+        refuse_existing(output, output.with_suffix(".png"))
+    chosen = choose(run=run, model=model, lora=lora, height=height, width=width, call=call, dtype=dtype, device=device)
+    texts = read_prompts(prompts or chosen.evaluation.prompts)
+    rewards = chosen.rewards(reward)
+    with console.status("loading") as status:
+        result = run_evaluation(
+            chosen.load(),
+            texts,
+            rewards,
+            num_prompts=num_prompts,
+            num_seeds=num_seeds,
+            num_inference_steps=num_inference_steps or chosen.evaluation.num_inference_steps,
+            guidance_scale=chosen.evaluation.guidance_scale if guidance_scale is None else guidance_scale,
+            batch_size=batch_size,
+            dtype=DTYPES[chosen.dtype],
+            device=chosen.device,
+            progress=lambda done: status.update(f"{done} images"),
+        )
+    summary = result.summary()
     table = Table("score", "mean", "95 % interval", title=f"{len(result.prompts)} prompts x {num_seeds} seeds")
-    for name, (mean, half) in result.summary().items():
-        table.add_row(name, f"{mean:.4f}", f"{mean - half:.4f} to {mean + half:.4f}")
+    for name, (mean, half) in summary.items():
+        table.add_row(Text(name), f"{mean:.4f}", f"{mean - half:.4f} to {mean + half:.4f}")
     console.print(table)
     if output is not None:
-        summary = {name: {"mean": mean, "interval": half} for name, (mean, half) in result.summary().items()}
-        output.write_text(json.dumps({"prompts": result.prompts, "summary": summary}, indent=1), encoding="utf-8")
+        numbers = {name: {"mean": _number(mean), "interval": _number(half)} for name, (mean, half) in summary.items()}
+        output.write_text(json.dumps({"prompts": result.prompts, "summary": numbers}, indent=1), encoding="utf-8")
         save_grid(result.images, output.with_suffix(".png"))
 
 
@@ -138,57 +180,65 @@ def export(
     """
     from flowsteer.rl.export import merge
 
-    config = run / "config.json"
-    if not config.exists():
-        raise ValueError(f"{run} is not the folder of a run: it has no config.json")
-    model = json.loads(config.read_text(encoding="utf-8"))["model"]["path"]
-    console.print(f"pipeline: {merge(model, run / 'export', folder)}")
+    console.print(Text(f"pipeline: {merge(read_run(run).model.path, run / 'export', folder)}"), soft_wrap=True)
 
 
 @app.command()
 def sample(
     prompts: Annotated[list[str], typer.Argument(help="One or more prompts, each in quotes.")],
-    model: ModelOption = "embedded",
+    run: RunOption = None,
+    model: ModelOption = None,
     lora: LoRAOption = None,
+    height: HeightOption = None,
+    width: WidthOption = None,
+    call: CallOption = None,
+    dtype: DTypeOption = None,
+    device: DeviceOption = "auto",
     output: Annotated[Path, typer.Option("--output", "-o", help="PNG file to write.")] = Path("samples.png"),
     num_seeds: SeedsOption = 4,
-    num_inference_steps: StepsOption = 10,
-    guidance_scale: GuidanceOption = 1.0,
+    num_inference_steps: StepsOption = None,
+    guidance_scale: GuidanceOption = None,
 ) -> None:
-    """Draw pictures, a line of seeds per prompt.
+    """Draw pictures, a line of seeds per prompt; of a video the first frame.
 
-    **Example**: `flowsteer sample "a red circle left of a blue square" -o picture.png`
+    **Example**: `flowsteer sample "a red circle left of a blue square" --run runs/first -o picture.png`
     """
     import torch
 
-    from flowsteer.rl.evaluate import image_grid
+    from flowsteer.rl.build import DTYPES
+    from flowsteer.rl.evaluate import save_grid
     from flowsteer.rollout.sample import sample as draw
 
-    _refuse_existing(output)
-    pipeline = _load(model, lora)
-    conditioning = pipeline.prepare(
-        list(dict.fromkeys(prompts)), num_inference_steps=num_inference_steps, guidance_scale=guidance_scale
-    )
-    rows = [list(dict.fromkeys(prompts)).index(prompt) for prompt in prompts for _ in range(num_seeds)]
-    conditioning = conditioning.take(rows)
-    latents, _ = draw(
-        pipeline,
-        conditioning,
-        seeds=torch.arange(num_seeds).repeat(len(prompts)),
-        noise_levels=[0.0] * num_inference_steps,
-    )
-    images = pipeline.decode(latents, conditioning).float()
-    image_grid([images], scale=max(1, 128 // images.shape[-1]), columns=num_seeds).save(output)
-    console.print(f"{len(rows)} pictures: {output}")
+    refuse_existing(output)
+    if output.suffix.lower() != ".png":
+        raise ValueError(f"{output} must end in .png")
+    chosen = choose(run=run, model=model, lora=lora, height=height, width=width, call=call, dtype=dtype, device=device)
+    pipeline = chosen.load()
+    steps = num_inference_steps or chosen.evaluation.num_inference_steps
+    guidance = chosen.evaluation.guidance_scale if guidance_scale is None else guidance_scale
+    pictures = []
+    with torch.no_grad():
+        for prompt in prompts:
+            conditioning = pipeline.prepare([prompt], num_inference_steps=steps, guidance_scale=guidance)
+            conditioning = conditioning.take([0] * num_seeds)
+            latents, _ = draw(
+                pipeline,
+                conditioning,
+                seeds=torch.arange(num_seeds),
+                noise_levels=[0.0] * steps,
+                dtype=DTYPES[chosen.dtype],
+                device=chosen.device,
+            )
+            pictures.append(pipeline.decode(latents, conditioning).float().cpu())
+    save_grid(torch.cat(pictures), output, columns=num_seeds)
+    console.print(Text(f"{len(prompts) * num_seeds} pictures: {output}"), soft_wrap=True)
 
 
 @app.command()
 def score(
     images: Annotated[list[Path], typer.Argument(help="Image files.")],
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="What they should show.")],
-    reward: Annotated[
-        list[str] | None, typer.Option("--reward", "-r", help="Name of a reward; may be repeated.")
-    ] = None,
+    reward: RewardOption = None,
 ) -> None:
     """Score image files with rewards.
 
@@ -198,7 +248,7 @@ def score(
     import torch
     from PIL import Image, UnidentifiedImageError
 
-    rewards = _reward_set(reward or ["composition"])
+    rewards = named_rewards(reward)
     table = Table("image", "reward", "score")
     for path in images:
         try:
@@ -210,7 +260,7 @@ def score(
         for name, value in scores.parts.items():
             number = float(value[0])
             reason = scores.failures.get(0, "missing")
-            table.add_row(path.name, name, f"{number:.4f}" if number == number else reason)
+            table.add_row(*map(Text, (path.name, name, f"{number:.4f}" if number == number else reason)))
     console.print(table)
 
 
@@ -218,21 +268,27 @@ def score(
 def check_model(
     path: Annotated[str, typer.Argument(help="Folder or hub id in diffusers' layout, or `embedded`.")],
     targets: Annotated[str, typer.Option(help="LoRA targets, separated by commas.")] = "to_q,to_k,to_v,to_out.0",
-    guidance_scale: GuidanceOption = 1.0,
+    guidance_scale: Annotated[float, typer.Option("--guidance-scale", help="1 is without guidance.")] = 1.0,
+    height: HeightOption = None,
+    width: WidthOption = None,
+    call: CallOption = None,
+    dtype: DTypeOption = None,
+    device: DeviceOption = "auto",
 ) -> None:
     """Say on one screen whether a pipeline can be trained: lifted, axes, purity, parity, LoRA targets, gradients.
 
     Ends with exit code 1 when it cannot.
+
+    **Example**: `flowsteer check-model stabilityai/stable-diffusion-3.5-medium --height 256 --width 256`
     """
-    from flowsteer.rl.policy import trainable_findings
-    from flowsteer.rollout.pipeline import FlowPipeline
+    from flowsteer.rl.checkmodel import trainable_findings
     from flowsteer.rollout.selfcheck import check
 
-    pipeline = FlowPipeline.load(path)
+    pipeline = choose(model=path, height=height, width=width, call=call, dtype=dtype, device=device).load()
     report = check(pipeline, guidance_scale=guidance_scale)
     if report.ok:
-        report = report.with_findings(trainable_findings(pipeline, targets.split(","), guidance_scale=guidance_scale))
-    console.print(report.text(), markup=False, highlight=False)
+        report = report.with_findings(trainable_findings(pipeline, targets.split(","), guidance_scale))
+    console.print(report.text(), markup=False, highlight=False, soft_wrap=True)
     if not report.ok:
         raise typer.Exit(1)
 
@@ -256,60 +312,62 @@ def show_loop(
     cls = getattr(diffusers, path, None) if known else type(load_diffusers(path))
     if cls is None:
         raise ValueError(f"diffusers has no pipeline class {path!r}")
-    console.print(source_of(cls), markup=False, highlight=False)
+    console.print(source_of(cls), markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()
 def report(run: Annotated[Path, typer.Argument(help="Folder of a run, finished or not.")]) -> None:
-    """Write (again) the one-file report of a run: curves, pictures before and after, configuration, environment."""
+    """Write (again) the one-file report of a run: curves, pictures before and after, configuration, environment.
+
+    **Example**: `flowsteer report runs/first`
+    """
     from flowsteer.rl.report import write_report
 
-    console.print(f"report: {write_report(run)}")
+    console.print(Text(f"report: {write_report(run)}"), soft_wrap=True)
 
 
 @rewards_app.command("list")
 def rewards_list() -> None:
-    """List the installed rewards: their names, where they come from, what they score."""
+    """List the installed rewards: their names, what they score, the package that brings them.
+
+    A function or class of your own is a reward too, as `package.module:attribute`.
+
+    **Example**: `flowsteer rewards list`
+    """
     from flowsteer.rewards.registry import list_rewards
 
     table = Table("name", "what it scores", "package")
     for entry in list_rewards():
-        table.add_row(entry.name, entry.summary, entry.distribution)
+        table.add_row(*map(Text, (entry.name, entry.doc, entry.distribution)))
     console.print(table)
 
 
-def _load(model: str, lora: Path | None):
-    from flowsteer.rollout.pipeline import FlowPipeline, load_diffusers
-
-    if lora is None:
-        return FlowPipeline.load(model)
-    if not (lora / "pytorch_lora_weights.safetensors").exists():
-        raise ValueError(f"{lora} holds no pytorch_lora_weights.safetensors")
-    pipe = load_diffusers(model)
-    pipe.load_lora_weights(str(lora))
-    return FlowPipeline(pipe)
+def _number(value: float) -> float | None:
+    """JSON has no NaN."""
+    return value if value == value else None
 
 
-def _reward_set(names: list[str]):
-    from flowsteer.rewards.combine import RewardSet
-    from flowsteer.rewards.registry import load_reward
+def _is_for_the_user(error: Exception) -> bool:
+    """Was the message written for a user: by our own code, or by the system about a file?
 
-    return RewardSet([(name, load_reward(name), 1.0) for name in names])
-
-
-def _refuse_existing(path: Path | None) -> None:
-    if path is not None and path.exists():
-        raise ValueError(f"{path} exists already; choose another file")
+    Any other error keeps its traceback: it is a fault of ours or of a plug-in, and somebody has to find it.
+    """
+    if isinstance(error, OSError):
+        return error.filename is not None
+    frames = list(traceback.walk_tb(error.__traceback__))
+    return isinstance(error, ValueError) and frames[-1][0].f_globals["__name__"].startswith("flowsteer.")
 
 
 def main() -> None:
     """Run the command; a user's mistake is one message, without a traceback unless FLOWSTEER_TRACEBACK=1."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         app()
-    except ValueError as error:
-        if os.environ.get("FLOWSTEER_TRACEBACK"):
+    except Exception as error:
+        if os.environ.get("FLOWSTEER_TRACEBACK") or not _is_for_the_user(error):
             raise
-        Console(stderr=True).print(f"[bold red]error:[/bold red] {error}", markup=True, highlight=False)
+        message = Text.assemble(("error:", "bold red"), f" {error}")
+        Console(stderr=True).print(message, soft_wrap=True, highlight=False)
         sys.exit(2)
 
 

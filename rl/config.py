@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import difflib
 import json
+import logging
+import re
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,11 +21,13 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFlo
 from flowsteer.rl.algorithms import AlgorithmConfig
 from flowsteer.rollout.prompts import check_divisible
 
+logger = logging.getLogger(__name__)
+
 
 class Section(BaseModel):
     """A part of the configuration: frozen, and strict about its keys."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class LoRAConfig(Section):
@@ -199,42 +204,82 @@ class Config(Section):
     evaluation: EvaluationConfig | None = EvaluationConfig()
 
     def check(self, num_processes: int) -> None:
-        """Refuse what no run can be made of. Raises ValueError that says what would work."""
-        check_divisible(
-            prompts_per_step=self.rollout.prompts_per_step,
-            group_size=self.rollout.group_size,
-            batch_size=self.rollout.batch_size,
-            num_processes=num_processes,
-            updates_per_rollout=self.algorithm.updates_per_rollout,
-        )
+        """Refuse what no run can be made of. Raises ValueError that says what would work, with every fault."""
+        faults = []
+        try:
+            check_divisible(
+                prompts_per_step=self.rollout.prompts_per_step,
+                group_size=self.rollout.group_size,
+                batch_size=self.rollout.batch_size,
+                num_processes=num_processes,
+                updates_per_rollout=self.algorithm.updates_per_rollout,
+            )
+        except ValueError as error:
+            faults.append(str(error))
         stochastic = self.rollout.plan.name != "none"
         if self.algorithm.needs_trajectory and not stochastic:
-            raise ValueError(
+            faults.append(
                 f"algorithm.name={self.algorithm.name} learns from stochastic transitions, but rollout.plan.name=none draws "
-                "none; set rollout.plan to all, window or steps"
+                "none; set rollout.plan.name to all, window or steps"
             )
         if not self.algorithm.needs_trajectory and stochastic:
-            raise ValueError(
+            faults.append(
                 f"algorithm.name={self.algorithm.name} noises the final latents again and ignores stochastic transitions; "
-                "set rollout.plan.name=none"
+                "set 'rollout.plan={name: none}'"
             )
         if self.model.lora is None and self.model.dtype != "float32" and self.engine.zero_stage is None:
-            raise ValueError(
+            faults.append(
                 f"training all weights in {self.model.dtype} needs float32 master copies, which DeepSpeed keeps; "
                 "set engine.zero_stage, or model.dtype=float32, or train a LoRA"
             )
+        if faults:
+            raise ValueError("\n".join(faults))
+        if not stochastic and self.rollout.kernel != KernelConfig():
+            logger.warning("rollout.kernel has no effect: with rollout.plan.name=none no step is stochastic")
 
 
-def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+class _Loader(yaml.SafeLoader):
+    """YAML in which 1e-4 is a number (as in YAML 1.2) and a key that stands twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value != "<<" and keys.count(key.value) > 1:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key.value!r} stands here more than once", key.start_mark
+                )
+        return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes what `_Loader` reads: the text "1e-4" in quotes."""
+
+
+for _class in (_Loader, _Dumper):
+    _class.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+    )
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file (or the name of one that is shipped) and apply ``key.sub=value`` overrides in order.
 
     Raises ValueError for a file that is missing or not a mapping, an override without ``=``, and every key or value that
     the configuration does not allow, all of them in one message, each with its nearest allowed key.
     """
-    data = _read(path)
+    return parse_config(parse_overrides(overrides, _read(path)), source=str(path))
+
+
+def parse_overrides(overrides: Sequence[str], onto: dict[str, Any] | None = None) -> dict[str, Any]:
+    """``["a.b=1", "c=x"]`` to ``{"a": {"b": 1}, "c": "x"}``, on top of a mapping, which is changed.
+
+    A value is read as YAML, so ``rollout.plan={name: none}`` replaces a whole section. Raises ValueError for an override
+    without ``=``, a value that is not YAML, and a path through something that is not a section.
+    """
+    data = onto if onto is not None else {}
     for override in overrides:
         _apply(data, override)
-    return parse_config(data, source=str(path))
+    return data
 
 
 def parse_config(data: dict[str, Any], source: str = "the configuration") -> Config:
@@ -248,7 +293,8 @@ def parse_config(data: dict[str, Any], source: str = "the configuration") -> Con
 
 def save_config(config: Config, path: str | Path) -> None:
     """Write the resolved configuration, every default spelled out, as YAML that `load_config` reads back."""
-    Path(path).write_text(yaml.safe_dump(json.loads(config.model_dump_json()), sort_keys=False), encoding="utf-8")
+    text = yaml.dump(json.loads(config.model_dump_json()), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    Path(path).write_text(text, encoding="utf-8")
 
 
 def shipped_configs() -> list[str]:
@@ -262,16 +308,20 @@ def _read(path: str | Path) -> dict[str, Any]:
     name = str(path)
     file = Path(name)
     shipped = name if name.endswith(".yaml") else f"{name}.yaml"
-    if not file.is_file() and shipped in shipped_configs():
-        text = resources.files("flowsteer.configs").joinpath(shipped).read_text(encoding="utf-8")
-    elif file.is_file():
-        text = file.read_text(encoding="utf-8")
+    if file.is_file():
+        source = file.read_bytes()
+    elif shipped in shipped_configs():
+        source = resources.files("flowsteer.configs").joinpath(shipped).read_bytes()
     else:
         raise ValueError(
             f"there is no configuration {name!r}; give a YAML file, or one of {', '.join(shipped_configs())}"
         )
     try:
-        data = yaml.safe_load(text)
+        data = yaml.load(source.decode("utf-8"), Loader=_Loader)
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{name} is not UTF-8 ({error.reason} at byte {error.start}); save the file in UTF-8"
+        ) from None
     except yaml.YAMLError as error:
         raise ValueError(f"{name} is not YAML: {error}") from None
     if not isinstance(data, dict):
@@ -282,66 +332,74 @@ def _read(path: str | Path) -> dict[str, Any]:
 def _apply(data: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key:
-        raise ValueError(
-            f"the override {override!r} is not of the form key.sub=value, such as rollout.num_inference_steps=8"
-        )
+        raise ValueError(f"{override!r} is not of the form key=value, such as rollout.num_inference_steps=8")
+    try:
+        value = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"the value of {override!r} is not YAML: {error}") from None
     *parents, last = key.split(".")
     for parent in parents:
         data = data.setdefault(parent, {})
         if not isinstance(data, dict):
             raise ValueError(f"the override {override!r} goes through {parent!r}, which is not a section")
-    data[last] = _value(text)
-
-
-def _value(text: str) -> Any:
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{text!r} is not a YAML value: {error}") from None
-    if isinstance(value, str):  # YAML 1.1 reads 1e-4 as text
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
+    data[last] = value
 
 
 def _explain(fault: Any) -> str:
     location = [str(part) for part in fault["loc"]]
-    key = ".".join(location)
+    key, tag, allowed = _place(location)
     if fault["type"] == "extra_forbidden":
-        allowed = sorted(_allowed_keys(location[:-1]))
         near = difflib.get_close_matches(location[-1], allowed, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else f"allowed here: {', '.join(allowed)}"
-        return f"{key}: unknown key; {hint}"
-    if fault["type"] == "union_tag_invalid":
-        expected = fault["ctx"]["expected_tags"]
-        return f"{key}: unknown {fault['ctx']['discriminator'].strip(chr(39))} {fault['ctx']['tag']!r}; allowed: {expected}"
+        return f"{key}: unknown key{f' for name={tag}' if tag else ''}; {hint}"
+    if fault["type"] in ("union_tag_invalid", "union_tag_not_found"):
+        names = ", ".join(_tags(location))
+        given = fault["ctx"].get("tag")
+        return f"{key}.name: {f'unknown name {given!r}' if given else 'this key is required'}; allowed: {names}"
     if fault["type"] == "missing":
         return f"{key}: this key is required"
     return f"{key}: {fault['msg']}, got {fault['input']!r}"
 
 
-def _allowed_keys(location: list[str]) -> set[str]:
-    """The keys of the section at ``location``, found by walking the JSON schema (it knows unions by their tag)."""
+def _place(location: list[str]) -> tuple[str, str | None, list[str]]:
+    """The key as a user writes it, the ``name`` of the variant that its section is, and the section's keys.
+
+    Found by walking the JSON schema: pydantic's location also holds the names of variants.
+    """
+    schema = Config.model_json_schema()
+    nodes, key, tag = [schema], [], None
+    for place, part in enumerate(location):
+        variants = _variants(nodes, schema)
+        chosen = [node for node in variants if node.get("properties", {}).get("name", {}).get("const") == part]
+        if chosen and place and place < len(location) - 1:
+            nodes, tag = chosen, part
+            continue
+        key.append(part)
+        if place < len(location) - 1:
+            tag = None
+            nodes = [
+                node.get("properties", {}).get(part, node.get("additionalProperties"))
+                for node in variants
+                if part in node.get("properties", {}) or isinstance(node.get("additionalProperties"), dict)
+            ]
+    return (
+        ".".join(key),
+        tag,
+        sorted({name for node in _variants(nodes, schema) for name in node.get("properties", {})}),
+    )
+
+
+def _tags(location: list[str]) -> list[str]:
+    """The names of the variants that a section can be."""
     schema = Config.model_json_schema()
     nodes = [schema]
     for part in location:
-        following = []
-        for node in _variants(nodes, schema):
-            if part in node.get("properties", {}):
-                following.append(node["properties"][part])
-            elif isinstance(node.get("additionalProperties"), dict):
-                following.append(node["additionalProperties"])
-            elif (
-                node.get("properties", {}).get("name", {}).get("const") == part
-            ):  # a union's tag is part of the location
-                following.append(node)
-        nodes = following
-    return {key for node in _variants(nodes, schema) for key in node.get("properties", {})}
+        nodes = [node["properties"][part] for node in _variants(nodes, schema) if part in node.get("properties", {})]
+    return [node["properties"]["name"]["const"] for node in _variants(nodes, schema)]
 
 
 def _variants(nodes: list[dict[str, Any]], schema: dict[str, Any]) -> list[dict[str, Any]]:
+    """What the nodes can be, with references followed."""
     found = []
     for node in nodes:
         if "$ref" in node:

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from flowsteer.rewards.combine import RewardSet
+from flowsteer.rl.metrics import all_names
 from flowsteer.rollout.pipeline import Pipeline
 from flowsteer.rollout.prompts import Prompts
 from flowsteer.rollout.sample import sample
@@ -74,7 +75,7 @@ def evaluate(
     mine = jobs[process_index::num_processes]
     padded = mine + [jobs[0]] * (math.ceil(len(jobs) / num_processes) - len(mine))  # equal work, equal collectives
 
-    columns: dict[str, list[Tensor]] = {}
+    scored: list[dict[str, Tensor]] = []  # for each batch, name -> [B]
     pictures: list[Tensor] = []
     for start in range(0, len(padded), batch_size):
         batch = padded[start : start + batch_size]
@@ -90,14 +91,16 @@ def evaluate(
         images = pipeline.decode(latents, conditioning).float().cpu()
         extra = {name: [values[chosen[p]] for p, _ in batch] for name, values in prompts.columns.items()}
         scores = rewards.score(images, texts, extra)
-        for name, values in {"total": scores.total, **scores.parts}.items():
-            columns.setdefault(name, []).append(values)
+        scored.append({"total": scores.total, **scores.parts})
         pictures.append(images)
         progress(start + len(batch))
 
-    order = gather(torch.tensor([jobs.index(job) for job in padded]))
-    names = sorted(columns)
-    table = gather(torch.stack([torch.cat(columns[name]) for name in names], dim=1))  # [jobs, parts]
+    order = gather(torch.tensor([num_seeds * p + s for p, s in padded]))
+    names = all_names({name for batch in scored for name in batch}, gather)
+    columns = [
+        torch.cat([batch.get(name, torch.full_like(batch["total"], math.nan)) for batch in scored]) for name in names
+    ]
+    table = gather(torch.stack(columns, dim=1))  # [jobs, parts]
     whole = torch.full((len(jobs), len(names)), float("nan"))
     whole[order] = table
     images = gather(torch.cat(pictures))
@@ -129,7 +132,7 @@ def image_grid(rows: Sequence[Tensor], *, scale: int = 1, columns: int = 12) -> 
     return grid.resize((grid.width * scale, grid.height * scale), Image.Resampling.NEAREST)
 
 
-def save_grid(images: Tensor, path: Path) -> None:
-    """Write a sheet of pictures as PNG, small ones enlarged."""
+def save_grid(images: Tensor, path: Path, *, columns: int = 12) -> None:
+    """Write a sheet of pictures as PNG, small ones enlarged; of videos the first frames."""
     first_frames = images[:, 0] if images.dim() == 5 else images
-    image_grid([first_frames], scale=max(1, 128 // first_frames.shape[-1])).save(path)
+    image_grid([first_frames], scale=max(1, 128 // first_frames.shape[-1]), columns=columns).save(path)

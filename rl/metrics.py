@@ -10,13 +10,14 @@ import importlib.util
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
 from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
+from torch import Tensor
 
 from flowsteer.rl.engine import Engine, UpdateInfo
 from flowsteer.rl.types import Metrics
@@ -136,3 +137,16 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             break
     return lines
+
+
+def all_names(names: Iterable[str], gather: Callable[[Tensor], Tensor]) -> list[str]:
+    """The names that any process has, sorted: every process calls it and gets the same.
+
+    A reward that fails on a whole batch gives none of its parts there, so processes may know different ones.
+    """
+    text = "\n".join(sorted(set(names))).encode()
+    width = int(gather(torch.tensor([len(text)])).max())
+    row = torch.zeros((1, width), dtype=torch.uint8)
+    row[0, : len(text)] = torch.tensor(list(text), dtype=torch.uint8)
+    rows = [bytes(row.tolist()).rstrip(b"\0").decode() for row in gather(row)]
+    return sorted({name for row in rows for name in row.split("\n") if name})

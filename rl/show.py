@@ -1,47 +1,51 @@
-"""What a person sees in the terminal while a run goes on."""
+"""What a person sees in the terminal, or finds in a log file, while a run goes on."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 _SHOWN = ("reward_mean", "gradient_agreement", "kl", "clip_fraction", "grad_norm")
 
 
 class Screen:
-    """A progress bar with the numbers that matter, and tables of evaluations.
+    """A progress bar above the numbers that matter, and a line for each evaluation. In a file, a line for each step.
 
     Args:
         quiet: print nothing (processes besides the main one, tests).
         start: the training step that the run goes on with.
         num_steps: where it ends.
+        console: where to print; the terminal, or what the output is redirected to.
     """
 
-    def __init__(self, *, quiet: bool, start: int, num_steps: int) -> None:
-        self._console = Console(quiet=quiet)
+    def __init__(self, *, quiet: bool, start: int, num_steps: int, console: Console | None = None) -> None:
+        self._console = console or Console(quiet=quiet)
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[numbers]}"),
             console=self._console,
-            disable=quiet,
         )
-        self._task = self._progress.add_task("training", total=num_steps, completed=start, numbers="")
+        self._task = self._progress.add_task("training", total=num_steps, completed=start)
+        shown = self._console.is_terminal and not quiet
+        self._live = Live(console=self._console, refresh_per_second=4) if shown else None
+        self._numbers = ""
         self._first = start
-        self._started = False
+        self._num_steps = num_steps
 
     def opening(self, facts: dict[str, str], *, missing_trackers: list[str]) -> None:
         """Say what the run is going to do, in quantities that were derived."""
         table = Table.grid(padding=(0, 2))
         for name, fact in facts.items():
-            table.add_row(f"[bold]{name}", fact)
+            table.add_row(Text(name, style="bold"), Text(fact))
         self._console.print(table)
         if self._first:
             self._console.print(f"continuing after step {self._first}")
@@ -50,37 +54,44 @@ class Screen:
 
     def step(self, step: int, values: dict[str, float]) -> None:
         """A training step is over."""
-        if not self._started:
-            self._progress.start()
-            self._started = True
         numbers = "  ".join(f"{name} {values[name]:.4g}" for name in _SHOWN if name in values)
         missing = values.get("reward_missing", 0)
         if missing:
             numbers += f"  missing scores {missing:.0f}"
-        self._progress.update(self._task, completed=step + 1, numbers=numbers)
+        if self._live is None:
+            self._line(f"step {step + 1}/{self._num_steps}  {numbers}")
+            return
+        self._progress.update(self._task, completed=step + 1)
+        self._numbers = numbers
+        self._below(numbers)
 
     @contextmanager
     def evaluating(self, step: int) -> Iterator[Callable[[int], None]]:
-        """Show that an evaluation is under way."""
-        status = self._console.status(f"evaluating at step {step}") if not self._started else None
-        if status:
-            status.start()
-        try:
-            yield lambda done: status.update(f"evaluating at step {step}: {done} images") if status else None
-        finally:
-            if status:
-                status.stop()
+        """Show that an evaluation is under way; call what it gives with the number of images that are done."""
+        self._below(f"evaluating at step {step}")
+        yield lambda done: self._below(f"evaluating at step {step}: {done} images")
+        self._below(self._numbers)
 
     def evaluation(self, step: int, summary: dict[str, tuple[float, float]]) -> None:
         """Print an evaluation's means with their 95 % intervals."""
         numbers = "  ".join(f"{name} {mean:.3f} ± {half:.3f}" for name, (mean, half) in summary.items())
-        self._console.print(f"[bold]evaluation at step {step}[/bold]  {numbers}")
+        self._line(f"evaluation at step {step}  {numbers}")
 
     def print(self, text: str) -> None:
-        """A line of its own."""
-        self._console.print(text)
+        """Something of its own."""
+        self._line(text)
 
     def close(self) -> None:
         """Stop the bar."""
-        if self._started:
-            self._progress.stop()
+        if self._live is not None and self._live.is_started:
+            self._live.stop()
+
+    def _line(self, text: str) -> None:
+        """As it is: names may hold square brackets, and a line in a file is not to be broken."""
+        self._console.print(Text(text), soft_wrap=True)
+
+    def _below(self, text: str) -> None:
+        """The text below the bar."""
+        if self._live is not None:
+            self._live.update(Group(self._progress, Text(text, style="dim")))
+            self._live.start()
