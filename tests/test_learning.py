@@ -1,0 +1,27 @@
+"""The embedded pipeline learns composition: three training seeds, the interval over seeds above zero. Minutes each."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "config",
+    [
+        "embedded_nft_composition",
+        "embedded_flow_grpo_cps_composition",
+        "embedded_flow_grpo_sde_composition",
+    ],
+)
+def test_learns_composition(config: str, tmp_path: Path) -> None:
+    command = [sys.executable, "scripts/learn.py", config, "--seeds", "3", "--parallel", "2", "--root", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    print(done.stdout)
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
