@@ -107,15 +107,19 @@ def test_parity_of_two_prompts(name):
     torch.testing.assert_close(images, expected, **ROWS)
 
 
-def test_parity_in_bfloat16():
-    pipe = zoo.build("sd3", torch.bfloat16)
-    pipeline = zoo.lifted("sd3", pipe)
+@pytest.mark.parametrize("name", ["sd3", "wan"])
+def test_parity_in_bfloat16(name):
+    pipe = zoo.build(name, torch.bfloat16)
+    pipeline = zoo.lifted(name, pipe)
     conditioning = prepare(pipeline, [PROMPT], 4.0)
-    assert conditioning.latent_dtype == torch.bfloat16
+    assert conditioning.latent_dtype == (torch.float32 if name == "wan" else torch.bfloat16)
     latents = noise(conditioning)
     images, velocities = draw(pipeline, latents, conditioning)
     assert velocities[0].dtype == torch.bfloat16
-    assert torch.equal(images, plainly("sd3", pipe, [PROMPT], latents, 4.0))
+    assert torch.equal(images, plainly(name, pipe, [PROMPT], latents, 4.0))
+    # latents that are kept in another precision are taken in the pipeline's
+    assert torch.equal(pipeline.velocity(latents.float(), 0, conditioning), velocities[0])
+    assert torch.equal(pipeline.decode(latents.float(), conditioning), pipeline.decode(latents, conditioning))
 
 
 def test_call_arguments_are_those_of_the_same_picture():
