@@ -31,6 +31,7 @@ from flowsteer.rollout.protocol import Pipeline
 from flowsteer.rollout.schedules import read_schedule, steppable
 
 EMBEDDED = "embedded"
+EMBEDDED_LENGTH = 12  # tokens of a prompt
 ADAPTER_ADVICE = "write an adapter for it (flowsteer.rollout.protocol.Pipeline)"
 _NEUTRAL_PROMPT = "a photo"
 
@@ -119,7 +120,13 @@ class FlowPipeline:
     def load(
         cls, path: str, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", **arguments: Any
     ) -> FlowPipeline:
-        """From a folder, a hub id, or "embedded"; further arguments are the constructor's. See ``load_diffusers``."""
+        """From a folder, a hub id, or "embedded"; further arguments are the constructor's. See ``load_diffusers``.
+
+        The embedded pipeline has no T5; what stands for its tokens is as short as its prompts unless ``call_kwargs`` says
+        otherwise: diffusers' 256 zeros would make each pass six times slower.
+        """
+        if path == EMBEDDED:
+            arguments["call_kwargs"] = {"max_sequence_length": EMBEDDED_LENGTH, **(arguments.get("call_kwargs") or {})}
         return cls(load_diffusers(path, dtype=dtype, device=device), **arguments)
 
     @property
