@@ -382,11 +382,9 @@ def _place(location: list[str]) -> tuple[str, str | None, list[str]]:
                 for node in variants
                 if part in node.get("properties", {}) or isinstance(node.get("additionalProperties"), dict)
             ]
-    return (
-        ".".join(key),
-        tag,
-        sorted({name for node in _variants(nodes, schema) for name in node.get("properties", {})}),
-    )
+    properties = [item for node in _variants(nodes, schema) for item in node.get("properties", {}).items()]
+    settable = {name for name, about in properties if name == "name" or "const" not in about}
+    return ".".join(key), tag, sorted(settable)
 
 
 def _tags(location: list[str]) -> list[str]:

@@ -1,0 +1,185 @@
+"""The house keeps its order: who imports whom, what is packaged, what an import costs, and the page stays a page."""
+
+from __future__ import annotations
+
+import ast
+import graphlib
+import importlib.metadata
+import inspect
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from flowsteer.rl.build import build_algorithm, build_plan
+from flowsteer.rl.config import Config, load_config, shipped_configs
+from flowsteer.rl.train import train
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # comes with pytest
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = ("rl", "rewards", "rollout", "configs")
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+HEAVY = (
+    "deepspeed", "rapidocr", "onnxruntime", "cv2", "hpsv2", "ImageReward", "tensorboard", "wandb", "matplotlib", "trl",
+)  # fmt: skip
+
+
+def files() -> list[Path]:
+    return [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))]
+
+
+def name_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(("flowsteer", *(parts[:-1] if parts[-1] == "__init__" else parts)))
+
+
+def imports(path: Path) -> set[str]:
+    """Modules of ours that a file imports anywhere in it, also inside functions."""
+    modules = {name_of(file) for file in files()}
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}, line {node.lineno}: imports are absolute"
+            whole = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= (whole & modules) or {node.module or ""}
+    return {name for name in found if name.split(".")[0] == "flowsteer"}
+
+
+GRAPH = {name_of(path): imports(path) - {name_of(path)} for path in files()}
+
+
+def test_the_graph_is_read_right():
+    assert "flowsteer.rollout.sample" in GRAPH["flowsteer.rollout.worker"]
+    assert "flowsteer.rl.build" in GRAPH["flowsteer.rl.cli"], "imports inside functions count"
+    assert "flowsteer.rollout.kernels" in GRAPH["flowsteer.rl.algorithms.flow_grpo"], "from a import module"
+
+
+@pytest.mark.parametrize("folder", ["rewards", "rollout"])
+def test_rewards_and_rollout_know_only_themselves(folder):
+    for module, imported in GRAPH.items():
+        if module.startswith(f"flowsteer.{folder}"):
+            assert all(name.startswith(f"flowsteer.{folder}") for name in imported), (module, imported)
+
+
+def test_order_inside_rollout():
+    """Types <- kernels, solvers, plan, pipeline <- sample <- worker."""
+    floors = {"types": 0, "sample": 2, "worker": 3}  # all others: 1; what checks a pipeline stands above it
+    for module, imported in GRAPH.items():
+        if module.startswith("flowsteer.rollout."):
+            floor = floors.get(module.rsplit(".", 1)[1], 1)
+            above = {name for name in imported if floors.get(name.rsplit(".", 1)[1], 1) > floor}
+            assert not above, f"{module} imports {above} from a floor above"
+
+
+def test_order_inside_rl():
+    below = [name for name in GRAPH if name.startswith("flowsteer.rl.algorithms.")]
+    assert len(below) >= 2
+    for module in below:
+        allowed = {"flowsteer.rl.types", "flowsteer.rl.advantage"}
+        own = {name for name in GRAPH[module] if name.startswith("flowsteer.rl.")}
+        assert own <= allowed, f"{module} imports {own - allowed}: algorithms stand by themselves, without the engine"
+    below += [f"flowsteer.rl.{name}" for name in ("advantage", "policy", "engine", "compare", "scoring", "types")]
+    top = {f"flowsteer.rl.{name}" for name in ("train", "build", "cli", "options")}
+    for module in below:
+        assert not GRAPH[module] & top, f"{module} imports {GRAPH[module] & top}"
+    users = {module for module, imported in GRAPH.items() if "flowsteer.rl.train" in imported}
+    assert users == {"flowsteer.rl.cli"}
+
+
+def test_no_circles():
+    list(graphlib.TopologicalSorter(GRAPH).static_order())  # raises CycleError with the circle
+
+
+def test_packages_are_the_folders_with_python_files():
+    folders = {".".join(("flowsteer", *path.parent.relative_to(ROOT).parts)) for path in files()}
+    assert set(PYPROJECT["tool"]["setuptools"]["packages"]) == folders
+
+
+def test_every_folder_is_typed_and_its_data_are_packaged():
+    for folder in FOLDERS:
+        assert (ROOT / folder / "py.typed").is_file()
+    patterns = PYPROJECT["tool"]["setuptools"]["package-data"]["*"]
+    suffixes = {path.suffix for folder in ("rl", "configs") for path in (ROOT / folder).iterdir() if path.is_file()}
+    assert suffixes - {".py", ".typed", ".pyc"} <= {Path(pattern).suffix for pattern in patterns}
+
+
+@pytest.mark.parametrize("group", ["flowsteer.rewards", "console_scripts"])
+def test_entry_points_are_the_installed_ones(group):
+    project = PYPROJECT["project"]
+    written = project["scripts"] if group == "console_scripts" else project["entry-points"][group]
+    points = importlib.metadata.entry_points(group=group)
+    installed = {point.name: point.value for point in points if point.dist is None or point.dist.name == "flowsteer"}
+    assert installed == written, "pyproject.toml has changed: install the project again (pip install -e .)"
+
+
+def test_an_import_is_light():
+    """Neither a command's help nor a reward's own environment may have to wait for, or even have, the heavy packages."""
+    rest = [name for name in GRAPH if name.startswith("flowsteer.rollout.")]
+    rest += ["flowsteer.rewards.registry", "flowsteer.rewards.combine", "flowsteer.rl.train", "flowsteer.rl.options"]
+    code = (
+        "import importlib, sys\n"
+        "import flowsteer.rl.cli\n"
+        "print(sorted({'torch', 'diffusers', 'transformers'} & set(sys.modules)))\n"
+        f"for name in {rest}: importlib.import_module(name)\n"
+        f"print(sorted(set({HEAVY}) & set(sys.modules)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["[]", "[]"]
+
+
+def header_of(name: str) -> tuple[str, list[str]]:
+    """A configuration's opening comment, and the arguments of ``flowsteer train`` in its command."""
+    lines = (ROOT / "configs" / name).read_text(encoding="utf-8").splitlines()
+    end = next(place for place, line in enumerate(lines) if not line.startswith("#"))
+    header = "\n".join(lines[:end])
+    found = re.search(r"Command: (.+)", header)
+    assert found, f"{name}: the header gives no command"
+    return header, shlex.split(found[1])
+
+
+@pytest.mark.parametrize("name", shipped_configs())
+def test_every_configuration_is_runnable(name):
+    header, command = header_of(name)
+    assert re.search(r"Hardware: \S", header), "the header says what hardware it is for"
+    after = command[command.index("train") + 1 :]
+    assert after[0] == name.removesuffix(".yaml")
+    config = load_config(after[0], after[1:])
+    processes = int(command[command.index("--nproc_per_node") + 1]) if "--nproc_per_node" in command else 1
+    config.check(processes)
+    build_algorithm(config, build_plan(config.rollout.plan, config))
+    assert config.output == f"runs/{after[0]}"
+
+
+def test_the_name_says_model_algorithm_reward():
+    short = {"diffusion_nft": "nft", "flow_grpo": "flow_grpo"}
+    for name in shipped_configs():
+        config: Config = load_config(name)
+        assert f"_{short[config.algorithm.name]}_" in name
+        assert any(f"_{reward}" in name for reward in config.rewards)
+
+
+def test_no_paths_of_a_machine():
+    place = re.compile(r"(?<![\w.~])/(home|Users|root|mnt|work|workspace)/\w")
+    texts = {".py", ".yaml", ".toml", ".md", ".sh", ".txt", ".jinja"}
+    own = [path for folder in (*FOLDERS, "scripts", "docs", "tests") for path in (ROOT / folder).rglob("*")]
+    for path in [*own, *ROOT.iterdir()]:
+        if path.is_file() and path.suffix in texts:
+            found = place.search(path.read_text(encoding="utf-8"))
+            # tests may need one that nobody has, to see that it is hidden
+            assert not found or (path.parent.name == "tests" and str(ROOT) not in path.read_text()), (path, found)
+
+
+def test_the_page_is_a_page():
+    source = inspect.getsource(train)
+    assert len(source.splitlines()) <= 50
+    acts = re.findall(r"# (\d\. \w+)", source)
+    assert acts == ["1. sample", "2. score", "3. compare", "4. improve"]
