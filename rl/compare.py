@@ -9,6 +9,7 @@ from torch import Tensor
 
 from flowsteer.rewards.types import Scores
 from flowsteer.rl.advantage import Deviation, group_advantage, reward_statistics, usable
+from flowsteer.rl.metrics import all_names
 from flowsteer.rl.types import Comparison
 from flowsteer.rollout.types import Rollout
 
@@ -42,11 +43,9 @@ def compare(
     Raises:
         TooFewScores: names how many are missing and the most frequent reason on this process.
     """
-    parts = sorted(scores[0].parts)
-    local = torch.stack(
-        [torch.cat([s.total for s in scores]), *(torch.cat([s.parts[p] for s in scores]) for p in parts)], 1
-    )
-    table = gather(local)  # [N, 1 + parts]
+    parts = all_names({name for s in scores for name in s.parts}, gather)  # a batch that failed as a whole has none
+    columns = [torch.cat([s.parts.get(name, torch.full_like(s.total, torch.nan)) for s in scores]) for name in parts]
+    table = gather(torch.stack([torch.cat([s.total for s in scores]), *columns], dim=1))  # [N, 1 + parts]
     group = gather(torch.cat([rollout.group for rollout in rollouts]))  # [N]
     sample = gather(torch.cat([rollout.sample for rollout in rollouts]))  # [N]
     total = table[:, 0]
