@@ -6,6 +6,7 @@ What a command needs is imported when it runs: ``flowsteer --help`` shall not wa
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 import traceback
@@ -358,11 +359,17 @@ def _is_for_the_user(error: Exception) -> bool:
     return isinstance(error, ValueError) and frames[-1][0].f_globals["__name__"].startswith("flowsteer.")
 
 
+def _tells_something(record: logging.LogRecord) -> bool:
+    """Our LoRAs are for denoisers: that they hold nothing for the text encoders is no news."""
+    return not record.getMessage().startswith("No LoRA keys associated to")
+
+
 def main() -> None:
     """Run the command; a user's mistake is one message, without a traceback unless FLOWSTEER_TRACEBACK=1."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    logging.getLogger("diffusers.loaders.lora_base").addFilter(_tells_something)
     try:
-        app()
+        app(prog_name="flowsteer")
     except Exception as error:
         if os.environ.get("FLOWSTEER_TRACEBACK") or not _is_for_the_user(error):
             raise

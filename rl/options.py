@@ -86,12 +86,14 @@ class Chosen:
     def load(self) -> FlowPipeline:
         """The pipeline with the weights."""
         from flowsteer.rl.build import DTYPES
-        from flowsteer.rollout.pipeline import FlowPipeline, load_diffusers
+        from flowsteer.rollout.pipeline import FlowPipeline
 
-        pipe = load_diffusers(self.model, dtype=DTYPES[self.dtype], device=self.device)
+        pipeline = FlowPipeline.load(
+            self.model, dtype=DTYPES[self.dtype], device=self.device, call_kwargs=self.call, **self.size
+        )
         if self.weights is not None:
-            pipe.load_lora_weights(str(self.weights))
-        return FlowPipeline(pipe, call_kwargs=self.call, **self.size)
+            pipeline.pipe.load_lora_weights(str(self.weights))
+        return pipeline
 
     def rewards(self, names: list[str] | None) -> RewardSet:
         """The rewards by name; without names the run's own, with its weights."""
@@ -126,7 +128,7 @@ def choose(
     """
     import torch
 
-    from flowsteer.rl.config import load_config, parse_overrides
+    from flowsteer.rl.config import ModelConfig, parse_overrides
 
     if run is not None and (model is not None or lora is not None):
         raise ValueError("--run brings its own model and weights; leave out --model and --lora, or --run")
@@ -134,12 +136,7 @@ def choose(
     weights = lora if run is None else run / "export"
     if weights is not None:
         _check_weights(weights, config)
-    if config is not None:
-        section = config.model
-    else:
-        # the embedded pipeline is called as in the configurations that are shipped with it
-        shipped = load_config("embedded_nft_composition").model
-        section = shipped if model in (None, shipped.path) else shipped.model_copy(update={"path": model, "call": {}})
+    section = config.model if config is not None else ModelConfig(**({"path": model} if model else {}))
     size = {"height": height or section.height, "width": width or section.width}
     if device == "auto":
         device = str(torch.accelerator.current_accelerator() or "cpu") if torch.accelerator.is_available() else "cpu"

@@ -1,0 +1,397 @@
+"""The ``flowsteer`` command: every command teaches, does what it says on a tiny model, and refuses in one message."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import typer
+import yaml
+import zoo
+from inprocess import fresh_process
+from PIL import Image
+
+from flowsteer.rl.cli import app, main
+from flowsteer.rl.config import load_config
+from flowsteer.rl.metrics import read_metrics
+
+SIZE = ["--height", "16", "--width", "16", "--call", "max_sequence_length=32", "--device", "cpu"]
+
+
+class Done(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+def command(*arguments: object) -> Done:
+    """What a shell would see of ``flowsteer ...``; an error with a traceback is raised."""
+    out, err = io.StringIO(), io.StringIO()
+    before = sys.argv
+    sys.argv = ["flowsteer", *map(str, arguments)]
+    try:
+        with fresh_process(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            main()
+        code = 0
+    except SystemExit as end:
+        code = int(end.code or 0)
+    finally:
+        sys.argv = before
+    return Done(code, out.getvalue(), err.getvalue())
+
+
+def refusal(*arguments: object) -> str:
+    """The one message of a command that ends with code 2."""
+    done = command(*arguments)
+    assert done.code == 2
+    assert done.err.startswith("error: ")
+    assert "Traceback" not in done.err
+    return done.err.removeprefix("error: ").strip()
+
+
+def commands() -> list[tuple[str, ...]]:
+    def below(group, path):
+        for name, child in group.commands.items():
+            yield from below(child, (*path, name)) if hasattr(child, "commands") else [(*path, name)]
+
+    return list(below(typer.main.get_command(app), ()))
+
+
+@pytest.fixture(scope="module")
+def run_file(tmp_path_factory, make_config, prompt_file) -> Path:
+    """A configuration of two steps as a YAML file."""
+    folder = tmp_path_factory.mktemp("cli")
+    evaluation = {"prompts": str(prompt_file), "num_prompts": 3, "num_seeds": 2, "num_inference_steps": 3}
+    steep = {"rewards": {"jpeg_compressibility": {}}, "optimizer": {"learning_rate": 0.03}}  # the pictures change
+    config = make_config(folder / "run", num_steps=2, evaluation=evaluation, **steep)
+    (folder / "run.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    return folder / "run.yaml"
+
+
+@pytest.fixture(scope="module")
+def trained(run_file) -> tuple[Path, Done]:
+    """The folder of a run by the command, and what the command said."""
+    done = command("train", run_file)
+    assert done.code == 0, done.err
+    return run_file.parent / "run", done
+
+
+# --- help
+
+
+def test_every_command_is_known_here():
+    assert {" ".join(path) for path in commands()} == {
+        "train", "evaluate", "export", "sample", "score", "check-model", "show-loop", "report", "rewards list",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("path", commands(), ids=" ".join)
+def test_help_teaches(path):
+    done = command(*path, "--help")
+    assert done.code == 0
+    text = " ".join(done.out.split())
+    assert f"Example: flowsteer {' '.join(path)}" in text
+
+
+def test_without_a_command_it_lists_them():
+    done = command()
+    assert "Usage: flowsteer" in done.out + done.err
+    assert "check-model" in done.out + done.err
+
+
+def test_installed_and_as_a_module():
+    """Torchrun starts the module."""
+    for start in (["flowsteer"], [sys.executable, "-m", "flowsteer.rl.cli"]):
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        done = subprocess.run([*start, "--help"], capture_output=True, text=True, env=os.environ | {"PATH": path})
+        assert done.returncode == 0, done.stderr
+        assert "train" in done.stdout
+
+
+# --- looking
+
+
+def test_rewards_list():
+    text = command("rewards", "list").out
+    for name in ("composition", "ocr", "jpeg_compressibility", "jpeg_incompressibility"):
+        assert re.search(rf"\b{name}\b", text)
+    assert "flowsteer" in text
+
+
+def test_show_loop(tiny_sd3):
+    text = command("show-loop", "StableDiffusion3Pipeline").out
+    assert "for i, t in enumerate(timesteps):" in text
+    assert "noise_pred = self.transformer(" in text
+    assert command("show-loop", tiny_sd3).out == text
+    assert "diffusers has no pipeline class 'NoSuchPipeline'" in refusal("show-loop", "NoSuchPipeline")
+
+
+def test_check_model(tiny_sd3):
+    done = command("check-model", tiny_sd3, *SIZE, "--targets", "to_q,to_add_out,add_q_proj", "--guidance-scale", "4")
+    lines = done.out.splitlines()
+    assert done.code == 0, done.out
+    assert lines[0] == "StableDiffusion3Pipeline: can be trained"
+    assert len(lines) <= 24, "one screen"
+    names = [line.split()[1] for line in lines[1:]]
+    assert names == [
+        "lifts",
+        "batch",
+        "noise",
+        "prompts",
+        "purity",
+        "sub-batch",
+        "parity",
+        "LoRA",
+        "parameters",
+        "gradient",
+    ]
+    found, parameters, gradient = lines[-3:]
+    assert found.endswith("layers found: to_q 2, to_add_out 1, add_q_proj 2"), "the last block has no to_add_out"
+    assert parameters.endswith(f"{5 * 2 * 32 * 32:,} are trained at rank 32"), "layers x two factors x rank x width"
+    assert "reached 8 of 10 LoRA tensors" in gradient
+    assert gradient.endswith("none those of transformer.transformer_blocks.1.attn.add_q_proj"), (
+        "text queries of the last"
+    )
+
+
+def test_check_model_that_would_not_learn(tiny_sd3):
+    done = command("check-model", tiny_sd3, *SIZE, "--targets", "to_q,transformer_blocks.1.attn.add_q_proj")
+    assert done.code == 1
+    assert "must not be trained: see FAIL" in done.out
+    (line,) = [line for line in done.out.splitlines() if "FAIL " in line]
+    assert "no transformer_blocks.1.attn.add_q_proj of transformer would learn: leave it out of the targets" in line
+    done = command("check-model", tiny_sd3, *SIZE, "--targets", "query")
+    assert done.code == 1
+    assert "'query' match no linear layer of transformer; its layers end in" in done.out
+
+
+def test_check_model_that_cannot_be_lifted(tmp_path, monkeypatch):
+    pipe = zoo.build_variant(tmp_path, "stepless", (zoo.STEP, "                latents = noise_pred\n"))
+    monkeypatch.setattr("flowsteer.rollout.pipeline.load_diffusers", lambda *args, **more: pipe)
+    assert "StableDiffusion3Pipeline.__call__ has no loop around scheduler.step" in refusal(
+        "check-model", "mine", *SIZE
+    )
+
+
+# --- a run and what can be done with it
+
+
+def test_train(trained, run_file):
+    folder, done = trained
+    names = {path.name for path in folder.iterdir()}
+    assert names == {
+        "config.json", "config.yaml", "metrics.jsonl", "evaluations", "checkpoints", "export", "report.html",
+    }  # fmt: skip
+    assert load_config(folder / "config.yaml") == load_config(run_file)
+    assert [line["step"] for line in read_metrics(folder / "metrics.jsonl")] == [0, 1]
+    assert {path.name for path in (folder / "evaluations").iterdir()} == {
+        "step_000000.json", "step_000000.png", "step_000002.json", "step_000002.png",
+    }  # fmt: skip
+    assert (folder / "checkpoints" / "step_000002" / "checkpoint.json").is_file()
+    assert f"weights: {folder / 'export' / 'pytorch_lora_weights.safetensors'}\n" in done.out
+    assert f"report:  {folder / 'report.html'}\n" in done.out
+    for text in ("16 = 4 prompts x 4", "step 1/2  reward_mean", "step 2/2  reward_mean", "evaluation at step 2  "):
+        assert text in done.out
+
+
+def test_quiet(run_file, tmp_path):
+    done = command("train", run_file, f"output={tmp_path / 'run'}", "num_steps=1", "evaluation=null", "--quiet")
+    assert done.code == 0
+    assert done.out == ""
+    assert (tmp_path / "run" / "export").is_dir()
+
+
+def summary(file: Path) -> dict[str, float]:
+    return {name: entry["mean"] for name, entry in json.loads(file.read_text())["summary"].items()}
+
+
+def pixels(file: Path) -> np.ndarray:
+    return np.asarray(Image.open(file)).astype(int)
+
+
+def test_evaluate_with_a_run_is_the_run_s_evaluation(trained, tmp_path):
+    """Its prompts, rewards, size, call arguments and exported weights, loaded by diffusers."""
+    folder, _ = trained
+    done = command(
+        "evaluate", "--run", folder, "--num-seeds", 2, "--num-prompts", 3, "--output", tmp_path / "after.json"
+    )
+    assert done.code == 0, done.err
+    assert summary(tmp_path / "after.json") == summary(folder / "evaluations" / "step_000002.json")
+    assert np.array_equal(pixels(tmp_path / "after.png"), pixels(folder / "evaluations" / "step_000002.png"))
+    assert not np.array_equal(pixels(tmp_path / "after.png"), pixels(folder / "evaluations" / "step_000000.png"))
+    assert f"{summary(tmp_path / 'after.json')['total']:.4f}" in done.out
+
+
+def test_evaluate_by_hand(trained, tiny_sd3, prompt_file, tmp_path):
+    folder, _ = trained
+    by_hand = ["evaluate", prompt_file, "--model", tiny_sd3, *SIZE, "-r", "jpeg_compressibility", "--num-seeds", 2]
+    by_hand += ["--num-prompts", 3, "--num-inference-steps", 3]
+    assert command(*by_hand, "--output", tmp_path / "base.json").code == 0
+    assert summary(tmp_path / "base.json") == summary(folder / "evaluations" / "step_000000.json")
+    assert command(*by_hand, "--lora", folder / "export", "--output", tmp_path / "tuned.json").code == 0
+    assert summary(tmp_path / "tuned.json") == summary(folder / "evaluations" / "step_000002.json")
+
+
+def test_evaluate_refuses(trained, tmp_path, tiny_sd3):
+    folder, _ = trained
+    there = tmp_path / "there.json"
+    there.write_text("precious")
+    assert refusal("evaluate", "--run", folder, "--output", there) == f"{there} exists already; choose another file"
+    there.rename(tmp_path / "pictures.png")
+    assert "pictures.png exists already" in refusal("evaluate", "--run", folder, "--output", tmp_path / "pictures.json")
+    assert (tmp_path / "pictures.png").read_text() == "precious"
+    assert "is to be a JSON file" in refusal("evaluate", "--run", folder, "--output", tmp_path / "new.png")
+    assert "does not exist; make it first" in refusal(
+        "evaluate", "--run", folder, "--output", tmp_path / "no" / "a.json"
+    )
+    assert "--run brings its own model" in refusal("evaluate", "--run", folder, "--model", tiny_sd3)
+    assert "is not the folder of a run" in refusal("evaluate", "--run", tmp_path)
+    assert "holds no pytorch_lora_weights.safetensors" in refusal("evaluate", "--lora", tmp_path)
+    assert "'x' is not of the form key=value" in refusal("evaluate", "--run", folder, "--call", "x")
+
+
+def test_sample(trained, tmp_path):
+    folder, _ = trained
+    file = tmp_path / "new.png"
+    done = command("sample", "a [red] circle", "a cat", "a cat", "--run", folder, "--num-seeds", 2, "-o", file)
+    assert done.code == 0, done.err
+    assert done.out == f"6 pictures: {file}\n"
+    sheet = np.asarray(Image.open(file))
+    assert sheet.shape == (3 * 18 * 8, 2 * 18 * 8, 3), "lines of seeds; 16 pixels and a frame of 2, enlarged to 128"
+    lines = sheet.reshape(3, 18 * 8, -1)
+    assert np.array_equal(lines[1], lines[2]), "the same prompt and seeds"
+    assert not np.array_equal(lines[0], lines[1])
+    assert refusal("sample", "a cat", "--run", folder, "-o", file) == f"{file} exists already; choose another file"
+    assert "must end in .png" in refusal("sample", "a cat", "--run", folder, "-o", tmp_path / "new.gif")
+
+
+def test_score(tmp_path):
+    flat, noise = tmp_path / "flat.png", tmp_path / "noise.png"
+    Image.new("RGB", (64, 64), "white").save(flat)
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(noise)
+    done = command("score", flat, noise, "-p", "a cat", "-r", "jpeg_compressibility", "-r", "jpeg_incompressibility")
+    assert done.code == 0, done.err
+    values = [float(value) for value in re.findall(r"(-?\d+\.\d{4})", done.out)]
+    assert values[0] == -values[1]
+    assert values[2] == -values[3]
+    assert values[0] > values[2], "a flat image is smaller"
+    (tmp_path / "text.png").write_text("not an image")
+    assert "text.png is not an image that can be read" in refusal(
+        "score", tmp_path / "text.png", "-p", "x", "-r", "ocr"
+    )
+    assert "there is no reward 'jpg'" in refusal("score", flat, "-p", "x", "-r", "jpg")
+
+
+def test_export_writes_a_pipeline_that_needs_no_lora(trained, tmp_path, prompt_file):
+    folder, _ = trained
+    done = command("export", folder, tmp_path / "tuned")
+    assert done.code == 0, done.err
+    assert done.out.endswith(f"pipeline: {tmp_path / 'tuned'}\n")
+    evaluate = ["evaluate", prompt_file, "--model", tmp_path / "tuned", *SIZE, "-r", "jpeg_compressibility"]
+    evaluate += ["--num-seeds", 2, "--num-prompts", 3, "--num-inference-steps", 3, "--output", tmp_path / "tuned.json"]
+    assert command(*evaluate).code == 0
+    before, after = (pixels(folder / "evaluations" / f"step_{step:06d}.png") for step in (0, 2))
+    # W + BA in one matrix rounds differently than W x + B (A x): a pixel may fall to the other side of a half
+    assert np.abs(pixels(tmp_path / "tuned.png") - after).max() <= 1
+    assert np.abs(before - after).max() > 5
+    assert "tuned is not empty; choose another one" in refusal("export", folder, tmp_path / "tuned")
+    assert "is not the folder of a run" in refusal("export", tmp_path, tmp_path / "other")
+
+
+def test_report_again(trained):
+    folder, _ = trained
+    (folder / "report.html").unlink()
+    assert command("report", folder).out == f"report: {folder / 'report.html'}\n"
+    assert (folder / "report.html").is_file()
+    assert "is not the folder of a run" in refusal("report", folder.parent)
+
+
+# --- ends
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["rollout.group_size=3", "rollout.batch_size=4"], "one of these works"),
+        (["rollot.group_size=3"], "rollot: unknown key; did you mean 'rollout'?"),
+        (["group_size"], "is not of the form key=value"),
+        (["rewards=[ocr]"], "rewards: Input should be a valid dictionary, got ['ocr']"),
+        (["model.lora.targets=[query]"], "'query' match no linear layer"),
+    ],
+)
+def test_a_mistake_is_one_message(run_file, tmp_path, overrides, message):
+    assert message in refusal("train", run_file, f"output={tmp_path / 'run'}", *overrides)
+    assert not (tmp_path / "run").exists()
+
+
+def test_mistakes_before_that():
+    assert "there is no configuration 'embeded_nft'; give a YAML file, or one of embedded_" in refusal(
+        "train", "embeded_nft"
+    )
+    assert command("train").code == 2
+    assert command("trian").code == 2
+
+
+def test_a_traceback_where_somebody_has_to_look(run_file, tmp_path, monkeypatch):
+    """A user's mistake is ours to explain; a fault inside a plug-in, or in us, is not to be hidden."""
+    (tmp_path / "their_reward.py").write_text(
+        "class Reward:\n    def __init__(self):\n        raise ValueError('fault in here')\n"
+        "    def __call__(self, images, prompts, **columns):\n        return [0.0] * len(images)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ValueError, match="fault in here"):
+        command("train", run_file, f"output={tmp_path / 'run'}", "rewards={their_reward:Reward: {}}")
+    monkeypatch.setenv("FLOWSTEER_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="unknown key"):
+        command("train", run_file, "rollot=3")
+
+
+@pytest.fixture
+def plugin(tmp_path_factory, monkeypatch) -> Iterator[str]:
+    """The name of a module whose rewards end a run."""
+    folder = tmp_path_factory.mktemp("plugin")
+    name = f"ending_rewards_{folder.name}"
+    (folder / f"{name}.py").write_text(
+        "import os, signal\n\n\n"
+        "def terminated(images, prompts, **columns):\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    return [float(image.mean()) for image in images]\n\n\n"
+        "def down(images, prompts, **columns):\n"
+        "    raise ConnectionError('the server is down')\n"
+    )
+    monkeypatch.syspath_prepend(str(folder))
+    yield name
+    sys.modules.pop(name, None)
+
+
+def test_sigterm_saves_and_says_how_to_go_on(run_file, tmp_path, plugin):
+    output = tmp_path / "run"
+    arguments = ["train", run_file, f"output={output}", f"rewards={{{plugin}:terminated: {{}}}}", "evaluation=null"]
+    done = command(*arguments)
+    assert done.code == 143
+    assert done.out.endswith("stopped after step 1 of 2; the same command with --resume goes on\n")
+    assert (output / "checkpoints" / "step_000001").is_dir()
+    assert not (output / "export").exists(), "the result of half a run is no result"
+    done = command(*arguments, "--resume")
+    assert done.code == 0, "it was asked to stop in the last step, which was the end anyway"
+    assert "continuing after step 1" in done.out
+    assert (output / "export").is_dir()
+
+
+def test_too_few_scores_say_how_to_go_on(run_file, tmp_path, plugin):
+    message = refusal(
+        "train", run_file, f"output={tmp_path / 'run'}", f"rewards={{{plugin}:down: {{}}}}", "evaluation=null"
+    )
+    assert "only 0.0% of the samples have a score" in message
+    assert message.endswith("The state before this step is saved: once the reward works again, go on with --resume")
+    assert (tmp_path / "run" / "checkpoints" / "step_000000").is_dir()
