@@ -66,7 +66,7 @@ class Run:
         )
         self._stop_requested = False
         self._saved = -1
-        signal.signal(signal.SIGTERM, self._request_stop)
+        self._sigterm_before = signal.signal(signal.SIGTERM, self._request_stop)
 
     def _request_stop(self, *_: object) -> None:
         self._stop_requested = True
@@ -149,7 +149,8 @@ class Run:
         return write(self.policy, self.engine, self.folder / "export")
 
     def close(self) -> None:
-        """Let go of threads, files and processes."""
+        """Let go of threads, files, processes and SIGTERM."""
+        signal.signal(signal.SIGTERM, self._sigterm_before or signal.SIG_DFL)
         self.scorer.close()
         self.log.close()
         self.screen.close()

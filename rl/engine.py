@@ -141,9 +141,8 @@ class Engine:
             weight_decay=settings.weight_decay,
             eps=settings.epsilon,
         )
-        if self.zero_stage is None:
-            self._optimizer = optimizer
-        else:
+        self._optimizer: Any = optimizer  # DeepSpeed puts its own in its place
+        if self.zero_stage is not None:
             self._deepspeed = self._wrap(policy, optimizer)
             self._optimizer = self._deepspeed.optimizer
             policy.pipeline.route(self._deepspeed)
@@ -154,11 +153,11 @@ class Engine:
     def _wrap(self, policy: Policy, optimizer: torch.optim.Optimizer) -> Any:
         import deepspeed
 
-        if (
-            not torch.distributed.is_initialized()
-        ):  # one process without a launcher; DeepSpeed wants a group all the same
+        if not torch.distributed.is_initialized():
+            # one process without a launcher; DeepSpeed wants a group all the same
             backend = "nccl" if self.device.type == "cuda" else "gloo"
-            torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
+            store = torch.distributed.HashStore()
+            torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
             os.environ.setdefault("LOCAL_RANK", "0")
         engine, *_ = deepspeed.initialize(
             model=Denoisers(policy.denoisers),
@@ -208,8 +207,8 @@ class Engine:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         flat = torch.cat([parameter.grad.flatten() for parameter in self._parameters if parameter.grad is not None])
-        flat = self.accelerator.reduce(flat, reduction="mean")
-        for parameter, mean in zip(self._parameters, flat.split([p.numel() for p in self._parameters])):
+        reduced: Any = self.accelerator.reduce(flat, reduction="mean")
+        for parameter, mean in zip(self._parameters, reduced.split([p.numel() for p in self._parameters])):
             parameter.grad = mean.view_as(parameter)
 
     # ---- gather
@@ -218,7 +217,8 @@ class Engine:
         """Concatenate equally long tensors of all processes in their order: [n, ...] -> [processes * n, ...]."""
         if self.num_processes == 1:
             return values
-        return self.accelerator.gather(values.to(self.device).contiguous()).to(values.device)
+        gathered: Any = self.accelerator.gather(values.to(self.device).contiguous())
+        return gathered.to(values.device)
 
     def wait(self) -> None:
         """Until every process has come here."""

@@ -129,6 +129,7 @@ def choose(
     import torch
 
     from flowsteer.rl.config import ModelConfig, parse_overrides
+    from flowsteer.rollout.pipeline import EMBEDDED
 
     if run is not None and (model is not None or lora is not None):
         raise ValueError("--run brings its own model and weights; leave out --model and --lora, or --run")
@@ -136,7 +137,7 @@ def choose(
     weights = lora if run is None else run / "export"
     if weights is not None:
         _check_weights(weights, config)
-    section = config.model if config is not None else ModelConfig(**({"path": model} if model else {}))
+    section = config.model if config is not None else ModelConfig(path=model or EMBEDDED)
     size = {"height": height or section.height, "width": width or section.width}
     if device == "auto":
         device = str(torch.accelerator.current_accelerator() or "cpu") if torch.accelerator.is_available() else "cpu"

@@ -68,4 +68,3 @@ class Algorithm(Protocol):
 def schedule_of(rollout: Rollout) -> Schedule:
     """The schedule that a rollout was drawn on."""
     return rollout.conditioning.schedule
-

@@ -5,7 +5,8 @@ Letters: B samples, T frames, X latent shape of one sample.
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
@@ -18,6 +19,10 @@ class Pipeline(Protocol):
     @property
     def denoisers(self) -> dict[str, nn.Module]:
         """The networks that the denoising loop calls, by component name."""
+        ...
+
+    def route(self, call: Callable[..., Any]) -> None:
+        """Send the calls of denoisers to ``call(name, *args, **kwargs)``: a trainer's wrapped network, under DeepSpeed."""
         ...
 
     def prepare(

@@ -1,7 +1,7 @@
 """Before and after, drawn by plain diffusers: the base pipeline against the same with an exported LoRA.
 
-No code of ours draws a picture here: `StableDiffusion3Pipeline.from_pretrained`, `load_lora_weights`, and the composition reward
-as the judge. Reserved captions were drawn neither in pre-training nor in fine-tuning; trained ones are reported apart.
+No code of ours draws a picture here: `StableDiffusion3Pipeline.from_pretrained` and `load_lora_weights` do; the composition
+reward is the judge. Reserved captions were drawn neither in pre-training nor in fine-tuning; trained ones are reported apart.
 
     python scripts/compare_with_diffusers.py runs/quickstart
 
@@ -15,7 +15,7 @@ import math
 import time
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -54,7 +54,7 @@ def draw(
     batches = range(0, len(captions), 64)
     for start in track(batches, description=f"{title}, noise {seed}", console=console, transient=True):
         texts = captions[start : start + 64]
-        output = pipe(
+        output: Any = pipe(
             prompt=texts,
             num_inference_steps=steps,
             guidance_scale=guidance,

@@ -67,7 +67,9 @@ def main(
     with ThreadPoolExecutor(parallel) as pool:
         jobs = [pool.submit(train, config, seed, folder, overrides or []) for seed, folder in enumerate(folders)]
         outcomes = [outcome(job.result(), part) for job in jobs]
-    table = Table("training seed", "before", "after", "gain", "minutes", title=f"{name}: {part}, 264 reserved captions x 4")
+    table = Table(
+        "training seed", "before", "after", "gain", "minutes", title=f"{name}: {part}, 264 reserved captions x 4"
+    )
     for seed, (before, after, minutes) in enumerate(outcomes):
         table.add_row(str(seed), f"{before:.3f}", f"{after:.3f}", f"{after - before:+.3f}", f"{minutes:.1f}")
     console.print(table)

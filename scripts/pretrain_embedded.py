@@ -1,0 +1,579 @@
+"""Pre-train the tiny Stable Diffusion 3 pipeline that ships in rollout/embedded, from nothing, on one CPU thread.
+
+    python scripts/pretrain_embedded.py captions                    # writes configs/shapes_train.txt and shapes_reserved.txt
+    python scripts/pretrain_embedded.py train --out rollout/embedded
+    python scripts/pretrain_embedded.py evaluate rollout/embedded
+
+``train`` has three stages, each kept in the working folder and skipped when it is already there: an autoencoder (AutoencoderKL,
+8 latent channels at a quarter of the size), the latents of a pool of drawn pictures, and the transformer together with
+its two text encoders by flow matching. Reserved captions (flowsteer.rewards.world) are never drawn.
+
+Letters: B samples, L prompt tokens, C latent channels, D width of the prompt's embedding.
+"""
+
+# diffusers' own hints are narrower than what it takes and gives
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportAssignmentType=false
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from collections import Counter
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import typer
+from diffusers.models import AutoencoderKL, SD3Transformer2DModel
+from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import StableDiffusion3Pipeline
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
+
+from flowsteer.rewards.composition import CompositionReward
+from flowsteer.rewards.world import TASKS, Caption, all_captions, draw, reserved_captions, train_captions
+
+ROOT = Path(__file__).resolve().parent.parent
+PROMPT_LENGTH = 12  # tokens: ten words, one beginning, one end
+LATENT_CHANNELS = 8
+# How often each task is drawn: the ones with two objects are the hard ones.
+TASK_WEIGHTS = {
+    "single_object": 0.06,
+    "two_object": 0.18,
+    "counting": 0.18,
+    "colors": 0.10,
+    "position": 0.26,
+    "color_attr": 0.22,
+}
+CAPTION_DROPOUT = 0.1
+# The pipeline appends as many zero "T5" tokens as ``max_sequence_length`` says: 12 is what flowsteer's configurations
+# ask for, 256 is what diffusers does when nobody says anything. The model is trained to work with both.
+ZERO_TOKENS, ZERO_TOKENS_SHARE = (PROMPT_LENGTH, 256), (0.85, 0.15)
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
+console = Console()
+
+
+def build_vae() -> AutoencoderKL:
+    """32x32 pixels to 8x8 latents of 8 channels; 0.17 million weights."""
+    return AutoencoderKL(
+        in_channels=3,
+        out_channels=3,
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(8, 16, 32),
+        layers_per_block=1,
+        latent_channels=LATENT_CHANNELS,
+        norm_num_groups=2,  # one group per channel would lose the colour of flat areas: 2 dB less
+        sample_size=32,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
+
+
+def build_tokenizer() -> CLIPTokenizer:
+    """A byte-pair tokenizer learnt from the world's captions; every word of the world becomes one token."""
+    words = Counter(word for caption in all_captions() for word in caption.text.split())
+    merges = learn_merges(words)
+    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
+    tokens = [*letters, *(f"{letter}</w>" for letter in letters), *(left + right for left, right in merges)]
+    vocabulary = {token: i for i, token in enumerate(["<|startoftext|>", "<|endoftext|>", *tokens])}
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=PROMPT_LENGTH)
+
+
+def learn_merges(words: Counter[str]) -> list[tuple[str, str]]:
+    """Byte-pair encoding (Sennrich et al. 2016, arXiv 1508.07909, algorithm 1) until every word is one symbol.
+
+    Ties are broken by the alphabet; the tokenizers library breaks them at random, and the token ids with them.
+    """
+    split = {word: [*word[:-1], f"{word[-1]}</w>"] for word in words}
+    merges: list[tuple[str, str]] = []
+    while any(len(symbols) > 1 for symbols in split.values()):
+        counts: Counter[tuple[str, str]] = Counter()
+        for word, symbols in split.items():
+            for pair in pairwise(symbols):
+                counts[pair] += words[word]
+        merges.append(max(counts, key=lambda pair: (counts[pair], pair)))
+        left, right = merges[-1]
+        for symbols in split.values():
+            for i in range(len(symbols) - 2, -1, -1):
+                if symbols[i : i + 2] == [left, right]:
+                    symbols[i : i + 2] = [left + right]
+    return merges
+
+
+def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModelWithProjection:
+    """Two layers of width 64; 0.1 million weights."""
+    return CLIPTextModelWithProjection(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=64,
+            intermediate_size=128,
+            projection_dim=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=PROMPT_LENGTH,
+            hidden_act="gelu",
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def build_transformer() -> SD3Transformer2DModel:
+    """Four blocks of width 128 over 16 image tokens; 2.3 million weights."""
+    return SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
+        num_layers=4,
+        attention_head_dim=32,
+        num_attention_heads=4,
+        joint_attention_dim=128,
+        caption_projection_dim=128,
+        pooled_projection_dim=128,
+        pos_embed_max_size=4,
+    )
+
+
+# ---------------------------------------------------------------------------------------------------- stage 1: pictures
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pool:
+    """Drawn pictures, or their latents, with the caption of each."""
+
+    pictures: Tensor  # [N, 3, 32, 32] uint8
+    captions: Tensor  # [N] int64, an index into train_captions()
+
+
+def draw_pool(size: int, seed: int, captions: tuple[Caption, ...]) -> Pool:
+    """Draw ``size`` pictures, the tasks in the shares of TASK_WEIGHTS, the captions of a task evenly."""
+    rng = np.random.default_rng(seed)
+    by_task = {task: [i for i, caption in enumerate(captions) if caption.task == task] for task in TASKS}
+    tasks = rng.choice(TASKS, size, p=[TASK_WEIGHTS[task] for task in TASKS])
+    chosen = np.array([rng.choice(by_task[task]) for task in tasks])
+    pictures = np.stack([draw(captions[i], rng) for i in chosen])
+    return Pool(pictures=torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous(), captions=torch.from_numpy(chosen))
+
+
+def to_model(pictures: Tensor) -> Tensor:
+    """uint8 [B, 3, H, W] to the autoencoder's range [-1, 1]."""
+    return pictures.float() / 127.5 - 1
+
+
+def train_vae(pool: Pool, *, steps: int, batch: int, rate: float, seed: int) -> AutoencoderKL:
+    """Fit the autoencoder; its latents are scaled to mean 0 and deviation 1 by its own configuration."""
+    vae = build_vae().train()
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_then_decay(step, steps, 50))
+    with bar() as progress:
+        task = progress.add_task("autoencoder", total=steps, note="")
+        for step in range(steps):
+            x = to_model(pool.pictures[torch.randint(len(pool.pictures), (batch,), generator=generator)])
+            posterior = vae.encode(x).latent_dist
+            latents = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=generator)
+            error = vae.decode(latents).sample - x
+            kl = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).mean()
+            loss = error.square().mean() + 0.2 * error.abs().mean() + 2e-4 * kl
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            if step % 20 == 0:
+                psnr = 10 * math.log10(4 / error.detach().square().mean().item())
+                progress.update(task, note=f"psnr {psnr:.1f} dB")
+            progress.advance(task)
+    vae.eval()
+    latents = encode_pictures(vae, pool.pictures[:2000])
+    vae.register_to_config(shift_factor=latents.mean().item(), scaling_factor=1 / latents.std().item())
+    return vae
+
+
+@torch.no_grad()
+def encode_pictures(vae: AutoencoderKL, pictures: Tensor) -> Tensor:
+    """uint8 [N, 3, 32, 32] to latents [N, C, 8, 8] as the encoder gives them, not yet scaled."""
+    return torch.cat([vae.encode(to_model(chunk)).latent_dist.mean for chunk in pictures.split(256)])
+
+
+# -------------------------------------------------------------------------------------------------- stage 2: transformer
+
+
+class CountedTokens:
+    """SD3's joint attention in which the last prompt token stands for many equal ones.
+
+    The zero tokens that the pipeline appends are all equal, and prompt tokens carry no position: n copies of a token act on
+    every softmax as one copy whose logit is larger by log(n). One token then trains what any number of them would do at
+    a fraction of the cost. ``attention_mask`` [B, 1, 1, keys] holds that logarithm, and zero for the other keys.
+    """
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None):
+        """As diffusers' JointAttnProcessor2_0, which has no mask."""
+        batch, num_image = hidden_states.shape[:2]
+
+        def heads(*parts: Tensor) -> Tensor:
+            return torch.cat(parts, dim=1).view(batch, -1, attn.heads, parts[0].shape[-1] // attn.heads).transpose(1, 2)
+
+        mixed = F.scaled_dot_product_attention(
+            heads(attn.to_q(hidden_states), attn.add_q_proj(encoder_hidden_states)),
+            heads(attn.to_k(hidden_states), attn.add_k_proj(encoder_hidden_states)),
+            heads(attn.to_v(hidden_states), attn.add_v_proj(encoder_hidden_states)),
+            attn_mask=attention_mask,
+        )
+        mixed = mixed.transpose(1, 2).flatten(2)
+        image, prompt = mixed[:, :num_image], mixed[:, num_image:]
+        return attn.to_out[0](image), prompt if attn.context_pre_only else attn.to_add_out(prompt)
+
+
+class Denoiser(torch.nn.Module):
+    """The transformer and its two text encoders, called as the pipeline calls them."""
+
+    def __init__(self, tokenizer: CLIPTokenizer) -> None:
+        super().__init__()
+        self.text_encoder = build_text_encoder(tokenizer)
+        self.text_encoder_2 = build_text_encoder(tokenizer)
+        self.transformer = build_transformer()
+        self.transformer.set_attn_processor(CountedTokens())
+
+    def encode(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Token ids [B, L] to the prompt's embedding [B, L + 1, D], its last token zero, and the pooled one [B, D].
+
+        As StableDiffusion3Pipeline.encode_prompt: the layer before the last of each encoder, side by side.
+        """
+        outputs = [encoder(ids, output_hidden_states=True) for encoder in (self.text_encoder, self.text_encoder_2)]
+        tokens = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
+        return F.pad(tokens, (0, 0, 0, 1)), torch.cat([output.text_embeds for output in outputs], dim=-1)
+
+    def forward(self, latents: Tensor, sigma: Tensor, ids: Tensor, num_zero_tokens: Tensor) -> Tensor:
+        """The velocity [B, C, 8, 8] at noise level ``sigma`` [B], with so many zero tokens [B] behind the prompt."""
+        embeds, pooled = self.encode(ids)
+        num_image = latents.shape[-1] * latents.shape[-2] // self.transformer.config.patch_size**2
+        bias = torch.zeros(len(latents), 1, 1, num_image + embeds.shape[1])
+        bias[..., -1] = num_zero_tokens.float().log()[:, None, None]
+        return self.transformer(
+            hidden_states=latents,
+            timestep=sigma * 1000,
+            encoder_hidden_states=embeds,
+            pooled_projections=pooled,
+            joint_attention_kwargs={"attention_mask": bias},
+            return_dict=False,
+        )[0]
+
+
+def warmup_then_decay(step: int, steps: int, warmup: int) -> float:
+    """A learning rate's factor: linearly up, then along a cosine down to one hundredth."""
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = (step - warmup) / max(steps - warmup, 1)
+    return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+
+
+def bar() -> Progress:
+    """A progress bar with a place for a note."""
+    return Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"), console=console,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """What the transformer learns from."""
+
+    latents: Tensor  # [N, C, 8, 8], scaled
+    captions: Tensor  # [N] int64, a row of ids
+    ids: Tensor  # [captions + 1, L], the last row is the empty prompt
+
+    def batch(self, size: int, generator: torch.Generator) -> tuple[Tensor, ...]:
+        """Data, noise [B, C, 8, 8], sigma [B], ids [B, L] with some prompts dropped, number of zero tokens [B]."""
+        chosen = torch.randint(len(self.latents), (size,), generator=generator)
+        captions = self.captions[chosen].clone()
+        captions[torch.rand(size, generator=generator) < CAPTION_DROPOUT] = len(self.ids) - 1
+        noise = torch.randn(size, *self.latents.shape[1:], generator=generator)
+        # logit-normal, eq. 19 of Esser et al. 2024 (arXiv 2403.03206) with m = 0, s = 1; drawn evenly over its quantiles
+        quantile = (torch.randperm(size, generator=generator) + torch.rand(size, generator=generator)) / size
+        sigma = torch.sigmoid(torch.special.ndtri(quantile.clamp(1e-4, 1 - 1e-4)))
+        kind = torch.multinomial(torch.tensor(ZERO_TOKENS_SHARE), size, replacement=True, generator=generator)
+        return self.latents[chosen], noise, sigma, self.ids[captions], torch.tensor(ZERO_TOKENS)[kind]
+
+
+def tokenize(tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
+    """Token ids [B, L] as the pipeline makes them."""
+    return tokenizer(
+        texts, padding="max_length", max_length=PROMPT_LENGTH, truncation=True, return_tensors="pt"
+    ).input_ids
+
+
+def flow_matching_loss(denoiser: Denoiser, batch: tuple[Tensor, ...]) -> Tensor:
+    """Mean squared error of the velocity, noise minus data (Esser et al. 2024, eq. 13 to 15 for rectified flow)."""
+    latents, noise, sigma, ids, num_zero_tokens = batch
+    level = sigma[:, None, None, None]
+    velocity = denoiser((1 - level) * latents + level * noise, sigma, ids, num_zero_tokens)
+    return (velocity.float() - (noise - latents)).square().mean()
+
+
+def build_optimizers(denoiser: Denoiser, rate: float) -> list[torch.optim.Optimizer]:
+    """Muon (Jordan et al. 2024) for the matrices of the transformer's blocks, AdamW for everything else."""
+    matrices = [p for p in denoiser.transformer.transformer_blocks.parameters() if p.ndim == 2]
+    chosen = {id(p) for p in matrices}
+    others = [p for p in denoiser.parameters() if id(p) not in chosen]
+    return [
+        torch.optim.Muon(matrices, lr=rate, weight_decay=0.01, momentum=0.95, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True),
+    ]
+
+
+class Ema:
+    """A running average of a module's weights."""
+
+    def __init__(self, module: torch.nn.Module, decay: float) -> None:
+        self.decay, self.updates = decay, 0
+        self.weights = {name: p.detach().clone() for name, p in module.named_parameters()}
+
+    @torch.no_grad()
+    def update(self, module: torch.nn.Module) -> None:
+        """One step towards the module; faster at first, so that the random start is forgotten."""
+        self.updates += 1
+        rate = 1 - min(self.decay, (1 + self.updates) / (10 + self.updates))
+        ours = list(self.weights.values())
+        torch._foreach_lerp_(ours, [p.detach() for p in module.parameters()], rate)
+
+
+def train_denoiser(
+    denoiser: Denoiser,
+    data: Data,
+    *,
+    steps: int,
+    batch: int,
+    rate: float,
+    seed: int,
+    work: Path,
+    save_every: int,
+    publish,
+) -> Ema:
+    """Fit transformer and text encoders. ``publish(step, ema, loss)`` is called at every snapshot and at the end.
+
+    The state in ``work / "state.pt"`` is taken up where one is found. Each step draws from a generator of its own, so a resumed
+    run sees what the unbroken one would.
+    """
+    optimizers, ema, start = build_optimizers(denoiser, rate), Ema(denoiser, 0.998), 0
+    schedules = [
+        torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: warmup_then_decay(step, steps, min(200, steps // 10 + 1))
+        )
+        for optimizer in optimizers
+    ]
+    if (work / "state.pt").exists():
+        state = torch.load(work / "state.pt", weights_only=True)
+        denoiser.load_state_dict(state["model"])
+        ema.weights, ema.updates, start = state["ema"], state["step"], state["step"]
+        for part, saved in zip([*optimizers, *schedules], state["optimizers"]):
+            part.load_state_dict(saved)
+        console.print(f"resuming at step {start}")
+    losses: list[float] = []
+    with bar() as progress:
+        task = progress.add_task("transformer", total=steps, completed=start, note="")
+        for step in range(start, steps):
+            loss = flow_matching_loss(denoiser, data.batch(batch, torch.Generator().manual_seed(seed * 10**6 + step)))
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(denoiser.parameters(), 1.0)
+            for part in (*optimizers, *schedules):
+                part.step()
+            denoiser.zero_grad(set_to_none=True)
+            ema.update(denoiser)
+            losses.append(loss.item())
+            progress.update(task, advance=1, note=f"loss {np.mean(losses[-100:]):.4f}")
+            if (step + 1) % save_every == 0 or step + 1 == steps:
+                parts = [part.state_dict() for part in (*optimizers, *schedules)]
+                state = {"model": denoiser.state_dict(), "ema": ema.weights, "step": step + 1, "optimizers": parts}
+                torch.save(state, work / "state.tmp")
+                (work / "state.tmp").replace(work / "state.pt")
+                publish(step + 1, ema, float(np.mean(losses[-save_every:])))
+    return ema
+
+
+# ------------------------------------------------------------------------------------------- stage 3: a pipeline folder
+
+
+def save_pipeline(denoiser: Denoiser, vae: AutoencoderKL, tokenizer: CLIPTokenizer, shift: float, folder: Path) -> None:
+    """Write a StableDiffusion3Pipeline without T5; replaces the folder.
+
+    Transformer and autoencoder are stored as float16, which diffusers loads as float32; the text encoders stay float32, because
+    transformers loads what is stored. Only the weights of the copies change: the given modules stay as they are.
+    """
+    transformer = build_transformer()
+    transformer.load_state_dict(denoiser.transformer.state_dict())
+    half_vae = build_vae()
+    half_vae.load_state_dict(vae.state_dict())
+    half_vae.register_to_config(shift_factor=vae.config.shift_factor, scaling_factor=vae.config.scaling_factor)
+    pipeline = StableDiffusion3Pipeline(
+        transformer=transformer.half(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=shift),
+        vae=half_vae.half(),
+        text_encoder=denoiser.text_encoder,
+        tokenizer=tokenizer,
+        text_encoder_2=denoiser.text_encoder_2,
+        tokenizer_2=tokenizer,
+        text_encoder_3=None,
+        tokenizer_3=None,
+    )
+    fresh = folder.with_name(folder.name + ".new")
+    shutil.rmtree(fresh, ignore_errors=True)
+    pipeline.save_pretrained(fresh)
+    shutil.rmtree(folder, ignore_errors=True)
+    fresh.replace(folder)
+
+
+def load_pipeline(folder: Path) -> StableDiffusion3Pipeline:
+    """The pipeline in float32; without the arguments that are None diffusers refuses a Stable Diffusion 3 without T5."""
+    pipeline = StableDiffusion3Pipeline.from_pretrained(
+        folder,
+        text_encoder_3=None,
+        tokenizer_3=None,
+        image_encoder=None,
+        feature_extractor=None,
+        torch_dtype=torch.float32,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def strict_accuracy(
+    pipeline: StableDiffusion3Pipeline, captions: tuple[Caption, ...], *, guidance: float, seed: int, steps: int = 10
+) -> np.ndarray:
+    """1 or 0 for each caption [N]: whether one picture, drawn from this noise seed, shows exactly what it says."""
+    reward = CompositionReward(score="strict")
+    hits: list[float] = []
+    for start in range(0, len(captions), 66):
+        texts = [caption.text for caption in captions[start : start + 66]]
+        pictures = pipeline(
+            prompt=texts,
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            max_sequence_length=PROMPT_LENGTH,
+            generator=[torch.Generator().manual_seed(seed * 10**5 + start + i) for i in range(len(texts))],
+            output_type="np",
+        ).images
+        hits += reward(np.round(pictures * 255).astype(np.uint8), texts)["strict"]
+    return np.array(hits)
+
+
+# ------------------------------------------------------------------------------------------------------------- commands
+
+
+@app.command()
+def captions(folder: Annotated[Path, typer.Option(help="where the two prompt files go")] = ROOT / "configs") -> None:
+    """Write shapes_train.txt and shapes_reserved.txt, one caption a line."""
+    for name, chosen in (("shapes_train.txt", train_captions()), ("shapes_reserved.txt", reserved_captions())):
+        (folder / name).write_text("".join(f"{caption.text}\n" for caption in chosen))
+        console.print(f"{folder / name}: {len(chosen)} captions")
+
+
+@app.command()
+def train(
+    out: Annotated[Path, typer.Option(help="the pipeline folder to write; refreshed at every snapshot")],
+    work: Annotated[Path, typer.Option(help="what a restart needs")] = ROOT / "runs" / "embedded",
+    steps: Annotated[int, typer.Option(help="steps of the transformer")] = 10000,
+    batch: Annotated[int, typer.Option(help="pictures in each of them")] = 96,
+    rate: Annotated[float, typer.Option(help="their highest learning rate")] = 2e-3,
+    vae_steps: Annotated[int, typer.Option(help="steps of the autoencoder, 8 pictures each")] = 8000,
+    pool: Annotated[int, typer.Option(help="how many pictures are drawn")] = 60000,
+    shift: Annotated[float, typer.Option(help="of the sampler's noise levels")] = 1.0,
+    save_every: Annotated[int, typer.Option(help="steps between snapshots")] = 1000,
+    seed: Annotated[int, typer.Option()] = 0,
+    threads: Annotated[int, typer.Option()] = 1,
+    smoke: Annotated[bool, typer.Option(help="a few steps of everything, to see that it runs")] = False,
+) -> None:
+    """Train everything and write the pipeline."""
+    if smoke:
+        steps, batch, vae_steps, pool, save_every = 4, 8, 3, 64, 2
+    torch.set_num_threads(threads)
+    torch.manual_seed(seed)
+    work.mkdir(parents=True, exist_ok=True)
+    vae, data = prepare(work, pool, vae_steps, seed)
+    torch.manual_seed(seed)  # again: the same start whether or not the autoencoder was there
+    tokenizer = build_tokenizer()
+    ids = tokenize(tokenizer, [caption.text for caption in train_captions()] + [""])
+    denoiser, averaged = Denoiser(tokenizer), Denoiser(tokenizer)
+    began = time.perf_counter()
+
+    def publish(step: int, ema: Ema, loss: float) -> None:
+        averaged.load_state_dict(ema.weights, strict=False)
+        save_pipeline(averaged, vae, tokenizer, shift, out)
+        pipeline, entry = load_pipeline(out), {"step": step, "loss": loss, "seconds": time.perf_counter() - began}
+        chosen = reserved_captions()[:: 8 if smoke else 1]
+        for guidance in (1.0, 3.0):
+            entry[f"strict at guidance {guidance:g}"] = strict_accuracy(
+                pipeline, chosen, guidance=guidance, seed=0
+            ).mean()
+        with (work / "log.jsonl").open("a") as file:
+            file.write(json.dumps(entry) + "\n")
+        console.print(entry)
+
+    train_denoiser(
+        denoiser, Data(ids=ids, **data), steps=steps, batch=batch, rate=rate, seed=seed, work=work,
+        save_every=save_every, publish=publish,
+    )  # fmt: skip
+
+
+def prepare(work: Path, pool_size: int, vae_steps: int, seed: int) -> tuple[AutoencoderKL, dict[str, Tensor]]:
+    """The autoencoder and the scaled latents of the pool, from the working folder where they are there."""
+    if (work / "latents.safetensors").exists():
+        return AutoencoderKL.from_pretrained(work / "vae").eval(), load_file(work / "latents.safetensors")
+    with console.status(f"drawing {pool_size} pictures"):
+        pool = draw_pool(pool_size, seed, train_captions())
+    if (work / "vae").exists():
+        vae = AutoencoderKL.from_pretrained(work / "vae").eval()
+    else:
+        vae = train_vae(pool, steps=vae_steps, batch=8, rate=4e-3, seed=seed)
+        vae.save_pretrained(work / "vae")
+    with console.status("encoding them"):
+        latents = (encode_pictures(vae, pool.pictures) - vae.config.shift_factor) * vae.config.scaling_factor
+    data = {"latents": latents.contiguous(), "captions": pool.captions}
+    save_file(data, work / "latents.safetensors")
+    return vae, data
+
+
+@app.command()
+def evaluate(
+    folder: Annotated[Path, typer.Argument(help="a pipeline folder")] = ROOT / "rollout" / "embedded",
+    seeds: Annotated[int, typer.Option(help="how many noise seeds")] = 4,
+    steps: Annotated[int, typer.Option(help="denoising steps")] = 10,
+    threads: Annotated[int, typer.Option()] = 1,
+) -> None:
+    """Strict accuracy by task, on reserved captions and on as many trained ones, with and without guidance."""
+    torch.set_num_threads(threads)
+    pipeline = load_pipeline(folder)
+    trained = train_captions()
+    stride = np.random.default_rng(0).permutation(len(trained))
+    spread = tuple(trained[i] for i in stride)
+    wanted = Counter(caption.task for caption in reserved_captions())
+    seen = tuple(c for task in TASKS for c in [c for c in spread if c.task == task][: wanted[task]])
+    for name, chosen in (("reserved", reserved_captions()), ("trained", seen)):
+        for guidance in (1.0, 3.0):
+            hits = np.stack(
+                [strict_accuracy(pipeline, chosen, guidance=guidance, seed=i, steps=steps) for i in range(seeds)]
+            )
+            error = hits.mean(0).std(ddof=1) / math.sqrt(len(chosen))  # over captions, each the mean of its seeds
+            tasks = {task: hits[:, [c.task == task for c in chosen]].mean().round(3).item() for task in TASKS}
+            console.print(
+                f"{name:9} guidance {guidance:g}: strict {hits.mean():.3f} +- {1.96 * error:.3f} (95 %), "
+                f"by seed {hits.mean(1).round(3).tolist()}, by task {tasks}"
+            )
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,83 @@
+"""What several test files share: a tiny Stable Diffusion 3 on disk, prompts, and configurations of runs with it."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: networks of this size only lose by threads
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import zoo
+from diffusers.utils import logging as diffusers_logging
+
+PROMPTS = ("a red circle", "two blue squares", "a cat", "the sea at night", "a green hill")
+SIZE = {"height": 16, "width": 16, "call": {"max_sequence_length": 32}}
+
+Make = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture(scope="session")
+def tiny_sd3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a Stable Diffusion 3 with two blocks and live random weights."""
+    folder = tmp_path_factory.mktemp("models") / "sd3"
+    diffusers_logging.disable_progress_bar()
+    zoo.build("sd3").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def prompt_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five prompts, a line each."""
+    file = tmp_path_factory.mktemp("prompts") / "prompts.txt"
+    file.write_text("\n".join(PROMPTS), encoding="utf-8")
+    return file
+
+
+@pytest.fixture(scope="session")
+def make_config(tiny_sd3: Path, prompt_file: Path) -> Make:
+    """``make_config(output, **{"section.key": value})``: a short Flow-GRPO run on the tiny model, as a mapping.
+
+    What runs are compared by must be a smooth function of rounding errors. The gradient's norm, about 0.01, is above
+    ``max_grad_norm``, so that clipping takes part; epsilon is above the gradient's elements, about 1e-4: with a tiny one
+    Adam gives every element a step of full length, even where the gradient is nothing but rounding. The JPEG's quality is
+    low: at 95 one grey level in one pixel changes the size in one case of nine, at 10 in one of three hundred.
+    """
+    base: dict[str, Any] = {
+        "num_steps": 3,
+        "trackers": [],
+        "model": {
+            "path": str(tiny_sd3),
+            "lora": {"rank": 4, "alpha": 12, "targets": ["to_q", "to_k", "to_v", "to_out.0"]},
+            **SIZE,
+        },
+        "prompts": {"train": str(prompt_file)},
+        "rollout": {
+            "num_inference_steps": 4,
+            "prompts_per_step": 4,
+            "group_size": 4,
+            "batch_size": 4,
+            "plan": {"name": "all"},
+        },
+        "rewards": {"jpeg_compressibility": {"options": {"quality": 10}}},
+        "algorithm": {"name": "flow_grpo", "updates_per_rollout": 2, "kl_coef": 0.1},
+        "optimizer": {"learning_rate": 3e-2, "epsilon": 1e-3, "max_grad_norm": 5e-3},
+        "engine": {"device": "cpu"},
+        "evaluation": None,
+    }
+
+    def make(output: Path, **overrides: Any) -> dict[str, Any]:
+        config = copy.deepcopy(base) | {"output": str(output)}
+        for key, value in overrides.items():
+            section = config
+            *parents, last = key.split(".")
+            for parent in parents:
+                section = section[parent]
+            section[last] = value
+        return config
+
+    return make

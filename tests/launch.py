@@ -1,0 +1,161 @@
+"""Training runs in processes of their own: forked from a server that has imported everything, or by a real launcher.
+
+Importing torch, diffusers and DeepSpeed takes seconds; a process that is forked from the server starts in a few
+milliseconds and still has its own memory, environment, signals and death.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+TIMEOUT_S = 300.0  # a run takes 1 to 30 s; what takes longer hangs
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(
+    [
+        "flowsteer.rl.build",
+        "flowsteer.rl.train",
+        "flowsteer.rewards.jpeg",
+        "deepspeed",
+        "diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3",
+        "transformers.models.clip.modeling_clip",
+        "transformers.models.t5.modeling_t5",
+    ]
+)
+
+
+def nft(**more: Any) -> dict[str, Any]:
+    """Overrides that turn a Flow-GRPO run into one of DiffusionNFT."""
+    algorithm = {"name": "diffusion_nft", "noise_levels_per_sample": 2, "kl_coef": 1e-3, **more}
+    return {"algorithm": algorithm, "rollout.plan": {"name": "none"}}
+
+
+def train_and_export(config: dict[str, Any], *, resume: bool = False) -> None:
+    """A whole run in this process: what `flowsteer train` does, without the report."""
+    from flowsteer.rl.build import start
+    from flowsteer.rl.config import parse_config
+    from flowsteer.rl.train import train
+
+    run = start(parse_config(config), resume=resume, quiet=True)
+    try:
+        train(run)
+        run.export()
+    finally:
+        run.close()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Strike:
+    """A signal that meets a process of a run 50 ms after it wrote (or would have written) a training step's line."""
+
+    step: int
+    signal: signal.Signals
+    rank: int = 0
+
+    def arm(self) -> None:
+        """In the process that is to be hit: from inside, so that no load of the machine can delay it."""
+        from flowsteer.rl.metrics import Log
+
+        write = Log.write
+
+        def write_and_fall(log: Log, step: int, values: dict[str, float]) -> None:
+            write(log, step, values)
+            if step == self.step:
+                threading.Timer(0.05, os.kill, (os.getpid(), self.signal)).start()
+
+        Log.write = write_and_fall
+
+
+def begin(
+    config: dict[str, Any], *, processes: int = 1, resume: bool = False, strike: Strike | None = None
+) -> list[BaseProcess]:
+    """Start a run on so many processes, with the environment that torchrun gives them; returns at once."""
+    environment = {"OMP_NUM_THREADS": "1"}
+    if processes > 1:
+        environment |= {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    started = []
+    for rank in range(processes):
+        own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
+        hit = strike if strike and strike.rank == rank else None
+        process = _context.Process(target=_child, args=(config, resume, environment | own, _log(config, rank), hit))
+        process.start()
+        started.append(process)
+    return started
+
+
+def wait(started: Sequence[BaseProcess]) -> list[int | None]:
+    """The exit codes of a run that `begin` started; None for a process that hangs."""
+    for process in started:
+        process.join(TIMEOUT_S)
+    codes = [process.exitcode for process in started]
+    for process in started:
+        if process.is_alive():
+            process.kill()
+    return codes
+
+
+def run(config: dict[str, Any], *, processes: int = 1, resume: bool = False, strike: Strike | None = None) -> Path:
+    """A whole run in processes of its own; returns its folder. Fails with their output when one failed or hangs."""
+    codes = wait(begin(config, processes=processes, resume=resume, strike=strike))
+    if any(code != 0 for code in codes):
+        texts = [_log(config, rank).read_text()[-4000:] for rank in range(processes)]
+        raise AssertionError(f"the run ended with {codes} (None: it hung)\n" + "\n".join(texts))
+    return Path(config["output"])
+
+
+def run_under(launcher: Sequence[str], config: dict[str, Any]) -> Path:
+    """A whole run under ``torchrun`` or ``accelerate launch``, as a user would start it; returns its folder."""
+    file = Path(config["output"]).with_suffix(".json")
+    file.write_text(json.dumps(config))
+    command = [sys.executable, *launcher, str(Path(__file__).resolve()), str(file)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    return Path(config["output"])
+
+
+def torchrun(processes: int) -> list[str]:
+    """The arguments of a `run_under` torchrun."""
+    return ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={_free_port()}"]
+
+
+def accelerate_launch(processes: int) -> list[str]:
+    """The arguments of a `run_under` accelerate."""
+    options = ["--multi_gpu", f"--num_processes={processes}", "--num_machines=1", "--mixed_precision=no"]
+    return ["-m", "accelerate.commands.launch", *options, "--dynamo_backend=no", f"--main_process_port={_free_port()}"]
+
+
+def _child(config: dict[str, Any], resume: bool, environment: dict[str, str], log: Path, strike: Strike | None) -> None:
+    os.environ.update(environment)
+    if strike:
+        strike.arm()
+    with log.open("a") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    train_and_export(config, resume=resume)
+
+
+def _log(config: dict[str, Any], rank: int) -> Path:
+    return Path(config["output"]).with_suffix(f".{rank}.log")
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+if __name__ == "__main__":
+    train_and_export(json.loads(Path(sys.argv[1]).read_text()))

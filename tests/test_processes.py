@@ -1,0 +1,133 @@
+"""Neither the number of processes nor the engine under it changes what is learned.
+
+The same configuration runs on one process and on two, plain and under each ZeRO stage, from torchrun and from accelerate.
+Samples are the same bits everywhere; what is added up over processes or partitions may be added in another order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import launch
+import pytest
+import torch
+from conftest import Make
+from safetensors.torch import load_file
+
+from flowsteer.rl.metrics import read_metrics
+
+# Sums of float32 numbers in another order differ by some 1e-7 of the largest term. Norms, divergences and scores are sums
+# of terms of one sign: relative. Ratios are exp(differences of log densities of size 1), and the loss is a sum of terms of
+# size 1 (advantage times ratio) that cancel to 1e-5: absolute.
+RELATIVE, ABSOLUTE = 5e-6, {"ratio": 5e-7, "ratio_deviation": 5e-7, "loss": 5e-7}
+# An update moves an element by learning_rate * g / (|g| + epsilon), whose slope is at most learning_rate / epsilon = 30.
+# Elements of the gradient are sums of terms up to 1e-3 that cancel: rounding leaves 1e-10, which six updates make 2e-8.
+# They move elements by 1e-2.
+WEIGHTS = 5e-7
+
+# Of each process's own halves of an update; only comparable between runs with equally many processes.
+AGREEMENT = "gradient_agreement"
+
+Runs = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def runs(make_config: Make, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """``runs(name, processes=1, launcher=None, **overrides)``: the folder of a run; each is made once."""
+    root, done = tmp_path_factory.mktemp("runs"), {}
+
+    def folder(name: str, *, processes: int = 1, launcher: list[str] | None = None, **overrides: Any) -> Path:
+        if name not in done:
+            config = make_config(root / name, **overrides)
+            done[name] = launch.run_under(launcher, config) if launcher else launch.run(config, processes=processes)
+        return done[name]
+
+    return folder
+
+
+def lines(folder: Path, *, without: tuple[str, ...] = ()) -> list[dict[str, float]]:
+    """The run's metrics without times."""
+    return [
+        {key: value for key, value in line.items() if not key.startswith("seconds/") and key not in without}
+        for line in read_metrics(folder / "metrics.jsonl")
+    ]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    (file,) = (folder / "export").rglob("*.safetensors")
+    return load_file(file)
+
+
+def assert_equal_runs(first: Path, second: Path) -> None:
+    """Bit for bit."""
+    assert lines(first) == lines(second)
+    mine, other = weights(first), weights(second)
+    assert mine.keys() == other.keys()
+    assert all(torch.equal(mine[key], other[key]) for key in mine)
+
+
+def assert_close_runs(first: Path, second: Path) -> None:
+    """Up to the order of sums."""
+    mine, other = lines(first, without=(AGREEMENT,)), lines(second, without=(AGREEMENT,))
+    assert len(mine) == len(other) > 1
+    assert mine[0]["reward_mean"] == other[0]["reward_mean"]  # the same bits were drawn
+    assert mine[0]["reward_std"] == other[0]["reward_std"] > 0
+    for one, two in zip(mine, other):
+        assert one.keys() == two.keys()
+        for key in one:
+            assert one[key] == pytest.approx(two[key], rel=RELATIVE, abs=ABSOLUTE.get(key, 0)), key
+    left, right = weights(first), weights(second)
+    assert left.keys() == right.keys()
+    for key in left:
+        torch.testing.assert_close(left[key], right[key], rtol=0, atol=WEIGHTS)
+
+
+ALGORITHMS = {"flow_grpo": {}, "diffusion_nft": launch.nft(updates_per_rollout=2)}
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_two_processes_are_one(runs: Runs, algorithm: str) -> None:
+    one = runs(algorithm, **ALGORITHMS[algorithm])
+    two = runs(f"{algorithm}_two", processes=2, **ALGORITHMS[algorithm])
+    assert_close_runs(one, two)
+    curve = lines(one)
+    assert [line["num_updates"] for line in curve] == [2, 4, 6]
+    assert all(line["grad_norm"] > 5e-3 for line in curve)  # clipping took part
+    assert curve[-1]["kl"] > curve[0]["kl"] > 0  # something was learned
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_zero_is_plain(runs: Runs, stage: int) -> None:
+    plain = runs("flow_grpo")
+    zero = runs(f"zero_{stage}", **{"engine.zero_stage": stage})
+    assert_close_runs(plain, zero)
+    ours, theirs = ([line[AGREEMENT] for line in lines(folder)] for folder in (plain, zero))
+    assert ours == pytest.approx(theirs, abs=1e-4)  # a cosine of the same gradients; the hooks fire alike
+
+
+def test_zero_2_under_torchrun_and_accelerate_is_plain(runs: Runs) -> None:
+    stage = {"engine.zero_stage": 2}
+    torchrun = runs("torchrun", launcher=launch.torchrun(2), **stage)
+    accelerate = runs("accelerate", launcher=launch.accelerate_launch(2), **stage)
+    assert_equal_runs(torchrun, accelerate)
+    assert_close_runs(runs("flow_grpo"), torchrun)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_zero_on_two_processes_with_all_weights_is_plain(runs: Runs, stage: int) -> None:
+    """Policies are copies of all weights here; under ZeRO-3 each process keeps and exchanges its share of them."""
+    full = {"model.lora": None, "ema_decay": 0.5, "num_steps": 2}
+    assert_close_runs(runs("full", **full), runs(f"full_{stage}", processes=2, **full, **{"engine.zero_stage": stage}))
+
+
+def test_half_precision_under_zero_3_starts_at_the_reference_with_ratio_one(runs: Runs) -> None:
+    """The proofs of test_proofs.py over the whole path: exchanged shares, DeepSpeed's own linear layers, bfloat16."""
+    algorithm = {"name": "flow_grpo", "updates_per_rollout": 1, "kl_coef": 0.1}
+    settings = {"model.lora": None, "model.dtype": "bfloat16", "engine.zero_stage": 3}
+    first, second = lines(runs("half", algorithm=algorithm, num_steps=2, **settings))
+    for line in (first, second):  # one update per rollout: every rollout is the current policy's
+        assert (line["ratio"], line["ratio_deviation"], line["clip_fraction"]) == (1, 0, 0)
+    assert first["kl"] == 0
+    assert second["kl"] > 0

@@ -1,0 +1,314 @@
+"""Before the first update nothing has changed; after the last one, the export draws what training saw.
+
+Before the first update every ratio is exactly 1 and every distance exactly 0. These are equalities of bits, not tolerances:
+rollout and training run the same function on the same shapes. What breaks them (a step computed in two ways, latents scored
+before they are rounded or in another memory layout, a policy that is not put back, a kernel that depends on whether
+gradients are wanted) would bias every update and show in no curve.
+
+The cases come from `kernels.KERNELS`, so that a new kernel is proved as soon as it exists.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+import zoo
+from conftest import Make
+from diffusers import StableDiffusion3Pipeline
+from torch import Tensor
+
+from flowsteer.rl.algorithms import DiffusionNFT, FlowGRPO
+from flowsteer.rl.build import start
+from flowsteer.rl.config import parse_config
+from flowsteer.rl.evaluate import evaluate
+from flowsteer.rl.export import LORA_FILE, merge
+from flowsteer.rl.policy import Policy
+from flowsteer.rl.train import train
+from flowsteer.rl.types import Comparison
+from flowsteer.rollout import kernels
+from flowsteer.rollout.pipeline import FlowPipeline
+from flowsteer.rollout.plan import all_steps, fixed_steps, no_steps, window
+from flowsteer.rollout.prompts import Prompts
+from flowsteer.rollout.types import Rollout
+from flowsteer.rollout.worker import RolloutWorker
+
+STEPS, LEVEL = 3, 0.6
+MODELS = ("sd3", "sdxl")
+TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+PROMPTS = Prompts(texts=("a red circle", "a blue field", "a dark cloud"))  # of one length: some models do not pad
+PLANS = {
+    "all": all_steps(STEPS, LEVEL),
+    "window": window(STEPS, LEVEL, size=1, strategy="random", seed=3),
+    "steps": fixed_steps(STEPS, LEVEL, [1]),
+    "none": no_steps(STEPS),
+}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+KINDS = {"lora": (4, 12, TARGETS), "full": None}
+
+
+def model_for(kernel: str) -> str:
+    """The first model of the zoo whose noise schedule the kernel fits."""
+    for name in MODELS:
+        conditioning = zoo.shared(name).prepare(["a"], num_inference_steps=STEPS, guidance_scale=1.0)
+        try:
+            kernels.check_kernel(kernel, conditioning.schedule)
+        except ValueError:
+            continue
+        return name
+    raise AssertionError(f"no model of this file fits the kernel {kernel!r}; add one to MODELS")
+
+
+class Case:
+    """A model with its policies, and the sampling of it."""
+
+    def __init__(self, model: str, dtype: str, kind: str) -> None:
+        self.model, self.dtype = model, DTYPES[dtype]
+        self.pipeline: FlowPipeline = zoo.lifted(model, zoo.build(model, self.dtype))
+        variants = frozenset({"old", "reference"})
+        self.policy = Policy(self.pipeline, lora=KINDS[kind], variants=variants, seed=0)
+        self.policy.ready()
+
+    def rollout(self, *, kernel: str, weight: str, plan: str, guided: bool, shared_noise: bool) -> Rollout:
+        """One batch: two prompts with groups of two, drawn by the current policy."""
+        worker = RolloutWorker(
+            self.pipeline,
+            PROMPTS,
+            plan=PLANS[plan],
+            kernel=kernel,
+            log_prob_weight=weight,  # type: ignore[arg-type]
+            solver="euler",
+            num_inference_steps=STEPS,
+            guidance_scale=zoo.ZOO[self.model].guided if guided else 1.0,
+            prompts_per_step=2,
+            group_size=2,
+            batch_size=4,
+            shared_noise=shared_noise,
+            updates_per_rollout=1,
+            seed=5,
+            num_processes=1,
+            process_index=0,
+            dtype=self.dtype,
+            device="cpu",
+        )
+        (rollout,) = worker.sample(0)
+        return rollout
+
+    @torch.no_grad()
+    def disturb(self) -> None:
+        """Move the current policy away from the others, as an update would."""
+        generator = torch.Generator().manual_seed(1)
+        for parameter in self.policy.parameters().values():
+            parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+
+
+@pytest.fixture(scope="module")
+def case(request: pytest.FixtureRequest) -> Case:
+    """Tests are ordered by this fixture, so each model is built once."""
+    return Case(*request.param)
+
+
+def comparison(size: int) -> Comparison:
+    advantage = torch.linspace(-1, 1, size)
+    return Comparison(advantage=advantage, weight=torch.ones(size))
+
+
+def flow_grpo(kernel: str, weight: str, rollout: Rollout) -> FlowGRPO:
+    assert rollout.trajectory is not None
+    return FlowGRPO(
+        kernel=kernel,
+        log_prob_weight=weight,  # type: ignore[arg-type]
+        num_transitions=len(rollout.trajectory.indices),
+        clip_range=1e-4,
+        kl_coef=1.0,
+    )
+
+
+def losses(case: Case, algorithm: FlowGRPO | DiffusionNFT, rollout: Rollout) -> list[tuple[Tensor, dict[str, float]]]:
+    """Every loss of a rollout, and its metrics as means over samples."""
+    found = []
+    for batch in algorithm.batches([rollout], [comparison(len(rollout))], step=0):
+        loss, metrics = algorithm.loss(case.policy, batch)
+        assert loss.requires_grad
+        found.append((loss, {name: float(total) / count for name, (total, count) in metrics.items()}))
+    return found
+
+
+def proof_cases() -> list:
+    """(model, dtype, kind), kernel, weight: every kernel in both conventions of its log-density."""
+    return [
+        pytest.param((model_for(kernel), dtype, kind), kernel, weight, id=f"{kernel}-{weight}-{kind}-{dtype}")
+        for kernel in kernels.KERNELS
+        for weight in ("gaussian", "variance")
+        for dtype in DTYPES
+        for kind in KINDS
+    ]
+
+
+@pytest.mark.parametrize(("case", "kernel", "weight"), proof_cases(), indirect=["case"])
+def test_ratio_is_one_and_kl_is_zero_before_the_first_update(case: Case, kernel: str, weight: str) -> None:
+    stochastic = [name for name, plan in PLANS.items() if plan.num_transitions]
+    if weight != "gaussian":  # the convention plays no part in what is drawn when
+        stochastic = ["all"]
+    for plan, guided, shared_noise in itertools.product(stochastic, (False, True), (False, True)):
+        rollout = case.rollout(kernel=kernel, weight=weight, plan=plan, guided=guided, shared_noise=shared_noise)
+        found = losses(case, flow_grpo(kernel, weight, rollout), rollout)
+        assert len(found) == PLANS[plan].num_transitions
+        for _, metrics in found:
+            where = f"{plan}, guided={guided}, shared_noise={shared_noise}"
+            assert_unmoved(metrics, where)
+            assert metrics["kl"] == 0, where
+
+
+def assert_unmoved(metrics: dict[str, float], where: str) -> None:
+    """The policy that is asked is the one that drew."""
+    assert metrics["ratio_deviation"] == 0, where  # the mean of |log_prob - old log_prob|: every one of them is equal
+    assert metrics["ratio"] == 1, where
+    assert metrics["clip_fraction"] == 0, where
+
+
+@pytest.mark.parametrize("family", [name for name in zoo.ZOO if name not in MODELS])
+def test_ratio_is_one_for_every_family(family: str) -> None:
+    """Packed latents, guidance in three fashions, two transformers that share the steps, latents of a video."""
+    kernel, case = "flow_sde", Case(family, "bfloat16", "lora")
+    rollout = case.rollout(kernel=kernel, weight="gaussian", plan="all", guided=True, shared_noise=False)
+    for _, metrics in losses(case, flow_grpo(kernel, "gaussian", rollout), rollout):
+        assert_unmoved(metrics, family)
+        assert metrics["kl"] == 0
+
+
+@pytest.mark.parametrize(("model", "dtype", "kind"), itertools.product(MODELS, DTYPES, KINDS))
+def test_a_moved_policy_is_seen_and_its_own_rollouts_have_ratio_one(model: str, dtype: str, kind: str) -> None:
+    """The proof above would also hold for a policy that cannot change, or if the reference were the policy itself."""
+    kernel = next(name for name in kernels.KERNELS if model_for(name) == model)
+    case = Case(model, dtype, kind)
+    settings = {"kernel": kernel, "weight": "gaussian", "plan": "all", "guided": True, "shared_noise": False}
+    before = case.rollout(**settings)  # type: ignore[arg-type]
+    case.disturb()
+    for _, metrics in losses(case, flow_grpo(kernel, "gaussian", before), before):
+        assert metrics["ratio_deviation"] > 0
+        assert metrics["kl"] > 0
+    for denoiser in case.pipeline.denoisers.values():
+        denoiser.enable_gradient_checkpointing()  # type: ignore[operator]
+    after = case.rollout(**settings)  # type: ignore[arg-type]
+    for loss, metrics in losses(case, flow_grpo(kernel, "gaussian", after), after):
+        assert_unmoved(metrics, "its own rollout, with gradient checkpointing")
+        assert metrics["kl"] > 0
+        loss.backward()  # the passes under the reference left the graph whole
+    assert any(parameter.grad is not None for parameter in case.policy.parameters().values())
+
+
+@pytest.mark.parametrize(("model", "dtype", "kind"), itertools.product(MODELS, DTYPES, KINDS))
+def test_nft_starts_at_the_old_policy_and_at_the_reference(model: str, dtype: str, kind: str) -> None:
+    case = Case(model, dtype, kind)
+    algorithm = DiffusionNFT(
+        num_inference_steps=STEPS,
+        advantage_clip=5.0,
+        seed=0,
+        beta=0.5,
+        noise_levels_per_sample=STEPS - 1,
+        kl_coef=1e-3,
+        old_decay_slope=0.0,
+        old_decay_max=0.0,
+    )
+    for guided in (False, True):
+        rollout = case.rollout(kernel="flow_sde", weight="gaussian", plan="none", guided=guided, shared_noise=False)
+        found = losses(case, algorithm, rollout)
+        assert len(found) == STEPS - 1
+        for _, metrics in found:
+            assert metrics["old_distance"] == 0
+            assert metrics["kl"] == 0
+    case.disturb()
+    for _, metrics in losses(case, algorithm, rollout):
+        assert metrics["old_distance"] > 0
+        assert metrics["kl"] == pytest.approx(metrics["old_distance"], rel=1e-6)  # old and reference are still one
+
+
+# --- the export ---------------------------------------------------------------------------------------------------------
+
+SAMPLING = {"num_inference_steps": 4, "guidance_scale": 4.0}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """A finished run: what it exported, and the pictures of training's own evaluation, before and after."""
+
+    export: Path
+    prompts: tuple[str, ...]  # P
+    before: Tensor  # [P, 3, H, W], of the reference policy
+    after: Tensor  # [P, 3, H, W], of the trained policy
+
+
+@pytest.fixture(scope="module", params=["lora", "full"])
+def trained(request: pytest.FixtureRequest, make_config: Make, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """Two steps, with averaged weights: those are what is evaluated and exported."""
+    overrides = {"model.lora": None} if request.param == "full" else {}
+    config = make_config(tmp_path_factory.mktemp("export") / "run", num_steps=2, ema_decay=0.5, **overrides)
+    run = start(parse_config(config), quiet=True)
+    try:
+        train(run)
+        pictures = {}
+        for name in ("reference", run.policy.best):
+            with run.policy.using(name):
+                pictures[name] = evaluate(
+                    run.policy.pipeline,
+                    run.worker.prompts,
+                    run.scorer.rewards,
+                    num_prompts=3,
+                    num_seeds=1,
+                    batch_size=1,
+                    dtype=torch.float32,
+                    device="cpu",
+                    **SAMPLING,  # type: ignore[arg-type]
+                )
+        return Trained(
+            export=run.export().parent if request.param == "lora" else run.export(),
+            prompts=pictures["ema"].prompts,
+            before=pictures["reference"].images,
+            after=pictures["ema"].images,
+        )
+    finally:
+        run.close()
+
+
+def draw(pipe: StableDiffusion3Pipeline, prompts: tuple[str, ...]) -> Tensor:
+    """The evaluation's pictures, by plain diffusers: seed p for prompt p, one by one as in the evaluation."""
+    pipe.set_progress_bar_config(disable=True)
+    size = {"height": 16, "width": 16, "max_sequence_length": 32}
+    pictures = [
+        pipe(prompt, generator=torch.Generator().manual_seed(place), output_type="pt", **SAMPLING, **size).images
+        for place, prompt in enumerate(prompts)
+    ]
+    return torch.cat(pictures)
+
+
+def test_the_export_draws_in_plain_diffusers_what_training_saw(trained: Trained, tiny_sd3: Path) -> None:
+    """Bit for bit: diffusers puts the LoRA on through PEFT, with the forward pass that training used."""
+    pipe = StableDiffusion3Pipeline.from_pretrained(tiny_sd3)
+    assert torch.equal(draw(pipe, trained.prompts), trained.before)
+    if (trained.export / LORA_FILE).exists():
+        pipe.load_lora_weights(trained.export)
+        (config,) = pipe.transformer.peft_config.values()
+        assert (config.r, config.lora_alpha) == (4, 12)  # nobody told diffusers: they are in the file
+    else:
+        pipe.transformer = type(pipe.transformer).from_pretrained(trained.export / "transformer")
+    assert torch.equal(draw(pipe, trained.prompts), trained.after)
+    assert (trained.after - trained.before).abs().max() > 1e-2  # the comparisons would notice a LoRA that is not there
+
+
+def test_the_merged_pipeline_draws_what_training_saw(trained: Trained, tiny_sd3: Path, tmp_path: Path) -> None:
+    pipe = StableDiffusion3Pipeline.from_pretrained(merge(str(tiny_sd3), trained.export, tmp_path / "merged"))
+    # (W + s B A) x instead of W x + s B (A x): other roundings of 6e-8 per operation, some hundred operations deep
+    assert (draw(pipe, trained.prompts) - trained.after).abs().max() < 1e-4
+    with pytest.raises(ValueError, match="is not empty"):
+        merge(str(tiny_sd3), trained.export, tmp_path / "merged")
+
+
+def test_what_is_no_export_is_refused(tiny_sd3: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"holds neither pytorch_lora_weights.safetensors nor the folder of a denoiser"
+    ):
+        merge(str(tiny_sd3), tmp_path, tmp_path / "merged")
