@@ -70,6 +70,8 @@ class RewardSet:
         for name, reward, weight in entries:
             if not name or "/" in name or names.count(name) > 1:
                 raise ValueError(f"the reward name {name!r} must be its own, not empty, and without '/'; got {names}")
+            if name == "total":
+                raise ValueError("the reward name 'total' stands for the weighted sum; choose another")
             if not callable(reward):
                 raise ValueError(f"reward {name!r} is a {type(reward).__name__}, which cannot be called")
             if not math.isfinite(weight):

@@ -11,7 +11,7 @@ Each comparison gives a number in [0, 1] that is 1 exactly when nothing is left 
 three scores:
 
 ``graded``    0.8 times the mean of the comparisons plus 0.2 times ``strict``: something to climb from the start.
-``tolerant``  1 if all that was asked for is there, 0 otherwise; more may be there too, and borders are wide (as in GenEval).
+``tolerant``  1 if all that was asked for is there, 0 otherwise; more may be there too, and borders are wide.
 ``strict``    1 if the picture shows exactly what the caption says, 0 otherwise. Claim this one.
 
 Left out, because the world has none of it: overlapping objects, objects of several colours.

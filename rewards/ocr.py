@@ -9,7 +9,6 @@ are in its wheel) and not PaddleOCR, so scores are not comparable with published
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -17,8 +16,6 @@ from typing import Any, Literal
 import numpy as np
 
 from flowsteer.rewards.types import Values
-
-logger = logging.getLogger(__name__)
 
 SMALL_SIDE = 64  # pixels; see OCRReward
 _QUOTED = re.compile(r'"([^"]*)"')
@@ -76,11 +73,7 @@ class OCRReward:
         if not normalise_text(target):
             return None, None
         frames = image if image.ndim == 4 else image[None]
-        try:
-            scores = [match_score(self.read(frame), target) for frame in frames]
-        except Exception as error:  # whatever the reader raises for an image, it has no score
-            logger.warning("OCR failed for the prompt %r: %s: %s", prompt, type(error).__name__, error)
-            return None, None
+        scores = [match_score(self.read(frame), target) for frame in frames]
         return float(np.mean(scores)), float(np.mean([score == 1 for score in scores]))
 
 

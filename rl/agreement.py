@@ -2,7 +2,9 @@
 
 An update whose halves point the same way (0.1 or more) learns; one whose halves are orthogonal (0.001) walks at random and
 needs larger groups, a denser reward or other denoising steps. The expected cosine of two halves with n samples each is
-n s / (1 + n s), where s is the signal of a single sample: it grows with the batch, so compare runs of equal size.
+n s / (1 + n s), where s is the signal of a single sample: it grows with the batch, so compare runs of equal size. The halves
+are of whole rollout batches, and each process compares its own. A pull that does not depend on the scores, such as a KL or
+DiffusionNFT's towards its old policy once they are apart, is common to both halves and counts as agreement.
 """
 
 from __future__ import annotations
@@ -12,29 +14,32 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+MAX_ELEMENTS = 1 << 24  # of the gradient that are compared: enough for a cosine, and no burden beside a large model
+
 
 class GradientAgreement:
     """Watches the gradients of each pass through tensor hooks, which fire alike under every engine.
 
     Args:
-        parameters: the trained parameters.
-        passes: backward passes of one update on this process; the first half of them makes one gradient, the rest the other.
+        parameters: the trained parameters; of a large model an even choice is watched.
+        batches: rollout batches of one update on this process; the first half of them makes one gradient, the rest the other.
+        passes_per_batch: consecutive backward passes that share a rollout batch.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], passes: int) -> None:
-        self._half = passes // 2
+    def __init__(self, parameters: Sequence[nn.Parameter], *, batches: int, passes_per_batch: int) -> None:
+        self._half = batches // 2 * passes_per_batch
         self._sums: list[dict[int, Tensor]] = [{}, {}]
         self._pass = 0
-        if self._half:  # a single pass has no halves
-            for number, parameter in enumerate(parameters):
-                parameter.register_hook(lambda gradient, number=number: self._add(number, gradient))
+        watched = self._half and evenly_chosen(parameters, MAX_ELEMENTS)  # a single batch has no halves
+        for number, parameter in enumerate(watched or ()):
+            parameter.register_hook(lambda gradient, number=number: self._add(number, gradient))
 
     def next_pass(self) -> None:
         """A backward pass is about to run."""
         self._pass += 1
 
     def finish(self) -> Tensor:
-        """The cosine of this update, a scalar float32 on the parameters' device; NaN where an update is a single pass."""
+        """The cosine of this update, a scalar float32 on the parameters' device; NaN where an update is a single batch."""
         first, second = self._sums
         self._sums, self._pass = [{}, {}], 0
         common = sorted(first.keys() & second.keys())
@@ -51,3 +56,12 @@ class GradientAgreement:
             half[number] += gradient
         else:
             half[number] = gradient.clone()
+
+
+def evenly_chosen(parameters: Sequence[nn.Parameter], most: int) -> list[nn.Parameter]:
+    """Every n-th parameter, n the least that leaves at most ``most`` elements (or a single parameter)."""
+    sizes = [getattr(parameter, "ds_numel", parameter.numel()) for parameter in parameters]  # whole, also under ZeRO-3
+    stride = 1
+    while sum(sizes[::stride]) > most and stride < len(sizes):
+        stride += 1
+    return list(parameters[::stride])

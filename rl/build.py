@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -15,12 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from flowsteer.rewards.combine import Normalise, RewardSet
 from flowsteer.rewards.registry import load_reward
 from flowsteer.rl.algorithms import DiffusionNFT, DiffusionNFTConfig, FlowGRPO
-from flowsteer.rl.checkpoint import Checkpoints, fingerprint, open_run
+from flowsteer.rl.checkpoint import Checkpoints, fingerprint, open_run, write_whole
 from flowsteer.rl.compare import TooFewScores, compare
 from flowsteer.rl.config import Config, PlanConfig, save_config
 from flowsteer.rl.engine import Engine, OptimizerSettings
@@ -31,13 +30,13 @@ from flowsteer.rl.policy import Policy
 from flowsteer.rl.scoring import StepScorer
 from flowsteer.rl.show import Screen
 from flowsteer.rl.types import Algorithm
-from flowsteer.rollout import kernels
-from flowsteer.rollout.pipeline import FlowPipeline
+from flowsteer.rollout import kernels, selfcheck
+from flowsteer.rollout.pipeline import FlowPipeline, UnlikeConditioning
 from flowsteer.rollout.plan import Plan, all_steps, fixed_steps, no_steps, window
 from flowsteer.rollout.prompts import Prompts, read_prompts
 from flowsteer.rollout.worker import RolloutWorker
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(kw_only=True)
@@ -65,7 +64,7 @@ class Run:
             compare, deviation=advantage.deviation, clip=advantage.clip, min_scored=advantage.min_scored
         )
         self._stop_requested = False
-        self._saved = -1
+        self._saved = self.start or -1
         self._sigterm_before = signal.signal(signal.SIGTERM, self._request_stop)
 
     def _request_stop(self, *_: object) -> None:
@@ -103,6 +102,7 @@ class Run:
                 num_seeds=settings.num_seeds,
                 num_inference_steps=settings.num_inference_steps,
                 guidance_scale=settings.guidance_scale,
+                negative_prompt=settings.negative_prompt,
                 batch_size=self.config.rollout.batch_size,
                 dtype=self.worker.dtype,
                 device=self.engine.device,
@@ -125,13 +125,11 @@ class Run:
         save_grid(result.images, file.with_suffix(".png"))
         table = {
             "step": step,
-            "summary": {name: {"mean": mean, "interval": half} for name, (mean, half) in summary.items()},
+            "summary": {name: dict(zip(("mean", "interval"), _numbers(pair))) for name, pair in summary.items()},
             "prompts": result.prompts,
-            "scores": {name: _rows(values) for name, values in result.parts.items()},
+            "scores": {name: [_numbers(row) for row in values.tolist()] for name, values in result.parts.items()},
         }
-        temporary = file.with_suffix(".part")
-        temporary.write_text(json.dumps(table, indent=1), encoding="utf-8")
-        temporary.replace(file)
+        write_whole(file, json.dumps(table, indent=1))
         self.screen.evaluation(step, summary)
 
     def save(self, step: int, *, now: bool = False) -> bool:
@@ -168,20 +166,25 @@ def start(config: Config, *, resume: bool = False, quiet: bool = False) -> Run:
     algorithm = build_algorithm(config, plan)
     prompts = read_prompts(config.prompts.train)
     evaluation_prompts = read_prompts(config.evaluation.prompts) if config.evaluation else None
+    engine = build_engine(
+        config, algorithm
+    )  # before the rewards: a model of theirs then lands on this process's device
     rewards = build_rewards(config)
-    engine = build_engine(config, algorithm)
     pipeline = build_pipeline(config, engine.device)
     model = fingerprint(dict(pipeline.denoisers))
     _check_model(config, pipeline, plan, prompts)
     policy = build_policy(config, pipeline, algorithm)
     engine.prepare(policy, build_optimizer_settings(config))
 
-    checkpoints = Checkpoints(folder, engine, model=model, keep=config.keep)
+    checkpoints = Checkpoints(folder, engine, model=model, prompts=prompts.fingerprint(), keep=config.keep)
     first = checkpoints.restore() if resume else 0
     if engine.is_main:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(config.model_dump_json(indent=1), encoding="utf-8")
+        write_whole(folder / "config.json", config.model_dump_json(indent=1))
         save_config(config, folder / "config.yaml")
+        for table in (folder / "evaluations").glob("step_*.json"):  # of weights that are not there any more
+            if int(table.stem.split("_")[1]) > first:
+                table.unlink()
     engine.wait()
     log = Log(
         folder,
@@ -277,16 +280,17 @@ def build_engine(config: Config, algorithm: Algorithm) -> Engine:
         batch_size=rollout.batch_size,
         max_grad_norm=config.optimizer.max_grad_norm,
         timeout_s=config.engine.timeout_s,
-        accumulation=lambda processes: passes_per_update(config, algorithm, processes),
+        batches=lambda processes: batches_per_update(config, processes),
+        passes_per_batch=algorithm.passes_per_batch,
     )
 
 
-def passes_per_update(config: Config, algorithm: Algorithm, num_processes: int) -> int:
-    """Backward passes of one optimiser update on one process."""
+def batches_per_update(config: Config, num_processes: int) -> int:
+    """Rollout batches of one optimiser update on one process."""
     config.check(num_processes)
     rollout = config.rollout
     batches = rollout.prompts_per_step * rollout.group_size // rollout.batch_size // num_processes
-    return batches // config.algorithm.updates_per_rollout * algorithm.passes_per_batch
+    return batches // config.algorithm.updates_per_rollout
 
 
 def build_pipeline(config: Config, device: torch.device) -> FlowPipeline:
@@ -345,6 +349,7 @@ def build_worker(config: Config, pipeline: FlowPipeline, prompts: Prompts, plan:
         solver=rollout.solver,
         num_inference_steps=rollout.num_inference_steps,
         guidance_scale=rollout.guidance_scale,
+        negative_prompt=rollout.negative_prompt,
         prompts_per_step=rollout.prompts_per_step,
         group_size=rollout.group_size,
         batch_size=rollout.batch_size,
@@ -378,15 +383,27 @@ def derived(config: Config, policy: Policy, engine: Engine, prompts: Prompts) ->
 
 
 def _check_model(config: Config, pipeline: FlowPipeline, plan: Plan, prompts: Prompts) -> None:
-    """Does the kernel fit the model's noise schedule?"""
-    conditioning = pipeline.prepare(
-        [prompts.texts[0]],
-        num_inference_steps=config.rollout.num_inference_steps,
-        guidance_scale=config.rollout.guidance_scale,
-    )
+    """Can this pipeline be trained so? A few network passes; raises ValueError that says what does not hold."""
+    rollout = config.rollout
+    guidance = {"guidance_scale": rollout.guidance_scale, "negative_prompt": rollout.negative_prompt}
+    some = list(dict.fromkeys([*prompts.texts[:64], *selfcheck.PROMPTS]))
+    report = selfcheck.check(pipeline, prompts=some[:2], **guidance)
+    if not report.ok:
+        raise ValueError(report.text())
+    settings = {"num_inference_steps": rollout.num_inference_steps, **guidance}
+    conditioning = pipeline.prepare(some[:1], **settings)
+    if rollout.batch_size > rollout.group_size:
+        try:
+            pipeline.prepare(list(dict.fromkeys(prompts.texts[:64])), **settings)
+        except UnlikeConditioning as error:
+            raise ValueError(
+                f"rollout.batch_size={rollout.batch_size} puts several prompts into a batch, but {error}; set it to "
+                f"rollout.group_size={rollout.group_size} or a divisor of it"
+            ) from error
     if plan.num_transitions:
         kernels.check_kernel(config.rollout.kernel.name, conditioning.schedule, plan.covered_levels)
 
 
-def _rows(values: Tensor) -> list[list[float | None]]:
-    return [[None if number != number else round(number, 6) for number in row] for row in values.tolist()]
+def _numbers(values: Sequence[float]) -> list[float | None]:
+    """JSON has no NaN."""
+    return [None if number != number else number for number in values]

@@ -22,6 +22,7 @@ FORMAT = 1
 
 _FREE_TO_CHANGE = {
     "output", "num_steps", "save_every", "keep", "trackers", "evaluation", "engine.timeout_s", "advantage.min_scored",
+    "model.path", "prompts.train",  # where they lie; what they hold is compared by `Checkpoints.restore`
 }  # fmt: skip
 
 
@@ -32,13 +33,15 @@ class Checkpoints:
         folder: of the run.
         engine: whose state is kept.
         model: fingerprint of the base weights, from `fingerprint`.
+        prompts: fingerprint of the training prompts.
         keep: how many stay on disk.
     """
 
-    def __init__(self, folder: Path, engine: Engine, *, model: str, keep: int) -> None:
+    def __init__(self, folder: Path, engine: Engine, *, model: str, prompts: str, keep: int) -> None:
         self.root = folder / "checkpoints"
         self.engine = engine
         self.model = model
+        self.prompts = prompts
         self.keep = keep
 
     def save(self, step: int) -> Path:
@@ -58,6 +61,7 @@ class Checkpoints:
                 "num_processes": self.engine.num_processes,
                 "zero_stage": self.engine.zero_stage,
                 "model": self.model,
+                "prompts": self.prompts,
             }
             (temporary / "checkpoint.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
             for file in temporary.iterdir():
@@ -79,7 +83,7 @@ class Checkpoints:
     def restore(self) -> int:
         """Load the newest checkpoint, if there is one; returns the training step to go on with.
 
-        Raises ValueError for a checkpoint of another model, another number of processes or another ZeRO stage.
+        Raises ValueError for a checkpoint of another model, other prompts, another number of processes or another ZeRO stage.
         """
         steps = self.steps()
         if not steps:
@@ -89,6 +93,7 @@ class Checkpoints:
         here = {
             "format": FORMAT,
             "model": self.model,
+            "prompts": self.prompts,
             "num_processes": self.engine.num_processes,
             "zero_stage": self.engine.zero_stage,
         }
@@ -139,6 +144,14 @@ def fingerprint(denoisers: dict[str, nn.Module]) -> str:
             digest.update(f"{component}.{key}{tuple(value.shape)}".encode())
             digest.update(value.detach().flatten()[:64].float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file so that a kill at any moment leaves either the old one or the new one."""
+    temporary = path.with_name(f".{path.name}.part")
+    temporary.write_text(text, encoding="utf-8")
+    _sync(temporary)
+    temporary.replace(path)
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 
 import torch
@@ -12,6 +13,8 @@ from flowsteer.rl.advantage import Deviation, group_advantage, reward_statistics
 from flowsteer.rl.metrics import all_names
 from flowsteer.rl.types import Comparison
 from flowsteer.rollout.types import Rollout
+
+logger = logging.getLogger(__name__)
 
 
 class TooFewScores(ValueError):
@@ -51,9 +54,11 @@ def compare(
     total = table[:, 0]
 
     scored = float((~total.isnan()).double().mean())  # in float32, 18 of 20 would be less than 0.9
+    reasons = [reason for s in scores for reason in s.failures.values()]
+    common = max(set(reasons), key=reasons.count) if reasons else "no failure on this process"
+    if reasons:
+        logger.warning("%d samples have no score; the most frequent reason: %s", len(reasons), common)
     if scored < min_scored:
-        reasons = [reason for s in scores for reason in s.failures.values()]
-        common = max(set(reasons), key=reasons.count) if reasons else "no failure on this process"
         raise TooFewScores(
             f"only {scored:.1%} of the samples have a score, advantage.min_scored asks for {min_scored:.1%}; "
             f"the most frequent reason: {common}"

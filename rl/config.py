@@ -44,7 +44,8 @@ class ModelConfig(Section):
 
     path: str = "embedded"
     """A folder or hub id in diffusers' layout; ``embedded`` is the tiny pipeline that is shipped with the package."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the frozen weights. float16 is left out: its gradients vanish without a loss scale that a resumed run would need."""
     height: PositiveInt | None = None
     width: PositiveInt | None = None
     lora: LoRAConfig | None = LoRAConfig()
@@ -113,6 +114,8 @@ class RolloutConfig(Section):
 
     num_inference_steps: PositiveInt = 10
     guidance_scale: NonNegativeFloat = 1.0
+    """In the unit of the pipeline's own guidance argument; 1 is without (a guidance-distilled model is told 1)."""
+    negative_prompt: str | None = None
     prompts_per_step: PositiveInt = 24
     group_size: Annotated[int, Field(ge=2)] = 16
     batch_size: PositiveInt = 64
@@ -148,7 +151,7 @@ class OptimizerConfig(Section):
 
     learning_rate: PositiveFloat = 3e-4
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """``linear`` and ``cosine`` fall to 0 at the run's last update."""
+    """``linear`` and ``cosine`` fall towards 0, which they would reach one update after the run's last."""
     warmup_updates: Annotated[int, Field(ge=0)] = 0
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: NonNegativeFloat = 1e-4
@@ -171,12 +174,13 @@ class EvaluationConfig(Section):
 
     prompts: str = "shapes_reserved.txt"
     num_prompts: PositiveInt = 48
-    """The first so many of the file, spread evenly over it."""
+    """So many of the file's, spread evenly over it."""
     num_seeds: PositiveInt = 1
     every: Annotated[int, Field(ge=0)] = 0
     """Evaluate after each so many steps; 0 evaluates only before the first step and after the last."""
     num_inference_steps: PositiveInt = 10
     guidance_scale: NonNegativeFloat = 1.0
+    negative_prompt: str | None = None
 
 
 class Config(Section):
@@ -227,6 +231,16 @@ class Config(Section):
                 f"algorithm.name={self.algorithm.name} noises the final latents again and ignores stochastic transitions; "
                 "set 'rollout.plan={name: none}'"
             )
+        if self.rollout.shared_noise and not stochastic:
+            faults.append(
+                "rollout.shared_noise=true with rollout.plan.name=none draws one picture for a whole group: nothing can be "
+                "compared; leave shared_noise out"
+            )
+        if isinstance(plan := self.rollout.plan, WindowPlan):
+            unused = {"random": {"stride", "iterations", "roll_back"}, "fixed": {"stride", "iterations", "roll_back"}}
+            idle = sorted(unused.get(plan.strategy, set()) & plan.model_fields_set)
+            if idle:
+                faults.append(f"rollout.plan.strategy={plan.strategy} has no {' and no '.join(idle)}; leave them out")
         if self.model.lora is None and self.model.dtype != "float32" and self.engine.zero_stage is None:
             faults.append(
                 f"training all weights in {self.model.dtype} needs float32 master copies, which DeepSpeed keeps; "

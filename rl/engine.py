@@ -56,6 +56,10 @@ class UpdateInfo:
     gradient_agreement: float  # see rl/agreement.py
 
 
+class NotFinite(ValueError):
+    """A gradient holds NaN or infinity: the update would destroy the weights."""
+
+
 class Engine:
     """Processes, precision, ZeRO and the optimiser.
 
@@ -64,7 +68,8 @@ class Engine:
         dtype: of the denoiser's frozen weights.
         cpu: stay on the CPU even where there is an accelerator.
         batch_size: samples of one backward pass on this process.
-        accumulation: from the number of processes, the backward passes of one update on each.
+        batches: from the number of processes, the rollout batches of one update on each.
+        passes_per_batch: backward passes of each of them.
         max_grad_norm: the gradient's norm is clipped to it.
         timeout_s: a collective that waits longer ends the job.
     """
@@ -76,7 +81,8 @@ class Engine:
         dtype: torch.dtype,
         cpu: bool,
         batch_size: int,
-        accumulation: Callable[[int], int],
+        batches: Callable[[int], int],
+        passes_per_batch: int,
         max_grad_norm: float,
         timeout_s: int,
     ) -> None:
@@ -84,7 +90,9 @@ class Engine:
             raise ValueError(
                 "engine.zero_stage=0 keeps no float32 master weights; use stage 1 to 3, or model.dtype=float32"
             )
-        passes = accumulation(int(os.environ.get("WORLD_SIZE", "1")))
+        self._batches = batches(int(os.environ.get("WORLD_SIZE", "1")))
+        self._passes_per_batch = passes_per_batch
+        passes = self._batches * passes_per_batch
         self.zero_stage = zero_stage
         self.accelerator = Accelerator(
             cpu=cpu or not torch.cuda.is_available(),
@@ -98,7 +106,6 @@ class Engine:
             # shares of every parameter, however small: `policy.part` then always is where the values are kept
             "zero_optimization": {"stage": zero_stage, "stage3_param_persistence_threshold": 0},
             "bf16": {"enabled": dtype == torch.bfloat16},
-            "fp16": {"enabled": dtype == torch.float16},
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
             "steps_per_print": 1 << 62,
@@ -147,7 +154,7 @@ class Engine:
             self._optimizer = self._deepspeed.optimizer
             policy.pipeline.route(self._deepspeed)
         self._parameters: list[nn.Parameter] = parameters
-        self._agreement = GradientAgreement(parameters, passes=self.accumulation)
+        self._agreement = GradientAgreement(parameters, batches=self._batches, passes_per_batch=self._passes_per_batch)
         policy.ready()
 
     def _wrap(self, policy: Policy, optimizer: torch.optim.Optimizer) -> Any:
@@ -183,6 +190,7 @@ class Engine:
             if boundary:
                 self._reduce_gradients()
                 norm = float(nn.utils.clip_grad_norm_(self._parameters, self._max_grad_norm))
+                self._refuse_not_finite(norm)
                 self._optimizer.step()
                 self._optimizer.zero_grad(set_to_none=True)
         else:
@@ -192,12 +200,20 @@ class Engine:
             before = nn.utils.get_total_norm(gradients) if boundary else 0.0
             self._deepspeed.step()  # at the boundary clips, steps and clears
             norm = float(before or self._deepspeed.get_global_grad_norm() or 0.0)
+            self._refuse_not_finite(norm)
         if not boundary:
             return None
         self.num_updates += 1
         self._policy.updated()
         agreement = float(self.gather(self._agreement.finish().view(1)).mean())
         return UpdateInfo(grad_norm=norm, learning_rate=rate, gradient_agreement=agreement)
+
+    def _refuse_not_finite(self, norm: float) -> None:
+        if not math.isfinite(norm):
+            raise NotFinite(
+                f"the gradient of update {self.num_updates + 1} is not finite ({norm}); lower optimizer.learning_rate, or use "
+                "model.dtype=float32; the newest checkpoint is from before it"
+            )
 
     def _reduce_gradients(self) -> None:
         """Average over processes in one message; a parameter that no pass reached counts as zero."""

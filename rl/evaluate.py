@@ -5,6 +5,7 @@ Letters: P prompts, S noise seeds of each.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from flowsteer.rewards.combine import RewardSet
 from flowsteer.rl.metrics import all_names
-from flowsteer.rollout.pipeline import Pipeline
+from flowsteer.rollout.pipeline import Pipeline, UnlikeConditioning
 from flowsteer.rollout.prompts import Prompts
 from flowsteer.rollout.sample import sample
 
@@ -56,6 +57,7 @@ def evaluate(
     num_seeds: int,
     num_inference_steps: int,
     guidance_scale: float,
+    negative_prompt: str | None = None,
     batch_size: int,
     dtype: torch.dtype,
     device: torch.device | str,
@@ -67,7 +69,8 @@ def evaluate(
     """Draw ``num_prompts`` prompts, spread evenly over the file, with the seeds 0 .. num_seeds - 1, and score them.
 
     Seed s of prompt p is ``num_seeds * p + s``, given to ``torch.Generator().manual_seed``: plain diffusers draws the same
-    pictures. Processes share the prompts; each gets the whole result.
+    pictures, but for pipelines that pack their latents (FLUX, Qwen-Image), which draw before they pack. Processes share the
+    prompts; each gets the whole result.
     """
     count = min(num_prompts, len(prompts))
     chosen = [place * len(prompts) // count for place in range(count)]
@@ -75,22 +78,34 @@ def evaluate(
     mine = jobs[process_index::num_processes]
     padded = mine + [jobs[0]] * (math.ceil(len(jobs) / num_processes) - len(mine))  # equal work, equal collectives
 
-    scored: list[dict[str, Tensor]] = []  # for each batch, name -> [B]
-    pictures: list[Tensor] = []
-    for start in range(0, len(padded), batch_size):
-        batch = padded[start : start + batch_size]
+    def draw(batch: Sequence[tuple[int, int]]) -> Tensor:
+        """Pictures [B, 3, H, W] of (prompt, seed) pairs."""
         texts = [prompts.texts[chosen[p]] for p, _ in batch]
         distinct = list(dict.fromkeys(texts))
-        conditioning = pipeline.prepare(
-            distinct, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale
-        ).take([distinct.index(text) for text in texts])
+        try:
+            conditioning = pipeline.prepare(
+                distinct,
+                num_inference_steps=num_inference_steps,
+                guidance_scale=guidance_scale,
+                negative_prompt=negative_prompt,
+            ).take([distinct.index(text) for text in texts])
+        except UnlikeConditioning:  # of a model that does not pad: each prompt by itself
+            if len(distinct) == 1:
+                raise
+            return torch.cat([draw(list(same)) for _, same in itertools.groupby(batch, key=lambda pair: pair[0])])
         seeds = torch.tensor([num_seeds * p + s for p, s in batch])
         latents, _ = sample(
             pipeline, conditioning, seeds=seeds, noise_levels=[0.0] * num_inference_steps, dtype=dtype, device=device
         )
-        images = pipeline.decode(latents, conditioning).float().cpu()
+        return pipeline.decode(latents, conditioning).float().cpu()
+
+    scored: list[dict[str, Tensor]] = []  # for each batch, name -> [B]
+    pictures: list[Tensor] = []
+    for start in range(0, len(padded), batch_size):
+        batch = padded[start : start + batch_size]
+        images = draw(batch)
         extra = {name: [values[chosen[p]] for p, _ in batch] for name, values in prompts.columns.items()}
-        scores = rewards.score(images, texts, extra)
+        scores = rewards.score(images, [prompts.texts[chosen[p]] for p, _ in batch], extra)
         scored.append({"total": scores.total, **scores.parts})
         pictures.append(images)
         progress(start + len(batch))

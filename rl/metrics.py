@@ -10,6 +10,7 @@ import importlib.util
 import json
 import math
 import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -56,7 +57,7 @@ class Meter:
         """The step's means over all samples of all processes; the meter is empty afterwards."""
         names = sorted(self._sums)
         local = torch.tensor([[float(self._sums[n]), self._counts[n]] for n in names], dtype=torch.float64)
-        sums = engine.gather(local[None].float() if engine.device.type == "mps" else local[None]).sum(0)  # [names, 2]
+        sums = engine.gather(local[None]).sum(0)  # [names, 2]
         values = {name: float(total / count) for name, (total, count) in zip(names, sums) if count > 0}
         if self._updates:
             values["grad_norm"] = sum(u.grad_norm for u in self._updates) / len(self._updates)
@@ -101,7 +102,7 @@ class Log:
             tracker = (
                 TensorBoardTracker("tensorboard", folder, purge_step=start)
                 if name == "tensorboard"
-                else WandBTracker("flowsteer", dir=str(folder), name=folder.name, resume="allow")
+                else WandBTracker("flowsteer", dir=str(folder), name=folder.name, id=_run_id(folder), resume="allow")
             )
             tracker.start()
             if name == "wandb":
@@ -124,6 +125,14 @@ class Log:
             self._file.close()
         for tracker in self._trackers:
             tracker.finish()
+
+
+def _run_id(folder: Path) -> str:
+    """Weights & Biases' id of the run: the same for a resumed run, kept in its folder."""
+    file = folder / "wandb_id"
+    if not file.exists():
+        file.write_text(uuid.uuid4().hex[:12], encoding="utf-8")
+    return file.read_text(encoding="utf-8")
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

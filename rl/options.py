@@ -20,7 +20,7 @@ RunOption = Annotated[
     Path | None,
     typer.Option(
         "--run",
-        help="Folder of a run: its model with its exported LoRA, size, call arguments, rewards and evaluation settings.",
+        help="Folder of a run: its model with its exported LoRA, size, call arguments, rewards, denoising steps and guidance.",
         rich_help_panel=_PANEL,
     ),
 ]
@@ -45,7 +45,7 @@ CallOption = Annotated[
     ),
 ]
 DTypeOption = Annotated[
-    Literal["float32", "bfloat16", "float16"] | None,
+    Literal["float32", "bfloat16"] | None,
     typer.Option("--dtype", help="Of the weights; default float32.", rich_help_panel=_PANEL),
 ]
 DeviceOption = Annotated[
@@ -58,9 +58,14 @@ StepsOption = Annotated[
 GuidanceOption = Annotated[
     float | None, typer.Option("--guidance-scale", help="1 is without guidance; default 1, or as in the run.")
 ]
+NegativeOption = Annotated[
+    str | None, typer.Option("--negative-prompt", help="What guidance leads away from; default none, or as in the run.")
+]
 RewardOption = Annotated[
     list[str] | None,
-    typer.Option("--reward", "-r", help="Name of a reward, may be repeated; default `composition`, or the run's."),
+    typer.Option(
+        "--reward", "-r", help="Name of a reward, may be repeated; default `composition`, or those of `--run`."
+    ),
 ]
 
 
@@ -86,13 +91,14 @@ class Chosen:
     def load(self) -> FlowPipeline:
         """The pipeline with the weights."""
         from flowsteer.rl.build import DTYPES
+        from flowsteer.rl.export import load_lora
         from flowsteer.rollout.pipeline import FlowPipeline
 
         pipeline = FlowPipeline.load(
             self.model, dtype=DTYPES[self.dtype], device=self.device, call_kwargs=self.call, **self.size
         )
         if self.weights is not None:
-            pipeline.pipe.load_lora_weights(str(self.weights))
+            load_lora(pipeline.pipe, self.weights)
         return pipeline
 
     def rewards(self, names: list[str] | None) -> RewardSet:

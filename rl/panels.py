@@ -12,8 +12,6 @@ from markupsafe import Markup
 
 from flowsteer.rl import curves
 
-WAITING = "seconds/waiting_for_rewards"  # a part of the act `score`, not an act of its own
-
 
 @dataclass(frozen=True, kw_only=True)
 class Meaning:
@@ -43,7 +41,7 @@ EVALUATION = Meaning(
 TIME = Meaning(
     title="Where the time went",
     meaning="Seconds of each training step by act, one on top of the other.",
-    healthy="even. Growing bars mean a leak or a machine that is shared; much waiting for rewards wants a faster reward.",
+    healthy="even. Growing bars mean a leak or a shared machine; much “score” (waiting for rewards) wants faster ones.",
 )
 UNKNOWN = Meaning(title="", meaning="Reported by the algorithm or a reward; there is no explanation here.", healthy="")
 
@@ -197,9 +195,8 @@ def time_panel(steps: Sequence[int], values: dict[str, list[float]]) -> dict[str
     if not whole:
         return None
     svg = Markup(curves.draw_stack(steps, acts, salt="time"))
-    waiting = float(np.nansum(values[WAITING])) if WAITING in values else None
     rows = [(act, seconds, seconds / whole) for act, seconds in totals.items()]
-    return {"svg": svg, "about": TIME, "rows": rows, "waiting": waiting, "per_step": whole / len(steps)}
+    return {"svg": svg, "about": TIME, "rows": rows, "per_step": whole / len(steps)}
 
 
 def _panel(
@@ -239,7 +236,7 @@ def number(value: Any) -> str:
 
 
 def is_act(name: str) -> bool:
-    return name.startswith("seconds/") and name != WAITING
+    return name.startswith("seconds/")
 
 
 def _same(values: Sequence[float], others: Sequence[float]) -> bool:

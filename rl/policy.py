@@ -53,6 +53,7 @@ class Policy:
         self.ema_decay = ema_decay
         self.denoisers: dict[str, nn.Module] = dict(pipeline.denoisers)
         self.active = CURRENT
+        self._averages: dict[str, list[Tensor]] = {}  # float32, where the policies themselves are narrower
         for denoiser in self.denoisers.values():
             denoiser.requires_grad_(False)
         self._variants: _Variants
@@ -71,9 +72,9 @@ class Policy:
         """The trained parameters by name, in a fixed order."""
         return self._variants.parameters(CURRENT)
 
-    def all_parameters(self) -> list[nn.Parameter]:
-        """Every parameter of the denoisers, trained or not."""
-        return [parameter for denoiser in self.denoisers.values() for parameter in denoiser.parameters()]
+    def exported(self) -> list[nn.Parameter]:
+        """The parameters that hold the best policy while it is active."""
+        return list(self._variants.parameters(self.best).values())
 
     def velocity(self, latents: Tensor, index: int, conditioning: Any) -> Tensor:
         """The active policy's prediction at a denoising index, [B, *X] -> [B, *X]."""
@@ -93,14 +94,23 @@ class Policy:
             self.active = before
 
     def ready(self) -> None:
-        """Take the copies of the starting weights, once the engine has laid the parameters out."""
+        """Take the copies of the starting weights, once the engine has laid the parameters out.
+
+        Averages are kept in float32, even where the engine made the policies themselves bfloat16: in bfloat16 a step of
+        1 % towards the current policy is rounded away, and the average would stand still.
+        """
         self._variants.ready()
+        moving = self._variants.names - {"reference"}
+        # .float() of a float32 tensor is the tensor itself: then the policy is its own average
+        self._averages = {name: [value.float() for value in self._variants.parts(name)] for name in moving}
 
     @torch.no_grad()
     def follow(self, name: str, decay: float) -> None:
         """Move a policy towards the current one: ``name = decay * name + (1 - decay) * current``; 0 makes them equal."""
-        for mine, current in zip(self._variants.parts(name), self._variants.parts(CURRENT)):
-            mine.copy_(current) if decay == 0 else mine.lerp_(current.to(mine.dtype), 1 - decay)
+        parts, currents = self._variants.parts(name), self._variants.parts(CURRENT)
+        for mine, average, current in zip(parts, self._averages[name], currents):
+            average.copy_(current) if decay == 0 else average.lerp_(current.float(), 1 - decay)
+            mine.copy_(average)
 
     def updated(self) -> None:
         """An optimiser update has changed the current policy: the averaged one follows."""
@@ -119,10 +129,9 @@ class Policy:
 
     def state(self) -> dict[str, Tensor]:
         """Every policy that moves, as far as this process keeps it, for a checkpoint."""
+        moving = {CURRENT: self._variants.parts(CURRENT), **self._averages}
         return {
-            f"{name}/{key}": value
-            for name in sorted(self.names - {"reference"})
-            for key, value in zip(self.parameters(), self._variants.parts(name))
+            f"{name}/{key}": value for name in sorted(moving) for key, value in zip(self.parameters(), moving[name])
         }
 
     @torch.no_grad()
@@ -133,6 +142,9 @@ class Policy:
             raise ValueError("the checkpoint's weights belong to another model or other LoRA settings than this run's")
         for key, value in mine.items():
             value.copy_(state[key])
+        for name, averages in self._averages.items():
+            for policy, average in zip(self._variants.parts(name), averages):
+                policy.copy_(average)
 
 
 class Denoisers(nn.Module):

@@ -27,9 +27,10 @@ import yaml
 from PIL import Image, UnidentifiedImageError
 
 from flowsteer.rl.evaluate import mean_and_interval
-from flowsteer.rl.export import LORA_FILE
+from flowsteer.rl.export import LORA_FILE, SECOND
 from flowsteer.rl.metrics import read_metrics
 from flowsteer.rl.panels import evaluation_panels, is_act, learning_panels, number, reward_panels, time_panel
+from flowsteer.rollout.pipeline import EMBEDDED_LENGTH
 
 _PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "deepspeed")
 _GRID_COLUMNS = 12  # of `evaluate.image_grid`
@@ -235,19 +236,29 @@ def loading_snippet(config: dict[str, Any], folder: Path, evaluations: Sequence[
     model, name = config["model"]["path"], folder.resolve().name
     section = config.get("evaluation") or config["rollout"]
     prompt = evaluations[-1].prompts[0] if evaluations else "a prompt"
-    call = f"num_inference_steps={section['num_inference_steps']}, guidance_scale={section['guidance_scale']}"
+    arguments = {key: section[key] for key in ("num_inference_steps", "guidance_scale", "negative_prompt")}
+    arguments |= {"height": config["model"]["height"], "width": config["model"]["width"], **config["model"]["call"]}
+    if model == "embedded":
+        arguments = {**arguments, "max_sequence_length": EMBEDDED_LENGTH, **config["model"]["call"]}
+    call = ", ".join(f"{key}={value!r}" for key, value in arguments.items() if value is not None)
+    # some pipelines call guidance otherwise, or give frames: then this line wants a change
     picture = f"image = pipe({prompt!r}, {call}).images[0]"
+    dtype = "" if config["model"]["dtype"] == "float32" else f", dtype=torch.{config['model']['dtype']}"
+    torch_import = "import torch\n" if dtype else ""
     if config["model"]["lora"] is None:
         return (
             f"# once, in a terminal: flowsteer export {name} tuned-pipeline\n"
-            "from diffusers import DiffusionPipeline\n\n"
-            f"pipe = DiffusionPipeline.from_pretrained('tuned-pipeline')\n{picture}"
+            f"{torch_import}from diffusers import DiffusionPipeline\n\n"
+            f"pipe = DiffusionPipeline.from_pretrained('tuned-pipeline'{dtype})\n{picture}"
         )
-    load = f"DiffusionPipeline.from_pretrained({_public(model)!r})"
-    source = "from diffusers import DiffusionPipeline"
+    load = f"DiffusionPipeline.from_pretrained({_public(model)!r}{dtype})"
+    source = f"{torch_import}from diffusers import DiffusionPipeline"
     if model == "embedded":
         load, source = "load_diffusers('embedded')", "from flowsteer.rollout.pipeline import load_diffusers"
-    return f"{source}\n\npipe = {load}\npipe.load_lora_weights({f'{name}/export'!r})\n{picture}"
+    weights = f"pipe.load_lora_weights({f'{name}/export'!r})"
+    if (folder / "export" / SECOND).exists():
+        weights += f"\npipe.load_lora_weights({f'{name}/export/{SECOND}'!r}, load_into_{SECOND}=True)"
+    return f"{source}\n\npipe = {load}\n{weights}\n{picture}"
 
 
 def environment_facts() -> dict[str, str]:

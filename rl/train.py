@@ -41,8 +41,8 @@ def train(run: Run) -> None:
                 meter.add_update(engine.backward(loss))
             policy.follow_old(algorithm.old_decay(engine.num_updates))
 
-        # then: report, evaluate and save when due
+        # then: report, save and evaluate when due
         run.report(step, statistics)
-        run.evaluate(step=step + 1)
         if run.save(step=step + 1):
-            break
+            break  # SIGTERM
+        run.evaluate(step=step + 1)

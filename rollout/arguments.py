@@ -57,7 +57,8 @@ class CallArguments:
         self.has_guider = has_guider
         for key in call_kwargs.keys() & OURS:
             raise ValueError(
-                f"the call argument {key!r} has a setting of its own; leave it out of the further arguments"
+                f"the call argument {key!r} is a setting of its own, or not for the user to set; leave it out of the further "
+                "call arguments"
             )
         for key in self.fixed.keys() - self.parameters.keys():
             near = difflib.get_close_matches(key, self.parameters, n=1)

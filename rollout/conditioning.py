@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -125,6 +126,7 @@ class Nested:
 
 
 Layout = Rows | ListRows | Count | Nested
+PLAIN = (int, float, str, np.ndarray)  # values, which must be equal to be shared
 
 
 def find_layout(two: Any, three: Any, name: str) -> Layout | None:
@@ -151,8 +153,8 @@ def find_layout(two: Any, three: Any, name: str) -> Layout | None:
         blocks = _blocks(two, three)
         if two == three or blocks:
             return Count(blocks) if blocks else None
-    elif type(two) is type(three):
-        return None
+    elif type(two) is type(three) and (not isinstance(two, PLAIN) or same(two, three)):
+        return None  # an object with a state of its own, such as a scheduler, stands for all rows
     raise ValueError(
         f"the pipeline's local {name} is {_describe(two)} for two prompts and {_describe(three)} for three: no dimension "
         "of it counts the prompts; write an adapter for this pipeline (flowsteer.rollout.protocol.Pipeline)"
@@ -284,8 +286,10 @@ def same(a: Any, b: Any) -> bool:
         return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
     if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
         return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b))
-    if isinstance(a, (int, float, str)) or isinstance(b, (int, float, str)):
-        return bool(a == b)
+    if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
+        return bool(np.array_equal(a, b))
+    if isinstance(a, PLAIN) or isinstance(b, PLAIN):
+        return type(a) is type(b) and bool(a == b)
     return type(a) is type(b)
 
 

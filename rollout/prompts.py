@@ -7,6 +7,7 @@ Letters: B samples of a batch.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from collections import Counter
@@ -45,6 +46,11 @@ class Prompts:
 
     def __len__(self) -> int:
         return len(self.texts)
+
+    def fingerprint(self) -> str:
+        """A hash of everything in it: two files with the same one are the same training data."""
+        everything = json.dumps([self.texts, self.columns], sort_keys=True, default=str)
+        return hashlib.sha256(everything.encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -53,15 +53,14 @@ def sample(
     """
     schedule, shape = conditioning.schedule, conditioning.latent_shape
     start = next((i for i, level in enumerate(noise_levels) if level > 0), len(noise_levels))
+    first, rows = _distinct(seeds if initial_seeds is None else initial_seeds)
+    shares = initial_seeds is not None and len(first) < len(seeds) and start > 0
     initial_seeds = seeds if initial_seeds is None else initial_seeds
-    first, rows = _distinct(initial_seeds)
-    shares = len(first) < len(seeds) and start > 0
     prefix = conditioning.take(first) if shares else conditioning
     latents = initial_noise(initial_seeds[first] if shares else initial_seeds, shape)
     latents = latents.to(device, dtype)
 
     history = None
-
     stored: list[tuple[int, Tensor, Tensor, Tensor]] = []
     for index, noise_level in enumerate(noise_levels):
         if shares and index == start:  # the samples of a group part here

@@ -28,6 +28,7 @@ PROMPTS = ("a red circle", "two blue squares", "a photo of a cat")
 # A row's velocity depends on its batch only by rounding, where another batch size is served by other kernels: 4e-5 of its
 # deviation was the largest difference over 60 pipelines on a CPU; convolutions in TF32 are coarser. A wrong row is off by 1.
 ROW_TOLERANCE = {torch.float32: 1e-2, torch.float16: 3e-2, torch.bfloat16: 1e-1}
+PURE_NOISE = 0.9  # sigma; variance-preserving schedules start at .996 to 1, flows at 1 or just below
 # Of images in [0, 1]. The same calls in the same order: equal to the last bit, unless a kernel is not deterministic.
 PARITY_TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 
@@ -131,8 +132,11 @@ def _together(rows: list[Conditioning]) -> tuple[Conditioning, Finding]:
 
 
 def _levels(schedule: Schedule) -> Finding:
+    """Samples start from pure noise: a schedule that starts later (image-to-image) would be sampled wrongly."""
     levels = " ".join(f"{sigma:.4g}" for sigma in schedule.sigma.tolist())
-    return Finding(name="noise levels", ok=True, detail=f"{levels} ({schedule.prediction})")
+    whole = float(schedule.sigma[0]) > PURE_NOISE
+    late = "" if whole else f"; the first must be above {PURE_NOISE}: samples start from pure noise, not from an image"
+    return Finding(name="noise levels", ok=whole, detail=f"{levels} ({schedule.prediction}){late}")
 
 
 def _live(pipeline: Pipeline, latents: Tensor, rows: list[Conditioning]) -> Finding:

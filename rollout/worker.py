@@ -41,6 +41,7 @@ class RolloutWorker:
         solver: str,
         num_inference_steps: int,
         guidance_scale: float,
+        negative_prompt: str | None = None,
         prompts_per_step: int,
         group_size: int,
         batch_size: int,
@@ -60,6 +61,7 @@ class RolloutWorker:
         self.solver = solver
         self.num_inference_steps = num_inference_steps
         self.guidance_scale = guidance_scale
+        self.negative_prompt = negative_prompt
         self.prompts_per_step = prompts_per_step
         self.group_size = group_size
         self.batch_size = batch_size
@@ -99,7 +101,10 @@ class RolloutWorker:
         texts = [self.prompts.texts[row] for row in batch.rows]
         distinct = list(dict.fromkeys(texts))
         conditioning = self.pipeline.prepare(
-            distinct, num_inference_steps=self.num_inference_steps, guidance_scale=self.guidance_scale
+            distinct,
+            num_inference_steps=self.num_inference_steps,
+            guidance_scale=self.guidance_scale,
+            negative_prompt=self.negative_prompt,
         ).take([distinct.index(text) for text in texts])
         latents, trajectory = sample(
             self.pipeline,

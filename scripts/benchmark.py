@@ -57,12 +57,18 @@ class Recorder:
 
     def replay(self) -> None:
         """The same network passes with nothing in between; those that had a gradient run backward too."""
+        parameters = self.run.policy.parameters().values()
+        hooks = [parameter._backward_hooks for parameter in parameters]
+        for parameter in parameters:  # what watches the gradients is not the network's own time
+            parameter._backward_hooks = None
         for network, args, kwargs, with_gradient, policy in self.calls:
             with self.run.policy.using(policy), torch.set_grad_enabled(with_gradient):
                 output = network(*args, **kwargs)
                 output = output[0] if isinstance(output, tuple) else output.sample
             if with_gradient:
                 output.float().square().mean().backward()
+        for parameter, hook in zip(parameters, hooks):
+            parameter._backward_hooks = hook
 
 
 def seconds(work: Callable[[], object]) -> float:

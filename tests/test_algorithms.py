@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from flowsteer.rewards.types import Scores
-from flowsteer.rl.agreement import GradientAgreement
+from flowsteer.rl.agreement import GradientAgreement, evenly_chosen
 from flowsteer.rl.algorithms import DiffusionNFT, FlowGRPO
 from flowsteer.rl.algorithms.diffusion_nft import nft_loss
 from flowsteer.rl.algorithms.flow_grpo import clipped_objective
@@ -24,6 +24,7 @@ from flowsteer.rl.compare import TooFewScores, compare
 from flowsteer.rl.engine import Engine, OptimizerSettings
 from flowsteer.rl.policy import Policy
 from flowsteer.rl.types import Comparison
+from flowsteer.rollout.kernels import denoised
 from flowsteer.rollout.plan import Plan, all_steps, no_steps
 from flowsteer.rollout.prompts import Prompts
 from flowsteer.rollout.types import Rollout, Schedule, flat_mean
@@ -58,7 +59,7 @@ class Toy:
     def denoisers(self) -> dict[str, nn.Module]:
         return {"network": self.network}
 
-    def prepare(self, prompts: list[str], *, num_inference_steps: int, guidance_scale: float) -> ToyRows:
+    def prepare(self, prompts: list[str], *, num_inference_steps: int, **guidance: Any) -> ToyRows:
         sigma = torch.linspace(1, 0, num_inference_steps + 1)
         schedule = Schedule(sigma=sigma, alpha=1 - sigma, timesteps=1000 * sigma[:-1])
         return ToyRows(schedule, torch.tensor([float(len(prompt)) / 10 for prompt in prompts]))
@@ -116,7 +117,8 @@ class Run:
             dtype=torch.float32,
             cpu=True,
             batch_size=GROUP,
-            accumulation=lambda processes: 3 * algorithm.passes_per_batch,
+            batches=lambda processes: 3,
+            passes_per_batch=algorithm.passes_per_batch,
             max_grad_norm=1.0,
             timeout_s=60,
         )
@@ -288,7 +290,7 @@ def test_the_kl_has_a_gradient_and_is_that_of_two_gaussians() -> None:
 def contrast(velocity: Tensor, old: Tensor, target: Tensor, optimality: float, beta: float) -> Tensor:
     """nft_loss at clean = 0, sigma = 1, noised = target: the clean error of a velocity is target - velocity."""
     zeros = torch.zeros_like(target)
-    return nft_loss(velocity, old, target, zeros, 1.0, torch.full((len(target),), optimality), beta)
+    return nft_loss(velocity, old, zeros, lambda v: target - v, torch.full((len(target),), optimality), beta)
 
 
 def test_nft_at_the_old_policy_by_hand() -> None:
@@ -296,6 +298,23 @@ def test_nft_at_the_old_policy_by_hand() -> None:
     old, target = torch.tensor([[0.0, 0.0]]), torch.tensor([[3.0, -1.0]])
     for optimality in (0.0, 0.3, 1.0):
         torch.testing.assert_close(contrast(old, old, target, optimality, 0.5), torch.tensor([5 / 2 / 0.5]))
+
+
+@pytest.mark.parametrize("prediction", ["velocity", "epsilon", "v_prediction"])
+def test_nft_has_nothing_to_say_to_a_model_that_knows_the_answer(prediction: str) -> None:
+    """A perfect prediction, of whatever kind, implies the clean latents: no error, whatever the scores."""
+    alpha, sigma = (0.7, 0.3) if prediction == "velocity" else (0.8, 0.6)
+    schedule = Schedule(
+        sigma=torch.tensor([sigma, 0.0]),
+        alpha=torch.tensor([alpha, 1.0]),
+        timesteps=torch.ones(1),
+        prediction=prediction,
+    )
+    clean, noise = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
+    noised = alpha * clean + sigma * noise
+    perfect = {"velocity": noise - clean, "epsilon": noise, "v_prediction": alpha * noise - sigma * clean}[prediction]
+    loss = nft_loss(perfect, perfect, clean, lambda v: denoised(v, noised, schedule, 0), torch.full((3,), 0.3), 0.5)
+    assert loss.abs().max() < 1e-6
 
 
 @pytest.mark.parametrize("beta", [0.1, 1.0])
@@ -507,10 +526,11 @@ def test_too_few_scores_say_how_many_and_why() -> None:
 # --- can it learn -------------------------------------------------------------------------------------------------------
 
 
-def agreement_of(gradients: Sequence[Tensor]) -> float:
+def agreement_of(gradients: Sequence[Tensor], *, passes_per_batch: int = 1) -> float:
     """What is reported of an update whose passes have these gradients."""
     parameters = [nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(len(gradients[0]) - 3))]
-    meter = GradientAgreement(parameters, passes=len(gradients))
+    batches = len(gradients) // passes_per_batch
+    meter = GradientAgreement(parameters, batches=batches, passes_per_batch=passes_per_batch)
     results = []
     for _ in range(2):  # and again, after it has been emptied
         for gradient in gradients:
@@ -533,6 +553,20 @@ def test_agreement_of_equal_opposite_and_orthogonal_halves() -> None:
 def test_agreement_of_three_passes_counts_the_middle_one_to_the_second_half() -> None:
     g, h = torch.tensor([1.0, 0.0, 0.0, 0.0]), torch.tensor([0.0, 1.0, 0.0, 0.0])
     assert agreement_of([g, g, h]) == pytest.approx(0.5**0.5, abs=1e-6)
+
+
+def test_agreement_compares_batches_and_never_two_passes_of_one() -> None:
+    """Two passes of a batch share its samples and their scores: they would agree on pure noise."""
+    g, h = torch.tensor([1.0, 0.0, 0.0, 0.0]), torch.tensor([0.0, 1.0, 0.0, 0.0])
+    assert agreement_of([g, g, h, h], passes_per_batch=2) == pytest.approx(0.0, abs=1e-6)
+    assert math.isnan(agreement_of([g, g], passes_per_batch=2))
+
+
+def test_of_a_large_model_some_parameters_are_watched() -> None:
+    parameters = [nn.Parameter(torch.zeros(size)) for size in (4, 5, 6, 7, 8)]
+    assert evenly_chosen(parameters, 30) == parameters
+    assert [len(p) for p in evenly_chosen(parameters, 20)] == [4, 6, 8]
+    assert [len(p) for p in evenly_chosen(parameters, 1)] == [4]
 
 
 def test_agreement_of_noise_is_about_zero_and_of_signal_what_theory_says() -> None:

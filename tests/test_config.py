@@ -287,7 +287,7 @@ def test_the_advice_of_a_message_works():
 
 def test_all_contradictions_in_one_message():
     with pytest.raises(ValueError, match="do not fill batches of 64") as caught:
-        check(rollout={"plan": {"name": "none"}, "prompts_per_step": 5}, model={"lora": None, "dtype": "float16"})
+        check(rollout={"plan": {"name": "none"}, "prompts_per_step": 5}, model={"lora": None, "dtype": "bfloat16"})
     assert "learns from stochastic transitions" in str(caught.value)
     assert "float32 master copies" in str(caught.value)
 

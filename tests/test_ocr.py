@@ -80,13 +80,14 @@ def test_a_prompt_without_a_target_has_no_score(reward, prompt):
     assert scores.failures == {0: "reward 'ocr' gave no score (None)"}
 
 
-def test_an_image_that_cannot_be_read_has_no_score(reward, monkeypatch, caplog):
+def test_an_image_that_cannot_be_read_has_no_score_and_a_reason(reward, monkeypatch):
     def fail(image, **options):
         raise RuntimeError("no reader")
 
     monkeypatch.setattr(reward, "_engine", fail)
-    assert reward(np.zeros((1, 32, 32, 3), np.uint8), ['"A"']) == {"score": [None], "exact": [None]}
-    assert "RuntimeError: no reader" in caplog.text
+    scores = RewardSet([("ocr", reward, 1.0)]).score(torch.zeros(1, 3, 32, 32), ['"A"'])
+    assert scores.missing.tolist() == [True]
+    assert "RuntimeError: no reader" in scores.failures[0]
 
 
 def test_a_video_is_the_mean_of_its_frames(reward):

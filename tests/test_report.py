@@ -41,7 +41,7 @@ def make_run(folder: Path, *, done: int = 4, num_steps: int = 4, **changes: Any)
         line = {"step": step, "reward_mean": 0.25 + 0.125 * step, "reward_std": 0.1, "reward_missing": 0.0}
         line |= {"reward/composition": 0.25 + 0.125 * step, "reward/composition/colour": 0.5 + 0.1 * step}
         line |= {"gradient_agreement": 0.2 - 0.01 * step, "learning_rate": 3e-4, "num_updates": 2.0 * (step + 1)}
-        line |= {"seconds/sample": 10.0, "seconds/improve": 30.0, "seconds/waiting_for_rewards": 1.0}
+        line |= {"seconds/sample": 10.0, "seconds/improve": 30.0}
         lines.append(json.dumps(line | changes) + "\n")
     (folder / "metrics.jsonl").write_text("".join(lines))
     return folder

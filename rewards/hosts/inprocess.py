@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -17,8 +16,7 @@ from flowsteer.rewards.types import Scores
 class PendingScores:
     """Scores that are being made."""
 
-    def __init__(self, scorer: Scorer, future: Future[Scores]) -> None:
-        self._scorer = scorer
+    def __init__(self, future: Future[Scores]) -> None:
         self._future = future
 
     def done(self) -> bool:
@@ -27,11 +25,7 @@ class PendingScores:
 
     def result(self, timeout: float | None = None) -> Scores:
         """Wait for the scores. Raises what scoring raised, or TimeoutError after ``timeout`` seconds."""
-        start = time.perf_counter()
-        try:
-            return self._future.result(timeout)
-        finally:
-            self._scorer.waited_s += time.perf_counter() - start
+        return self._future.result(timeout)
 
 
 class Scorer:
@@ -43,7 +37,6 @@ class Scorer:
 
     def __init__(self, rewards: RewardSet) -> None:
         self.rewards = rewards
-        self.waited_s = 0.0  # seconds that callers have waited in `PendingScores.result`, all together
         # Which accelerator is the current one is a setting of each thread; a new thread would use the first.
         device = torch.accelerator.current_device_index() if torch.accelerator.is_available() else None
         self._pool = ThreadPoolExecutor(1, "flowsteer-rewards", initializer=_use_device, initargs=(device,))
@@ -54,7 +47,7 @@ class Scorer:
         """Begin to score a batch; the arguments are `RewardSet.score`'s, copied: the caller may go on to use them."""
         kept = images.detach().to("cpu", copy=True)
         kept_columns = {name: tuple(values) for name, values in (columns or {}).items()}
-        return PendingScores(self, self._pool.submit(self.rewards.score, kept, tuple(prompts), kept_columns))
+        return PendingScores(self._pool.submit(self.rewards.score, kept, tuple(prompts), kept_columns))
 
     def close(self) -> None:
         """Finish the batch that is being scored, drop those that wait, end the thread."""

@@ -14,9 +14,9 @@ Letters: B samples, X latent shape of one sample.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFlo
 from torch import Tensor
 
 from flowsteer.rl.types import Comparison, Metrics, PolicyView, schedule_of
+from flowsteer.rollout.kernels import denoised
 from flowsteer.rollout.noise import mix, stream_noise
 from flowsteer.rollout.types import Rollout, flat_mean
 
@@ -34,7 +35,7 @@ class DiffusionNFTConfig(BaseModel):
     """DiffusionNFT's hyper-parameters; the defaults are the published ones for Stable Diffusion 3.5."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    needs_trajectory: Literal[False] = Field(default=False, exclude=True)
+    needs_trajectory: ClassVar[bool] = False
 
     name: Literal["diffusion_nft"] = "diffusion_nft"
     beta: PositiveFloat = 1.0
@@ -128,7 +129,9 @@ class DiffusionNFT:
         weight = batch.comparison.weight.to(clean.device)
         optimality = (batch.comparison.advantage.to(clean.device) / (2 * self.advantage_clip) + 0.5).clamp(0, 1)  # [B]
 
-        per_sample = self.advantage_clip * nft_loss(velocity, old, noised, clean, sigma, optimality, self.beta)
+        per_sample = self.advantage_clip * nft_loss(
+            velocity, old, clean, lambda output: denoised(output, noised, schedule, index), optimality, self.beta
+        )
         distance = torch.zeros_like(per_sample)
         if self.kl_coef:
             with torch.no_grad(), policy.using("reference"):
@@ -149,19 +152,21 @@ class DiffusionNFT:
 def nft_loss(
     velocity: Tensor,  # [B, *X]
     old: Tensor,  # [B, *X]
-    noised: Tensor,  # [B, *X]
     clean: Tensor,  # [B, *X]
-    sigma: float,
+    denoise: Callable[[Tensor], Tensor],
     optimality: Tensor,  # [B] in [0, 1]
     beta: float,
 ) -> Tensor:
-    """Equation 5's contrast per sample [B], each error divided by its own mean magnitude as in the published code."""
-    positive = _clean_error(beta * velocity + (1 - beta) * old, noised, clean, sigma)
-    negative = _clean_error((1 + beta) * old - beta * velocity, noised, clean, sigma)
+    """Equation 5's contrast per sample [B], each error divided by its own mean magnitude as in the published code.
+
+    ``denoise`` turns a prediction of the model, of a velocity or of noise, into the clean latents that it implies.
+    """
+    positive = _clean_error(denoise(beta * velocity + (1 - beta) * old), clean)
+    negative = _clean_error(denoise((1 + beta) * old - beta * velocity), clean)
     return optimality * positive / beta + (1 - optimality) * negative / beta
 
 
-def _clean_error(velocity: Tensor, noised: Tensor, clean: Tensor, sigma: float) -> Tensor:
-    error = noised.float() - sigma * velocity - clean.float()
+def _clean_error(prediction: Tensor, clean: Tensor) -> Tensor:
+    error = prediction - clean.float()
     magnitude = flat_mean(error.detach().double().abs()).clamp(min=1e-5)  # [B]
     return flat_mean(error**2) / magnitude.float()

@@ -6,7 +6,8 @@ is MixGRPO's loss (arXiv 2507.21802), with the cps kernel FlowCPS' (arXiv 2509.0
 
 Differences from the published code: the KL is the true one of the two Gaussians, per dimension (the published one lacks the
 step's length in its variance: its coefficient 0.04 is about 0.004 here at ten steps); samples without a comparison are masked
-under a global normaliser, not dropped per process; the last step is not stochastic unless asked. Left out: KL in the reward.
+under a global normaliser, not dropped per process; both branches of guidance carry gradients; the last step is not
+stochastic unless asked. Left out: KL in the reward.
 
 Letters: B samples, K stored transitions, X latent shape of one sample.
 """
@@ -15,10 +16,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import BaseModel, ConfigDict, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from flowsteer.rl.types import Comparison, Metrics, PolicyView, schedule_of
@@ -30,7 +31,7 @@ class FlowGRPOConfig(BaseModel):
     """Flow-GRPO's hyper-parameters; the defaults are the paper's for Stable Diffusion 3.5."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    needs_trajectory: Literal[True] = Field(default=True, exclude=True)
+    needs_trajectory: ClassVar[bool] = True
 
     name: Literal["flow_grpo"] = "flow_grpo"
     clip_range: PositiveFloat = 1e-4
