@@ -233,17 +233,18 @@ def _grids(evaluations: Sequence[Evaluated]) -> list[tuple[str, str, int]]:
 
 def loading_snippet(config: dict[str, Any], folder: Path, evaluations: Sequence[Evaluated]) -> str:
     """Python that draws with the result in diffusers."""
-    model, name = config["model"]["path"], folder.resolve().name
+    settings = {"height": None, "width": None, "call": {}, "dtype": "float32", **config["model"]}
+    model, name = settings["path"], folder.resolve().name
     section = config.get("evaluation") or config["rollout"]
     prompt = evaluations[-1].prompts[0] if evaluations else "a prompt"
-    arguments = {key: section[key] for key in ("num_inference_steps", "guidance_scale", "negative_prompt")}
-    arguments |= {"height": config["model"]["height"], "width": config["model"]["width"], **config["model"]["call"]}
+    arguments = {key: section.get(key) for key in ("num_inference_steps", "guidance_scale", "negative_prompt")}
+    arguments |= {"height": settings["height"], "width": settings["width"], **settings["call"]}
     if model == "embedded":
-        arguments = {**arguments, "max_sequence_length": EMBEDDED_LENGTH, **config["model"]["call"]}
+        arguments = {**arguments, "max_sequence_length": EMBEDDED_LENGTH, **settings["call"]}
     call = ", ".join(f"{key}={value!r}" for key, value in arguments.items() if value is not None)
     # some pipelines call guidance otherwise, or give frames: then this line wants a change
     picture = f"image = pipe({prompt!r}, {call}).images[0]"
-    dtype = "" if config["model"]["dtype"] == "float32" else f", dtype=torch.{config['model']['dtype']}"
+    dtype = "" if settings["dtype"] == "float32" else f", dtype=torch.{settings['dtype']}"
     torch_import = "import torch\n" if dtype else ""
     if config["model"]["lora"] is None:
         return (

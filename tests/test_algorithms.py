@@ -21,7 +21,7 @@ from flowsteer.rl.algorithms import DiffusionNFT, FlowGRPO
 from flowsteer.rl.algorithms.diffusion_nft import nft_loss
 from flowsteer.rl.algorithms.flow_grpo import clipped_objective
 from flowsteer.rl.compare import TooFewScores, compare
-from flowsteer.rl.engine import Engine, OptimizerSettings
+from flowsteer.rl.engine import Engine, NotFinite, OptimizerSettings
 from flowsteer.rl.policy import Policy
 from flowsteer.rl.types import Comparison
 from flowsteer.rollout.kernels import denoised
@@ -211,6 +211,19 @@ def test_the_distance_to_the_reference_holds_it_back(name: str) -> None:
                 return float((mine - run.policy.velocity(latents, 1, rows)).norm())
 
     assert distance(10.0) < 0.5 * distance(0.0)
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_a_gradient_that_is_not_finite_ends_the_run_before_the_weights_change(name: str) -> None:
+    run = Run(ALGORITHMS[name]())
+    run.learn(0)
+    before = {key: value.detach().clone() for key, value in run.policy.parameters().items()}
+    handle = next(iter(run.policy.parameters().values())).register_hook(lambda gradient: gradient * math.nan)
+    with pytest.raises(NotFinite, match="the gradient of update 2 is not finite"):
+        run.learn(1)
+    handle.remove()
+    assert all(torch.equal(value, before[key]) for key, value in run.policy.parameters().items())
+    assert run.engine.num_updates == 1
 
 
 # --- Flow-GRPO's objective ----------------------------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -298,3 +300,19 @@ def test_a_setting_without_effect_is_a_warning(caplog):
     assert not caplog.records
     check(algorithm={"name": "diffusion_nft"}, rollout={"plan": none, "kernel": kernel})
     assert "rollout.kernel has no effect" in caplog.text
+
+
+def test_what_can_teach_nothing_or_has_no_effect_is_refused():
+    none = {"name": "none"}
+    with pytest.raises(ValueError, match="draws one picture for a whole group: nothing can be compared"):
+        check(algorithm={"name": "diffusion_nft"}, rollout={"plan": none, "shared_noise": True})
+    check(rollout={"plan": {"name": "window", "strategy": "progressive", "stride": 2}})
+    with pytest.raises(ValueError, match="strategy=random has no iterations and no stride; leave them out"):
+        check(rollout={"plan": {"name": "window", "strategy": "random", "stride": 2, "iterations": 7}})
+
+
+def test_the_quick_start_runs_on_its_processes():
+    """What `scripts/quickstart.sh` starts can be shared out over the processes on which it starts it."""
+    script = (Path(__file__).resolve().parent.parent / "scripts" / "quickstart.sh").read_text(encoding="utf-8")
+    processes, name = re.search(r"--nproc_per_node (\d+) .* train (\w+)", script).groups()
+    load_config(name).check(int(processes))

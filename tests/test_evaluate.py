@@ -213,3 +213,17 @@ def test_save_grid_takes_the_first_frame_of_a_video(tmp_path):
     assert np.array_equal(
         np.asarray(Image.open(tmp_path / "sheet.png")), np.asarray(image_grid([plain(0.0, 0.2)], scale=32))
     )
+
+
+def test_prompts_that_cannot_share_a_batch_are_drawn_one_by_one():
+    """Qwen-Image does not pad: prompts of different length have batches of their own, and the same pictures."""
+    pipeline, settings = zoo.shared("qwen"), {**SETTINGS, "num_inference_steps": 2}
+    prompts, rewards = (
+        Prompts(texts=("a cat", "two blue boats")),
+        RewardSet([("mean", lambda i, p: [0.0] * len(p), 1.0)]),
+    )
+    several, alone = (
+        evaluate(pipeline, prompts, rewards, num_prompts=2, num_seeds=2, batch_size=size, **settings) for size in (4, 1)
+    )
+    torch.testing.assert_close(several.images, alone.images, rtol=0, atol=1e-4)  # kernels differ with the batch size
+    assert (several.images[0] - several.images[1]).abs().max() > 1e-2

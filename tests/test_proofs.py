@@ -10,9 +10,11 @@ The cases come from `kernels.KERNELS`, so that a new kernel is proved as soon as
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,7 +27,7 @@ from flowsteer.rl.algorithms import DiffusionNFT, FlowGRPO
 from flowsteer.rl.build import start
 from flowsteer.rl.config import parse_config
 from flowsteer.rl.evaluate import evaluate
-from flowsteer.rl.export import LORA_FILE, merge
+from flowsteer.rl.export import LORA_FILE, export_lora, load_lora, merge
 from flowsteer.rl.policy import Policy
 from flowsteer.rl.train import train
 from flowsteer.rl.types import Comparison
@@ -312,3 +314,23 @@ def test_what_is_no_export_is_refused(tiny_sd3: Path, tmp_path: Path) -> None:
         ValueError, match=r"holds neither pytorch_lora_weights.safetensors nor the folder of a denoiser"
     ):
         merge(str(tiny_sd3), tmp_path, tmp_path / "merged")
+
+
+def test_both_transformers_of_wan_are_exported_and_loaded(tmp_path: Path) -> None:
+    """Diffusers loads a LoRA for the second one from a file of its own."""
+    case, latents = Case("wan", "float32", "lora"), {}
+    case.disturb()
+    engine = SimpleNamespace(whole=lambda parameters: contextlib.nullcontext(), is_main=True, wait=lambda: None)
+    export_lora(case.policy, engine, tmp_path)  # type: ignore[arg-type]
+    pipe = zoo.build("wan")
+    load_lora(pipe, tmp_path)
+    loaded = zoo.lifted("wan", pipe)
+    for name, pipeline in (("trained", case.pipeline), ("loaded", loaded)):
+        rows = pipeline.prepare(["a cat"], num_inference_steps=4, guidance_scale=1.0)
+        noise = torch.randn((1, *rows.latent_shape), generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            latents[name] = [pipeline.velocity(noise, index, rows) for index in range(4)]
+    assert all(torch.equal(a, b) for a, b in zip(latents["trained"], latents["loaded"]))
+    for denoiser in case.pipeline.denoisers:
+        (config,) = getattr(pipe, denoiser).peft_config.values()
+        assert (config.r, config.lora_alpha) == (4, 12)

@@ -6,7 +6,9 @@ import diffusers
 import pytest
 import torch
 import zoo
+from diffusers import StableDiffusion3Img2ImgPipeline
 
+from flowsteer.rollout.pipeline import FlowPipeline
 from flowsteer.rollout.selfcheck import Finding, Report, check
 
 
@@ -131,3 +133,15 @@ def test_findings_can_be_added():
 def test_one_prompt_is_too_few():
     with pytest.raises(ValueError, match="at least two different prompts"):
         check(zoo.shared("sd3"), prompts=["one", "one"])
+
+
+def test_image_to_image_is_refused():
+    """Its steps begin in the middle, from an image; samples would be started from pure noise."""
+    pipe = StableDiffusion3Img2ImgPipeline(**zoo.build("sd3").components)
+    image = torch.full((1, 3, 16, 16), 0.5)
+    pipeline = FlowPipeline(
+        pipe, height=16, width=16, call_kwargs={"image": image, "strength": 0.5, "max_sequence_length": 32}
+    )
+    report = check(pipeline, num_inference_steps=4)
+    assert not report.ok
+    assert "samples start from pure noise, not from an image" in report.text()
