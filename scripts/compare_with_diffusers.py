@@ -81,7 +81,7 @@ def main(
     run: Annotated[Path, typer.Argument(help="Folder of a finished run; its export/ is loaded.")],
     num_seeds: Annotated[int, typer.Option(min=1, help="Noise seeds of each caption.")] = 4,
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 10,
-    limit: Annotated[int, typer.Option(min=1, help="Captions of each kind at most.")] = 240,
+    limit: Annotated[int, typer.Option(min=1, help="Captions of each kind at most.")] = 264,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 2,
 ) -> None:
     """Measure strict accuracy before and after, and write it into the run's folder for its report."""

@@ -13,15 +13,17 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "config",
+    "arguments",
     [
-        "embedded_nft_composition",
-        "embedded_flow_grpo_cps_composition",
-        "embedded_flow_grpo_sde_composition",
+        ["embedded_nft_composition", "num_steps=28"],
+        ["embedded_flow_grpo_cps_composition"],
+        ["embedded_flow_grpo_sde_composition"],
     ],
+    ids=lambda arguments: arguments[0],
 )
-def test_learns_composition(config: str, tmp_path: Path) -> None:
-    command = [sys.executable, "scripts/learn.py", config, "--seeds", "3", "--parallel", "2", "--root", str(tmp_path)]
+def test_learns_composition(arguments: list[str], tmp_path: Path) -> None:
+    options = ["--seeds", "3", "--parallel", "2", "--root", str(tmp_path)]
+    command = [sys.executable, "scripts/learn.py", *arguments, *options]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     print(done.stdout)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
