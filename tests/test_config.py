@@ -48,7 +48,7 @@ def test_overrides_reach_into_sections_in_order():
         ["rollout.group_size=8", "rollout.group_size=4", "model.lora=null", "evaluation=null", "output=runs/a=b"],
     )
     assert config.rollout.group_size == 4, "the later one wins"
-    assert config.rollout.prompts_per_step == 24, "its neighbours stay"
+    assert config.rollout.prompts_per_step == 64, "its neighbours stay"
     assert config.model.lora is None
     assert config.evaluation is None
     assert config.output == "runs/a=b", "only the first = separates"

@@ -1,0 +1,67 @@
+"""Every script runs, on a few samples; what it prints is checked, not how good the numbers are."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = ["num_steps=2", "rollout.prompts_per_step=4", "rollout.group_size=6", "rollout.batch_size=6"]
+SMALL += ["algorithm.updates_per_rollout=1", "optimizer.warmup_updates=0"]
+
+
+def script(*arguments: str | Path) -> str:
+    """What a command prints."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "160"}
+    command = [sys.executable, *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stdout
+
+
+def test_a_run_is_compared_by_plain_diffusers(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    script("-m", "flowsteer.rl.cli", "train", "embedded_nft_composition", f"output={run}", "evaluation=null", *SMALL)
+    text = script("scripts/compare_with_diffusers.py", run, "--num-seeds", "2", "--steps", "2", "--limit", "8")
+    assert "gain on reserved captions without guidance" in text
+    (table,) = json.loads((run / "results.json").read_text()).values()
+    assert len(table["rows"]) == 2 * (3 + 2)  # reserved and trained captions: three models, two differences
+    script("-m", "flowsteer.rl.cli", "report", run)
+    assert "drawn by plain diffusers" in (run / "report.html").read_text()
+
+
+def test_the_comparison_imports_nothing_of_training() -> None:
+    """What measures "after" knows diffusers, the captions and the judge."""
+    program = "import runpy, sys; runpy.run_path('scripts/compare_with_diffusers.py', run_name='imported'); "
+    program += (
+        "print(sorted(name for name in sys.modules if name.startswith(('flowsteer.', 'deepspeed', 'peft.tuners'))))"
+    )
+    names = script("-c", program)
+    assert "flowsteer.rewards.composition" in names
+    assert "flowsteer.rl" not in names
+    assert "flowsteer.rollout" not in names
+    assert "deepspeed" not in names
+
+
+def test_learning_is_measured_over_seeds(tmp_path: Path) -> None:
+    settings = ["evaluation.num_prompts=6", "evaluation.num_seeds=2", "evaluation.num_inference_steps=2"]
+    arguments = ["scripts/learn.py", "embedded_nft_composition", *SMALL, *settings, "--seeds", "2", "--root", tmp_path]
+    done = subprocess.run(
+        [sys.executable, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode in (0, 1), done.stderr[-4000:]  # 1: the interval reaches zero, as it should after two steps
+    assert "95 % interval over seeds" in done.stdout
+
+
+def test_the_benchmark_measures_both_acts() -> None:
+    overrides = [f"--override={setting}" for setting in SMALL]
+    text = script("scripts/benchmark.py", "embedded_flow_grpo_cps_composition", "--repeats", "1", *overrides)
+    rows = [line for line in text.splitlines() if "embedded_flow_grpo_cps" in line]
+    assert len(rows) == 2
+    for row, act in zip(rows, ("rollout", "update")):
+        cells = [cell.strip() for cell in row.strip("│ ").split("│")]
+        assert cells[1] == act
+        assert float(cells[-1]) > 0.5  # the overhead; what it is on a quiet machine is in docs/benchmarks.md
