@@ -80,7 +80,9 @@ def interval(hits: np.ndarray) -> tuple[float, float]:
 def main(
     run: Annotated[Path, typer.Argument(help="Folder of a finished run; its export/ is loaded.")],
     num_seeds: Annotated[int, typer.Option(min=1, help="Noise seeds of each caption.")] = 4,
-    steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 10,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Denoising steps; default as in the run's evaluation.")
+    ] = None,
     limit: Annotated[int, typer.Option(min=1, help="Captions of each kind at most.")] = 264,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 2,
 ) -> None:
@@ -90,6 +92,9 @@ def main(
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     torch.set_num_threads(threads)
+    if steps is None:
+        settings = json.loads((run / "config.json").read_text(encoding="utf-8"))
+        steps = int((settings["evaluation"] or settings["rollout"])["num_inference_steps"])
     began = time.perf_counter()
     base, tuned = load(None), load(run / "export")
     trained = [caption.text for caption in train_captions()]
@@ -99,7 +104,13 @@ def main(
     }
     models = {"before": (base, 1.0), "before, guidance 3": (base, 3.0), "after": (tuned, 1.0)}
 
-    table = Table("captions", "model", "strict accuracy", "95 % interval", title="drawn by plain diffusers")
+    table = Table(
+        "captions",
+        "model",
+        "strict accuracy",
+        "95 % interval",
+        title=f"drawn by plain diffusers, {steps} denoising steps",
+    )
     rows, gains, sheets = [], {}, {}
     for kind, captions in kinds.items():
         captions = captions[:: max(1, len(captions) // limit)][:limit]
