@@ -129,8 +129,14 @@ def test_what_does_not_belong_to_the_run_is_refused(make_config: Make, tmp_path:
         config | {"num_steps": 2}, resume=True, processes=2
     )
     about = tmp_path / "run" / "checkpoints" / "step_000001" / "checkpoint.json"
-    about.write_text(json.dumps(json.loads(about.read_text()) | {"model": "another"}))
+    right = about.read_text()
+    about.write_text(json.dumps(json.loads(right) | {"model": "another"}))
     assert "written with model another" in refusal(config, resume=True)
+    about.write_text(right)
+    other = tmp_path / "other.txt"  # another place may hold the same prompts, but not others
+    other.write_text("a red circle\na house")
+    moved = config | {"prompts": {"train": str(other)}}
+    assert "was written with prompts" in refusal(moved, resume=True)
     after = (tmp_path / "run" / "metrics.jsonl").read_bytes(), (tmp_path / "run" / "config.json").read_bytes()
     assert before == after
 
