@@ -141,6 +141,7 @@ def header_of(name: str) -> tuple[str, list[str]]:
     lines = (ROOT / "configs" / name).read_text(encoding="utf-8").splitlines()
     end = next(place for place, line in enumerate(lines) if not line.startswith("#"))
     header = "\n".join(lines[:end])
+    header = re.sub(r"\\\n#", "", header)  # a command over two lines
     found = re.search(r"Command: (.+)", header)
     assert found, f"{name}: the header gives no command"
     return header, shlex.split(found[1])

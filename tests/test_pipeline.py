@@ -332,7 +332,7 @@ def test_arguments_that_the_pipeline_does_not_have():
     pipe = zoo.shared("sd3").pipe
     with pytest.raises(ValueError, match=r"has no argument 'max_sequence_len'; did you mean 'max_sequence_length'\?"):
         FlowPipeline(pipe, call_kwargs={"max_sequence_len": 3})
-    with pytest.raises(ValueError, match="'latents' has a setting of its own"):
+    with pytest.raises(ValueError, match="'latents' is a setting of its own"):
         FlowPipeline(pipe, call_kwargs={"latents": None})
     unguided = zoo.build_class_without_guidance()
     with pytest.raises(ValueError, match="has no guidance: guidance_scale must be 1, got 3"):
