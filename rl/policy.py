@@ -7,6 +7,7 @@ one. The optimiser only ever sees the current one.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -194,7 +195,9 @@ class _Adapters:
                     config = LoraConfig(
                         r=rank, lora_alpha=alpha, target_modules=list(targets), init_lora_weights="gaussian"
                     )
-                    inject_adapter_in_model(config, denoiser, adapter_name=name)
+                    with warnings.catch_warnings():  # several adapters are what we want
+                        warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+                        inject_adapter_in_model(config, denoiser, adapter_name=name)
         self._layers = [m for d in denoisers.values() for m in d.modules() if isinstance(m, LoraLayer)]
         for name in {CURRENT, *variants} - {"reference"}:
             for parameter in self.parameters(name).values():
