@@ -3,8 +3,7 @@
 Pure functions of the scores of a whole training step, gathered from all processes beforehand. The answer depends
 neither on the order of the samples nor on how they were split: sums run over sorted scores in float64.
 
-Left out: running statistics per prompt over several training steps (DDPO's buffer), trimmed means, GDPO's second
-normalisation over the whole step.
+Left out: running statistics per prompt over several training steps (DDPO's buffer), trimmed means.
 
 Letters: N samples of a training step over all processes.
 """
@@ -75,10 +74,13 @@ def combined_advantage(
     clip: float | None = 5.0,
     epsilon: float = 1e-4,
     ddof: int = 0,
+    over_step: bool = False,
 ) -> Tensor:
     """Each reward compared on its own scale, then summed by weight and clipped (MixGRPO's ``advantage_aggr``); [N].
 
     ``parts`` are scores [N] by name, NaN where missing; a sample that misses one of them gets 0 from that one.
+    ``over_step`` normalises the sums once more, by mean and deviation over all samples that carry a comparison (GDPO, arXiv
+    2601.05242), so that the size of an update does not depend on how many rewards there are.
     """
     unknown = sorted(set(weights) - set(parts))
     if unknown or not weights:
@@ -86,7 +88,34 @@ def combined_advantage(
     options = {"deviation": deviation, "clip": None, "epsilon": epsilon, "ddof": ddof}
     terms = [weight * group_advantage(parts[name], group, **options) for name, weight in weights.items()]
     summed = torch.stack(terms).sum(0)
+    if over_step:
+        counts = torch.stack([usable(parts[name], group) for name in weights]).any(0)
+        own = summed[counts].double()
+        if len(own) and float(own.std(correction=0)) > 0:
+            normalised = (summed.double() - own.mean()) / (own.std(correction=0) + epsilon)
+            summed = torch.where(counts, normalised, 0.0).float()
     return summed if clip is None else summed.clamp(-clip, clip)
+
+
+def extremes(advantage: Tensor, counts: Tensor, group: Tensor, number: int) -> Tensor:
+    """[N] bool: the ``number // 2`` best and as many worst samples of each group (DanceGRPO's best-of-n selection).
+
+    Only samples that ``counts`` [N] admits are chosen from; among equals the first. A group that has no more than
+    ``number`` of them keeps all. Advantages stay those that were computed on the whole group.
+
+    Raises:
+        ValueError: for a number that is not even, or less than 2.
+    """
+    if number < 2 or number % 2:
+        raise ValueError(
+            f"advantage.best_and_worst={number} takes half from either end; give an even number, 2 or more"
+        )
+    chosen = torch.zeros_like(counts)
+    for one in group.unique():
+        rows = torch.nonzero(counts & (group == one)).flatten()
+        order = rows[advantage[rows].argsort(stable=True)]
+        chosen[order if len(order) <= number else torch.cat([order[: number // 2], order[-(number // 2) :]])] = True
+    return chosen
 
 
 def usable(total: Tensor, group: Tensor) -> Tensor:

@@ -5,20 +5,20 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from flowsteer.rewards.combine import Normalise, RewardSet
 from flowsteer.rewards.registry import load_reward
-from flowsteer.rl.algorithms import DiffusionNFT, DiffusionNFTConfig, FlowGRPO
+from flowsteer.rl.algorithms import ALGORITHMS
 from flowsteer.rl.checkpoint import Checkpoints, fingerprint, open_run, write_whole
 from flowsteer.rl.compare import TooFewScores, compare
 from flowsteer.rl.config import Config, PlanConfig, save_config
@@ -31,8 +31,9 @@ from flowsteer.rl.scoring import StepScorer
 from flowsteer.rl.show import Screen
 from flowsteer.rl.types import Algorithm
 from flowsteer.rollout import kernels, selfcheck
+from flowsteer.rollout.branches import Branching
 from flowsteer.rollout.pipeline import FlowPipeline, UnlikeConditioning
-from flowsteer.rollout.plan import Plan, all_steps, fixed_steps, no_steps, window
+from flowsteer.rollout.plan import Plan, all_steps, decay, fixed_steps, no_steps, window
 from flowsteer.rollout.prompts import Prompts, read_prompts
 from flowsteer.rollout.worker import RolloutWorker
 
@@ -59,10 +60,8 @@ class Run:
 
     def __post_init__(self) -> None:
         self.num_steps = self.config.num_steps
-        advantage = self.config.advantage
-        self.compare = partial(
-            compare, deviation=advantage.deviation, clip=advantage.clip, min_scored=advantage.min_scored
-        )
+        weights = self.scorer.rewards.weights
+        self.compare = partial(compare, weights=weights, **self.config.advantage.model_dump())
         self._stop_requested = False
         self._saved = self.start or -1
         self._sigterm_before = signal.signal(signal.SIGTERM, self._request_stop)
@@ -104,7 +103,7 @@ class Run:
                 guidance_scale=settings.guidance_scale,
                 negative_prompt=settings.negative_prompt,
                 batch_size=self.config.rollout.batch_size,
-                dtype=self.worker.dtype,
+                dtype=DTYPES[self.config.model.dtype],
                 device=self.engine.device,
                 process_index=self.engine.process_index,
                 num_processes=self.engine.num_processes,
@@ -163,18 +162,16 @@ def start(config: Config, *, resume: bool = False, quiet: bool = False) -> Run:
     folder = Path(config.output)
     open_run(folder, config, resume=resume)
     plan = build_plan(config.rollout.plan, config)
-    algorithm = build_algorithm(config, plan)
+    engine = build_engine(config)  # before the rewards: a model of theirs then lands on this process's device
+    algorithm = build_algorithm(config, plan, engine)
     prompts = read_prompts(config.prompts.train)
     evaluation_prompts = read_prompts(config.evaluation.prompts) if config.evaluation else None
-    engine = build_engine(
-        config, algorithm
-    )  # before the rewards: a model of theirs then lands on this process's device
     rewards = build_rewards(config)
     pipeline = build_pipeline(config, engine.device)
     model = fingerprint(dict(pipeline.denoisers))
-    _check_model(config, pipeline, plan, prompts)
+    plan = _checked_plan(config, pipeline, plan, prompts)
     policy = build_policy(config, pipeline, algorithm)
-    engine.prepare(policy, build_optimizer_settings(config))
+    engine.prepare(policy, build_optimizer_settings(config), passes_per_batch=algorithm.passes_per_batch)
 
     checkpoints = Checkpoints(folder, engine, model=model, prompts=prompts.fingerprint(), keep=config.keep)
     first = checkpoints.restore() if resume else 0
@@ -222,42 +219,31 @@ def build_plan(section: PlanConfig, config: Config) -> Plan:
         raise ValueError(
             "rollout.kernel.noise_level=0 makes no step stochastic; set it above 0, or rollout.plan.name=none"
         )
+    levels = decay(level, count, shape=rollout.kernel.decay, rate=rollout.kernel.decay_rate)
     if section.name == "all":
-        return all_steps(count, level, include_last=section.include_last)
+        return all_steps(count, levels, include_last=section.include_last)
     if section.name == "steps":
-        return fixed_steps(count, level, section.indices)
-    return window(
-        count,
-        level,
-        size=section.size,
-        strategy=section.strategy,
-        low=section.low,
-        high=section.high,
-        stride=section.stride,
-        iterations=section.iterations,
-        roll_back=section.roll_back,
-        seed=config.seed,
-    )
+        return fixed_steps(count, levels, section.indices)
+    return window(count, levels, seed=config.seed, **section.model_dump(exclude={"name"}))
 
 
-def build_algorithm(config: Config, plan: Plan) -> Algorithm:
-    """The algorithm with plain arguments."""
-    arguments: dict[str, Any] = config.algorithm.model_dump(exclude={"name", "updates_per_rollout"})
-    if isinstance(config.algorithm, DiffusionNFTConfig):
-        if config.advantage.clip is None:
-            raise ValueError(
-                "diffusion_nft maps advantages to [0, 1] by their clip; set advantage.clip, 5.0 is published"
-            )
-        return DiffusionNFT(
-            num_inference_steps=config.rollout.num_inference_steps,
-            advantage_clip=config.advantage.clip,
-            seed=config.seed,
-            **arguments,
-        )
-    kernel = config.rollout.kernel
-    return FlowGRPO(
-        kernel=kernel.name, log_prob_weight=kernel.log_prob_weight, num_transitions=plan.num_transitions, **arguments
-    )
+def build_algorithm(config: Config, plan: Plan, engine: Engine) -> Algorithm:
+    """The algorithm with plain arguments: its own settings, and what it asks for of the others."""
+    kernel, rollout, branching = config.rollout.kernel, config.rollout, config.rollout.branching
+    pools = len([index for index in plan.indices(0) if branching is None or index >= branching.first])
+    settings = {
+        **config.algorithm.model_dump(exclude={"name"}),
+        "kernel": kernel.name,
+        "log_prob_weight": kernel.log_prob_weight,
+        "num_transitions": pools if branching else plan.num_transitions,
+        "num_inference_steps": rollout.num_inference_steps,
+        "group_size": rollout.group_size,
+        "advantage_clip": config.advantage.clip,
+        "seed": config.seed,
+        "gather": engine.gather,
+    }
+    chosen = ALGORITHMS[type(config.algorithm)]
+    return chosen(**{name: settings[name] for name in inspect.signature(chosen).parameters})
 
 
 def build_rewards(config: Config) -> RewardSet:
@@ -270,7 +256,7 @@ def build_rewards(config: Config) -> RewardSet:
     )
 
 
-def build_engine(config: Config, algorithm: Algorithm) -> Engine:
+def build_engine(config: Config) -> Engine:
     """Processes and precision."""
     rollout = config.rollout
     return Engine(
@@ -281,7 +267,6 @@ def build_engine(config: Config, algorithm: Algorithm) -> Engine:
         max_grad_norm=config.optimizer.max_grad_norm,
         timeout_s=config.engine.timeout_s,
         batches=lambda processes: batches_per_update(config, processes),
-        passes_per_batch=algorithm.passes_per_batch,
     )
 
 
@@ -360,6 +345,10 @@ def build_worker(config: Config, pipeline: FlowPipeline, prompts: Prompts, plan:
         process_index=engine.process_index,
         dtype=DTYPES[config.model.dtype],
         device=engine.device,
+        branching=Branching(**rollout.branching.model_dump()) if rollout.branching else None,
+        tail_fraction=rollout.tail_fraction,
+        train_guidance_scale=rollout.train_guidance_scale,
+        keep_means=config.algorithm.needs.means,
     )
 
 
@@ -377,13 +366,17 @@ def derived(config: Config, policy: Policy, engine: Engine, prompts: Prompts) ->
         "prompts": f"{len(prompts)}, all seen after {len(prompts) / rollout.prompts_per_step:.1f} steps",
         "output": config.output,
     }
-    if algorithm.name == "flow_grpo":
-        lines["clip range"] = f"{algorithm.clip_range:g} per latent dimension"
+    if rollout.branching is not None:
+        ways = len(rollout.branching.granularities)
+        lines["pools"] = f"each step's images once for every stochastic step, finished in {ways} way(s)"
     return lines
 
 
-def _check_model(config: Config, pipeline: FlowPipeline, plan: Plan, prompts: Prompts) -> None:
-    """Can this pipeline be trained so? A few network passes; raises ValueError that says what does not hold."""
+def _checked_plan(config: Config, pipeline: FlowPipeline, plan: Plan, prompts: Prompts) -> Plan:
+    """Can this pipeline be trained so? A few network passes; raises ValueError that says what does not hold.
+
+    Returns the plan with noise levels that keep their budget on the pipeline's schedule, where that is asked for.
+    """
     rollout = config.rollout
     guidance = {"guidance_scale": rollout.guidance_scale, "negative_prompt": rollout.negative_prompt}
     some = list(dict.fromkeys([*prompts.texts[:64], *selfcheck.PROMPTS]))
@@ -400,8 +393,20 @@ def _check_model(config: Config, pipeline: FlowPipeline, plan: Plan, prompts: Pr
                 f"rollout.batch_size={rollout.batch_size} puts several prompts into a batch, but {error}; set it to "
                 f"rollout.group_size={rollout.group_size} or a divisor of it"
             ) from error
-    if plan.num_transitions:
-        kernels.check_kernel(config.rollout.kernel.name, conditioning.schedule, plan.covered_levels)
+    skips = rollout.tail_fraction < 1 or (rollout.branching and rollout.branching.granularities != (1,))
+    if skips and not pipeline.lifted.tail_is_idle:
+        raise ValueError(
+            f"{type(pipeline.pipe).__name__} does something to the latents after each denoising step, so none can be skipped; "
+            "leave rollout.tail_fraction and rollout.branching.granularities out"
+        )
+    if not plan.num_transitions:
+        return plan
+    kernels.check_kernel(rollout.kernel.name, conditioning.schedule, plan.covered_levels)
+    if rollout.kernel.keep_budget:
+        kernel, schedule = rollout.kernel, conditioning.schedule
+        factor = kernels.budget_factor(kernel.name, schedule, plan.covered_levels, kernel.noise_level)
+        plan = replace(plan, levels=tuple(factor * level for level in plan.levels))
+    return plan
 
 
 def _numbers(values: Sequence[float]) -> list[float | None]:

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from flowsteer.rewards.types import Scores
-from flowsteer.rl.advantage import Deviation, group_advantage, reward_statistics, usable
+from flowsteer.rl.advantage import (
+    Deviation,
+    combined_advantage,
+    extremes,
+    group_advantage,
+    reward_statistics,
+    usable,
+)
 from flowsteer.rl.metrics import all_names
 from flowsteer.rl.types import Comparison
 from flowsteer.rollout.types import Rollout
+
+Combine = Literal["rewards", "advantages", "gdpo"]
 
 logger = logging.getLogger(__name__)
 
@@ -26,8 +36,11 @@ def compare(
     scores: Sequence[Scores],
     gather: Callable[[Tensor], Tensor],
     *,
+    weights: Mapping[str, float],
+    combine: Combine = "rewards",
     deviation: Deviation,
     clip: float | None,
+    best_and_worst: int | None = None,
     min_scored: float,
 ) -> tuple[list[Comparison], dict[str, float]]:
     """Compare each sample with its group.
@@ -36,8 +49,12 @@ def compare(
         rollouts: this process's batches.
         scores: theirs, in the same order.
         gather: concatenates over processes.
+        weights: of the rewards, by name.
+        combine: several rewards by summing ``rewards``, or ``advantages`` (each compared on its own scale), or ``gdpo`` (these,
+            normalised once more over the whole step).
         deviation: what a difference is divided by, see `group_advantage`.
         clip: of the advantage.
+        best_and_worst: of each group only so many count, half of them its best and half its worst; None: all.
         min_scored: the part of all samples that must have a score.
 
     Returns:
@@ -63,15 +80,28 @@ def compare(
             f"only {scored:.1%} of the samples have a score, advantage.min_scored asks for {min_scored:.1%}; "
             f"the most frequent reason: {common}"
         )
-    advantage = group_advantage(total, group, deviation=deviation, clip=clip)
+    if combine == "rewards":
+        advantage = group_advantage(total, group, deviation=deviation, clip=clip)
+    else:
+        known = {name: table[:, 1 + parts.index(name)] for name, weight in weights.items() if weight and name in parts}
+        advantage = combined_advantage(
+            {name: values.where(~total.isnan(), torch.nan) for name, values in known.items()},
+            {name: weights[name] for name in known},
+            group,
+            deviation=deviation,
+            clip=clip,
+            over_step=combine == "gdpo",
+        )
     counts = usable(total, group)
+    if best_and_worst is not None:
+        counts = counts & extremes(advantage, counts, group, best_and_worst)
     weight = counts.float() * (len(total) / counts.sum().clamp(min=1))
 
     place = torch.empty(int(sample.max()) + 1, dtype=torch.int64)
     place[sample] = torch.arange(len(sample))
     comparisons = [
-        Comparison(advantage=advantage[place[rollout.sample]], weight=weight[place[rollout.sample]])
-        for rollout in rollouts
+        Comparison(score=total[rows], advantage=advantage[rows], weight=weight[rows])
+        for rows in (place[rollout.sample] for rollout in rollouts)
     ]
     statistics = reward_statistics(total, group)
     for column, name in enumerate(parts, start=1):

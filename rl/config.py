@@ -10,13 +10,22 @@ import difflib
 import json
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+)
 
 from flowsteer.rl.algorithms import AlgorithmConfig
 from flowsteer.rollout.prompts import check_divisible
@@ -28,6 +37,11 @@ class Section(BaseModel):
     """A part of the configuration: frozen, and strict about its keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+def changed(section: BaseModel) -> set[str]:
+    """The keys whose values are not the defaults: a saved configuration has all keys."""
+    return {name for name, field in type(section).model_fields.items() if getattr(section, name) != field.default}
 
 
 class LoRAConfig(Section):
@@ -67,6 +81,12 @@ class KernelConfig(Section):
 
     name: Literal["flow_sde", "dance_sde", "cps", "ddim"] = "flow_sde"
     noise_level: NonNegativeFloat = 0.7
+    decay: Literal["constant", "linear", "power", "cosine", "exponential"] = "constant"
+    """How the noise level falls from step to step; ``linear``, ``power`` and ``cosine`` reach 0 at the last one."""
+    decay_rate: PositiveFloat = 1.0
+    """Of ``power`` (the exponent) and ``exponential`` (per step)."""
+    keep_budget: bool = False
+    """Scale a decaying noise level so that the variances of the steps add up to those of the constant one."""
     log_prob_weight: Literal["gaussian", "variance"] = "gaussian"
     """``gaussian``: the density's logarithm. ``variance``: times 2 std^2, the published convention of CPS."""
 
@@ -95,7 +115,7 @@ class WindowPlan(Section):
     """Consecutive stochastic steps, deterministic ones outside (MixGRPO, Flow-GRPO-Fast)."""
 
     name: Literal["window"] = "window"
-    strategy: Literal["fixed", "progressive", "random"] = "random"
+    strategy: Literal["fixed", "progressive", "random", "linear_decay", "exponential_decay"] = "random"
     size: PositiveInt = 2
     low: int = 0
     """First step that a window may cover."""
@@ -103,10 +123,31 @@ class WindowPlan(Section):
     """End (exclusive) of the steps that a window may cover; the default leaves the last step out."""
     stride: PositiveInt = 1
     iterations: PositiveInt = 25
+    """Training steps at each place; at the first ones when they decay."""
+    min_iterations: PositiveInt = 1
+    """Of ``linear_decay``: training steps at the last place."""
+    decay_start: NonNegativeInt = 0
+    """Of ``exponential_decay``: places up to here keep their iterations."""
+    decay_rate: PositiveFloat = 0.1
+    """Of ``exponential_decay``, per place."""
     roll_back: bool = True
 
 
 PlanConfig = Annotated[AllPlan | NonePlan | StepsPlan | WindowPlan, Field(discriminator="name")]
+
+
+class BranchingConfig(Section):
+    """Samples of a group leave the same state at each stochastic step of the plan (G2RPO, step-aware DPO)."""
+
+    trunk: Literal["deterministic", "resampled"] = "deterministic"
+    """How the common state goes on: by the deterministic sampler, or from one of the candidates, drawn at random."""
+    finish: Literal["deterministic", "denoised"] = "deterministic"
+    """How candidates become images: led to the end, or by the model's prediction of the clean image. Rewards get the noise
+    level of the prediction as the column ``sigma``."""
+    granularities: tuple[PositiveInt, ...] = (1,)
+    """Denoising steps taken in one on the way to the end; each makes an image of every candidate."""
+    first: NonNegativeInt = 0
+    """Stochastic steps before this one have no candidates: they are drawn once for each group."""
 
 
 class RolloutConfig(Section):
@@ -125,6 +166,12 @@ class RolloutConfig(Section):
     solver: Literal["euler", "dpmpp_2m"] = "euler"
     shared_noise: bool = False
     """The samples of a group start from the same initial noise; what they have in common is computed once."""
+    branching: BranchingConfig | None = None
+    """Score every stochastic step by itself, with candidates that part only there; null draws whole trajectories."""
+    tail_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Of the denoising steps after the last stochastic one only so many are taken, longer ones (MixGRPO-Flash: 0.4)."""
+    train_guidance_scale: NonNegativeFloat | None = None
+    """Guidance in training where the algorithm noises final latents again; null is that of sampling."""
 
 
 class RewardConfig(Section):
@@ -142,6 +189,10 @@ class AdvantageConfig(Section):
 
     deviation: Literal["group", "global", "none"] = "group"
     clip: PositiveFloat | None = 5.0
+    combine: Literal["rewards", "advantages", "gdpo"] = "rewards"
+    """Several rewards: sum the scores; or compare each on its own scale and sum that; or normalise that sum once more."""
+    best_and_worst: Annotated[int, Field(ge=2, multiple_of=2)] | None = None
+    """Learn from so many samples of each group only, its best and its worst; null learns from all."""
     min_scored: Annotated[float, Field(ge=0, le=1)] = 0.9
     """The run stops, with everything saved, when less than this part of a step's samples has a score."""
 
@@ -220,27 +271,7 @@ class Config(Section):
             )
         except ValueError as error:
             faults.append(str(error))
-        stochastic = self.rollout.plan.name != "none"
-        if self.algorithm.needs_trajectory and not stochastic:
-            faults.append(
-                f"algorithm.name={self.algorithm.name} learns from stochastic transitions, but rollout.plan.name=none draws "
-                "none; set rollout.plan.name to all, window or steps"
-            )
-        if not self.algorithm.needs_trajectory and stochastic:
-            faults.append(
-                f"algorithm.name={self.algorithm.name} noises the final latents again and ignores stochastic transitions; "
-                "set 'rollout.plan={name: none}'"
-            )
-        if self.rollout.shared_noise and not stochastic:
-            faults.append(
-                "rollout.shared_noise=true with rollout.plan.name=none draws one picture for a whole group: nothing can be "
-                "compared; leave shared_noise out"
-            )
-        if isinstance(plan := self.rollout.plan, WindowPlan):
-            unused = {"random": {"stride", "iterations", "roll_back"}, "fixed": {"stride", "iterations", "roll_back"}}
-            idle = sorted(unused.get(plan.strategy, set()) & plan.model_fields_set)
-            if idle:
-                faults.append(f"rollout.plan.strategy={plan.strategy} has no {' and no '.join(idle)}; leave them out")
+        faults += [*self._unmet_needs(num_processes), *self._idle_settings()]
         if self.model.lora is None and self.model.dtype != "float32" and self.engine.zero_stage is None:
             faults.append(
                 f"training all weights in {self.model.dtype} needs float32 master copies, which DeepSpeed keeps; "
@@ -248,8 +279,77 @@ class Config(Section):
             )
         if faults:
             raise ValueError("\n".join(faults))
-        if not stochastic and self.rollout.kernel != KernelConfig():
+        if self.rollout.plan.name == "none" and self.rollout.kernel != KernelConfig():
             logger.warning("rollout.kernel has no effect: with rollout.plan.name=none no step is stochastic")
+
+    def _unmet_needs(self, num_processes: int) -> Iterator[str]:
+        """What the algorithm asks of rollouts, and does not get."""
+        rollout, needs, name = self.rollout, self.algorithm.needs, f"algorithm.name={self.algorithm.name}"
+        stochastic = rollout.plan.name != "none"
+        if needs.transitions and not stochastic:
+            yield (
+                f"{name} learns from stochastic transitions, but rollout.plan.name=none draws none; set rollout.plan.name to "
+                "all, window or steps"
+            )
+        if not needs.transitions and stochastic:
+            yield (
+                f"{name} noises the final latents again and ignores stochastic transitions; set 'rollout.plan={{name: none}}'"
+            )
+        if needs.pools and rollout.branching is None:
+            yield f"{name} compares candidates that leave the same state; set rollout.branching, e.g. 'rollout.branching={{}}'"
+        if needs.gaussian_log_prob and rollout.kernel.log_prob_weight != "gaussian":
+            yield f"{name} normalises Gaussian log densities; set rollout.kernel.log_prob_weight=gaussian"
+        if needs.clipped_advantage and self.advantage.clip is None:
+            yield f"{name} scales advantages by their clip; set advantage.clip, 5.0 is published"
+        at_once = rollout.batch_size * (num_processes if needs.groups_in_a_pass else 1)
+        whole = needs.groups_in_a_batch or needs.groups_in_a_pass or rollout.branching is not None
+        if whole and at_once % rollout.group_size:
+            yield (
+                f"{name if rollout.branching is None else 'rollout.branching'} needs whole groups in the samples that pass the "
+                f"network together: {at_once} do, and rollout.group_size is {rollout.group_size}; set rollout.batch_size to a "
+                "multiple of it"
+            )
+
+    def _idle_settings(self) -> Iterator[str]:
+        """What was set and would do nothing, or only harm."""
+        rollout = self.rollout
+        stochastic = rollout.plan.name != "none"
+        if rollout.shared_noise and not stochastic:
+            yield (
+                "rollout.shared_noise=true with rollout.plan.name=none draws one picture for a whole group: nothing can be "
+                "compared; leave shared_noise out"
+            )
+        if rollout.branching is not None:
+            if not stochastic:
+                yield "rollout.branching parts groups at stochastic steps, but rollout.plan.name=none has none; set a plan"
+            if rollout.shared_noise:
+                yield "rollout.branching shares the noise of a group anyway; leave rollout.shared_noise out"
+            if rollout.branching.first and rollout.plan.name == "window":
+                yield "rollout.branching.first needs a plan whose steps stay the same; set rollout.plan.name to all or steps"
+        if rollout.tail_fraction < 1 and (not stochastic or rollout.branching is not None):
+            yield (
+                "rollout.tail_fraction shortens what comes after the last stochastic step of a trajectory; it needs a plan "
+                "with such steps, and no rollout.branching (which has granularities)"
+            )
+        if rollout.train_guidance_scale is not None and self.algorithm.needs.transitions:
+            yield (
+                f"algorithm.name={self.algorithm.name} trains the very steps that were drawn, with their guidance; leave "
+                "rollout.train_guidance_scale out"
+            )
+        kernel = rollout.kernel
+        if kernel.decay == "constant" and changed(kernel) & {"decay_rate", "keep_budget"}:
+            yield "rollout.kernel.decay=constant has no decay_rate and no budget to keep; leave them out"
+        if isinstance(plan := rollout.plan, WindowPlan):
+            used = {
+                "fixed": set[str](),
+                "random": set[str](),
+                "progressive": {"stride", "iterations", "roll_back"},
+                "linear_decay": {"stride", "iterations", "roll_back", "min_iterations"},
+                "exponential_decay": {"stride", "iterations", "roll_back", "decay_start", "decay_rate"},
+            }
+            idle = sorted(changed(plan) - used[plan.strategy] - {"name", "strategy", "size", "low", "high"})
+            if idle:
+                yield f"rollout.plan.strategy={plan.strategy} has no {' and no '.join(idle)}; leave them out"
 
 
 class _Loader(yaml.SafeLoader):

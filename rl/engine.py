@@ -69,7 +69,6 @@ class Engine:
         cpu: stay on the CPU even where there is an accelerator.
         batch_size: samples of one backward pass on this process.
         batches: from the number of processes, the rollout batches of one update on each.
-        passes_per_batch: backward passes of each of them.
         max_grad_norm: the gradient's norm is clipped to it.
         timeout_s: a collective that waits longer ends the job.
     """
@@ -82,7 +81,6 @@ class Engine:
         cpu: bool,
         batch_size: int,
         batches: Callable[[int], int],
-        passes_per_batch: int,
         max_grad_norm: float,
         timeout_s: int,
     ) -> None:
@@ -91,17 +89,13 @@ class Engine:
                 "engine.zero_stage=0 keeps no float32 master weights; use stage 1 to 3, or model.dtype=float32"
             )
         self._batches = batches(int(os.environ.get("WORLD_SIZE", "1")))
-        self._passes_per_batch = passes_per_batch
-        passes = self._batches * passes_per_batch
         self.zero_stage = zero_stage
         self.accelerator = Accelerator(
             cpu=cpu or not torch.cuda.is_available(),
-            gradient_accumulation_steps=passes,
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=timeout_s))],
         )
         self._deepspeed_config = {
             "train_micro_batch_size_per_gpu": batch_size,
-            "gradient_accumulation_steps": passes,
             "gradient_clipping": max_grad_norm,
             # shares of every parameter, however small: `policy.part` then always is where the values are kept
             "zero_optimization": {"stage": zero_stage, "stage3_param_persistence_threshold": 0},
@@ -110,7 +104,7 @@ class Engine:
             "zero_force_ds_cpu_optimizer": False,
             "steps_per_print": 1 << 62,
         }
-        self.accumulation = passes
+        self.accumulation = 0  # backward passes of an update, known when the algorithm is
         self.num_updates = 0
         self._micro_step = 0
         self._max_grad_norm = max_grad_norm
@@ -137,9 +131,13 @@ class Engine:
 
     # ---- prepare
 
-    def prepare(self, policy: Policy, settings: OptimizerSettings) -> None:
-        """Make the optimiser, lay the parameters out over processes, and send the pipeline's calls through the wrapper."""
+    def prepare(self, policy: Policy, settings: OptimizerSettings, *, passes_per_batch: int) -> None:
+        """Make the optimiser, lay the parameters out over processes, and send the pipeline's calls through the wrapper.
+
+        ``passes_per_batch``: backward passes that each rollout batch of an update gives.
+        """
         self._policy, self._settings = policy, settings
+        self.accumulation = self._batches * passes_per_batch
         parameters = list(policy.parameters().values())
         optimizer = torch.optim.AdamW(
             parameters,
@@ -154,7 +152,7 @@ class Engine:
             self._optimizer = self._deepspeed.optimizer
             policy.pipeline.route(self._deepspeed)
         self._parameters: list[nn.Parameter] = parameters
-        self._agreement = GradientAgreement(parameters, batches=self._batches, passes_per_batch=self._passes_per_batch)
+        self._agreement = GradientAgreement(parameters, batches=self._batches, passes_per_batch=passes_per_batch)
         policy.ready()
 
     def _wrap(self, policy: Policy, optimizer: torch.optim.Optimizer) -> Any:
@@ -169,7 +167,7 @@ class Engine:
         engine, *_ = deepspeed.initialize(
             model=Denoisers(policy.denoisers),
             optimizer=optimizer,
-            config=self._deepspeed_config,
+            config={**self._deepspeed_config, "gradient_accumulation_steps": self.accumulation},
             dist_init_required=False,
         )
         return engine

@@ -55,8 +55,8 @@ MEANINGS: dict[str, Meaning] = {
     ),
     "kl": Meaning(
         title="Distance to the reference (kl)",
-        meaning="How far the policy is from its start: in Flow-GRPO the KL of a step's Gaussians per latent dimension, in "
-        "DiffusionNFT the squared distance of the predictions.",
+        meaning="How far the policy is from its start: the KL of a step's Gaussians per latent dimension where transitions "
+        "are trained, else the squared distance of the predictions.",
         healthy="grows slowly and levels off. A sudden climb: look at the pictures, and raise kl_coef.",
     ),
     "clip_fraction": Meaning(
@@ -80,6 +80,34 @@ MEANINGS: dict[str, Meaning] = {
         title="Distance to the old policy",
         meaning="Squared distance between the predictions of the policy now and of the one that drew the samples.",
         healthy="small and steady. Growth without end: the old policy does not follow (old_decay_slope, old_decay_max).",
+    ),
+    "margin": Meaning(
+        title="Margin of preferences",
+        meaning="Mean logit of the pairs: how much more than the reference the policy prefers what the judge prefers.",
+        healthy="rises from 0. Beyond about 2 the pairs are learnt and teach little more: a lower beta, a newer reference.",
+        guide=0.0,
+    ),
+    "accuracy": Meaning(
+        title="Accuracy of preferences",
+        meaning="Of the pairs, how many the policy prefers as the judge does, relative to the reference.",
+        healthy="above a half (dashed), which is where it starts.",
+        guide=0.5,
+    ),
+    "pairs": Meaning(
+        title="Groups that make a pair",
+        meaning="Part of the groups whose best and worst samples differ by more than the threshold.",
+        healthy="high. A low one wastes samples: take a denser reward, larger groups, or a lower threshold.",
+    ),
+    "group_weight": Meaning(
+        title="Weight of groups (DGPO)",
+        meaning="Mean of the sigmoid that weighs each group; near 0 where the policy already prefers its better samples.",
+        healthy="starts at a half and falls. Near 0 nothing is left to learn at this beta.",
+        guide=0.5,
+    ),
+    "matching_loss": Meaning(
+        title="Matching error",
+        meaning="Mean squared error of the prediction on the policy's own samples, noised again.",
+        healthy="steady, or slowly falling. Growth: the policy leaves what it can predict; lower the learning rate.",
     ),
     "grad_norm": Meaning(
         title="Gradient norm",

@@ -22,8 +22,29 @@ Metrics = dict[str, tuple[Tensor | float, float]]
 class Comparison:
     """How much better than its group each sample of one rollout batch is."""
 
+    score: Tensor  # [B] float32, the weighted sum of its rewards, NaN where missing
     advantage: Tensor  # [B] float32, 0 where nothing can be said
     weight: Tensor  # [B] float32, 0 for samples that carry no comparison; its mean over the step's N samples is 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Requirements:
+    """What an algorithm needs of rollouts; the configuration is held to it before anything starts."""
+
+    transitions: bool
+    """Stochastic transitions, or else deterministic rollouts."""
+    means: bool = False
+    """The kernel's means are stored."""
+    gaussian_log_prob: bool = False
+    """Log densities in the Gaussian convention."""
+    pools: bool = False
+    """Samples of a group leave the same state (``rollout.branching``)."""
+    groups_in_a_batch: bool = False
+    """All samples of a group are in one rollout batch."""
+    groups_in_a_pass: bool = False
+    """All samples of a group are in the batches that the processes train on at the same time."""
+    clipped_advantage: bool = False
+    """The clip of the advantage, which is part of the loss."""
 
 
 class PolicyView(Protocol):

@@ -205,6 +205,34 @@ def check_kernel(name: str, schedule: Schedule, noise_levels: Sequence[float] = 
             )
 
 
+def budget_factor(name: str, schedule: Schedule, levels: Sequence[float], constant: float) -> float:
+    """How much to scale noise levels that fall, so that their steps' variances add up to those of a constant one.
+
+    ``levels``: T of them, 0 where the step is deterministic; only the others count, on either side.
+
+    Raises:
+        ValueError: the kernel's noise levels, which may not exceed 1, cannot add up to that much.
+    """
+    probe = torch.zeros(1, 1)
+    steps = [index for index, level in enumerate(levels) if level > 0]
+
+    def budget(of_steps: Sequence[float]) -> float:
+        return sum(KERNELS[name](probe, probe, schedule, i, level).std ** 2 for i, level in zip(steps, of_steps))
+
+    falling = [levels[index] for index in steps]
+    wanted = budget([constant] * len(steps))
+    low, high = 0.0, (1.0 if name in ("cps", "ddim") else 1e3 * constant) / max(falling)
+    if budget([high * level for level in falling]) < wanted:
+        raise ValueError(
+            f"rollout.kernel.keep_budget: with kernel {name!r} a noise level of at most 1 that falls so fast cannot have the "
+            f"noise of a constant {constant}; lower noise_level, or take a slower decay"
+        )
+    for _ in range(60):  # a bisection: the variance grows with the noise level
+        middle = (low + high) / 2
+        low, high = (middle, high) if budget([middle * level for level in falling]) < wanted else (low, middle)
+    return high
+
+
 def _require_noise(std: float) -> None:
     if not std > 0:
         raise ValueError(

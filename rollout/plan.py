@@ -11,14 +11,15 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Literal
 
 from flowsteer.rollout.noise import mix
 
-Strategy = Literal["fixed", "progressive", "random"]
+Strategy = Literal["fixed", "progressive", "random", "linear_decay", "exponential_decay"]
+Decay = Literal["constant", "linear", "power", "cosine", "exponential"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,8 +111,11 @@ def window(
     low: int = 0,
     high: int | None = None,
     stride: int = 1,
-    iterations: int | Sequence[int] = 25,
+    iterations: int = 25,
     roll_back: bool = True,
+    min_iterations: int = 1,
+    decay_start: int = 0,
+    decay_rate: float = 0.1,
     seed: int = 0,
 ) -> Plan:
     """``size`` consecutive stochastic steps among ``low <= index < high``, deterministic steps outside.
@@ -119,7 +123,8 @@ def window(
     ``fixed`` stays at ``low`` (Flow-GRPO-Fast with one window, MixGRPO-Flash*). ``random`` draws the start of every
     training step uniformly from ``low .. high - size`` (Flow-GRPO-Fast). ``progressive`` moves by ``stride`` after
     ``iterations`` training steps (MixGRPO, arXiv 2507.21802), and after the last place begins again, or stays there if
-    not ``roll_back``; ``iterations`` may be a sequence, one number for each place.
+    not ``roll_back``. ``linear_decay`` and ``exponential_decay`` do too, but stay less long at later places, see
+    `linear_durations` and `exponential_durations`.
 
     ``high`` is T - 1 unless given, which leaves the last step out. Where ``stride`` does not lead to the last place,
     the last move is shorter, so that each step up to ``high`` has its turn. MixGRPO's own code differs at the end: it
@@ -147,30 +152,90 @@ def window(
         return Plan(levels=levels, choices=at([low]))
     if strategy == "random":
         return Plan(levels=levels, choices=at(range(low, last + 1)), random=True, seed=seed)
-    if strategy != "progressive":
-        raise ValueError(f"window strategy {strategy!r} is unknown; use 'fixed', 'progressive' or 'random'")
+    if strategy not in ("progressive", "linear_decay", "exponential_decay"):
+        raise ValueError(
+            f"window strategy {strategy!r} is unknown; use fixed, random, progressive, linear_decay or exponential_decay"
+        )
+    if not 1 <= min_iterations <= iterations or not decay_rate > 0:
+        raise ValueError(
+            "a window stays 1 or more training steps at each place and no longer at later ones, with a decay rate above 0; got "
+            f"iterations={iterations}, min_iterations={min_iterations}, decay_rate={decay_rate}"
+        )
     if not 1 <= stride <= size:
         raise ValueError(
             f"a window of size {size} must move by a stride from 1 to {size} to skip no step, got {stride}"
         )
     starts = [*range(low, last, stride), last]
-    durations = (iterations,) * len(starts) if isinstance(iterations, int) else tuple(iterations)
-    if len(durations) != len(starts) or min(durations) < 1:
-        raise ValueError(
-            f"the window has {len(starts)} places, each needs 1 or more iterations; give one number or {len(starts)}, "
-            f"got {iterations}"
-        )
+    durations = (iterations,) * len(starts)
+    if strategy == "linear_decay":
+        durations = linear_durations(starts, iterations, min_iterations)
+    elif strategy == "exponential_decay":
+        durations = exponential_durations(starts, iterations, decay_start, decay_rate)
     return Plan(levels=levels, choices=at(starts), durations=durations, repeat=roll_back)
 
 
-def linear_decay(noise_level: float, num_steps: int) -> tuple[float, ...]:
-    """T noise levels that fall from ``noise_level`` to 0 at the last step, for `all_steps` or `window`.
+def decay(noise_level: float, num_steps: int, *, shape: Decay = "constant", rate: float = 1.0) -> tuple[float, ...]:
+    """T noise levels that fall from ``noise_level`` along the denoising, for the plans above.
 
     Noise at early steps changes what is drawn, at late ones only its grain; HiCoGen (arXiv 2511.19965) reports more
-    diverse samples when it is concentrated early. Its formula is not published; this line is our choice.
+    diverse samples when it is concentrated early. Its formula is not published; with u = index / (T - 1) ours are
+
+    - ``linear``: 1 - u; ``power``: (1 - u)^rate; ``cosine``: (1 + cos(pi u)) / 2, all 0 at the last step;
+    - ``exponential``: exp(-rate index).
     """
     _check_count(num_steps)
-    return tuple(noise_level * (1 - index / max(num_steps - 1, 1)) for index in range(num_steps))
+    if not rate > 0:
+        raise ValueError(f"the rate of a decay is above 0, got {rate}")
+    last = max(num_steps - 1, 1)
+    factor: dict[str, Callable[[int], float]] = {
+        "constant": lambda index: 1.0,
+        "linear": lambda index: 1 - index / last,
+        "power": lambda index: (1 - index / last) ** rate,
+        "cosine": lambda index: (1 + math.cos(math.pi * index / last)) / 2,
+        "exponential": lambda index: math.exp(-rate * index),
+    }
+    if shape not in factor:
+        raise ValueError(f"decay {shape!r} is unknown; use {', '.join(factor)}")
+    return tuple(noise_level * factor[shape](index) for index in range(num_steps))
+
+
+def compressed_path(num_steps: int, last: int, fraction: float) -> tuple[int, ...]:
+    """The denoising indices that are visited when the steps after ``last`` are taken in fewer, longer ones.
+
+    MixGRPO-Flash (arXiv 2507.21802): int(fraction (T - last)) steps, at least one, lead from step ``last + 1`` to the end,
+    evenly spaced over the schedule's own levels (the published code places them between these, and spends one network call
+    less: its last point is not a step). Where ``last`` is T - 1 nothing is left to compress.
+    """
+    _check_fraction(fraction)
+    rest = num_steps - 1 - last
+    count = min(max(int(fraction * (num_steps - last)), 1), rest) if fraction < 1 else rest
+    return (*range(last + 1), *(last + 1 + place * rest // count for place in range(count)))
+
+
+def strided_path(num_steps: int, last: int, stride: int) -> tuple[int, ...]:
+    """The denoising indices that are visited when every ``stride``-th step is taken after the one behind ``last``.
+
+    G2RPO's granularity (arXiv 2510.01982): up to ``last + 1`` as ever, then ``last + 2 :: stride``, then the end.
+    """
+    if stride < 1:
+        raise ValueError(f"a granularity is 1 or more denoising steps in one, got {stride}")
+    return (*range(min(last + 2, num_steps)), *range(last + 2, num_steps, stride))
+
+
+def linear_durations(starts: Sequence[int], iterations: int, min_iterations: int) -> tuple[int, ...]:
+    """Training steps that a window spends at each of its places: from ``iterations`` down to ``min_iterations``."""
+    slope = (iterations - min_iterations) / max(len(starts) - 1, 1)
+    return tuple(round(iterations - slope * place) for place in range(len(starts)))
+
+
+def exponential_durations(starts: Sequence[int], iterations: int, decay_start: int, rate: float) -> tuple[int, ...]:
+    """MixGRPO's progressive-exponential window: ceil(iterations exp(-rate max(0, start - decay_start))) at each place."""
+    return tuple(math.ceil(iterations * math.exp(-rate * max(0, start - decay_start))) for start in starts)
+
+
+def _check_fraction(fraction: float) -> None:
+    if not 0 < fraction <= 1:
+        raise ValueError(f"the part of the last steps that is taken lies in (0, 1], got {fraction}")
 
 
 def _check_count(num_steps: int) -> None:

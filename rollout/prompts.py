@@ -120,8 +120,9 @@ def step_batches(
     """What a process draws at a training step, in order.
 
     The step's samples stand in one order, prompt by prompt, ``group_size`` each, and are cut into batches; every
-    update takes a contiguous run of batches, and of that, process r takes the r-th contiguous part. The samples of a
-    batch and the batches of an update are therefore the same whatever the number of processes is.
+    update takes a contiguous run of batches, and of that, process r takes every batch whose place leaves the remainder r:
+    processes are at neighbouring batches at the same time. The samples of a batch and the batches of an update are
+    therefore the same whatever the number of processes is.
 
     Prompts are drawn without replacement: each stands once in every pass over the file, in an order of the pass's own.
 
@@ -144,7 +145,7 @@ def step_batches(
     first = step * prompts_per_step
     rows = [_row(len(prompts), position, seed) for position in range(first, first + prompts_per_step)]
     num_batches = prompts_per_step * group_size // batch_size
-    mine = torch.arange(num_batches).view(updates_per_rollout, num_processes, -1)[:, process_index].flatten()
+    mine = torch.arange(num_batches).view(updates_per_rollout, -1, num_processes)[..., process_index].flatten()
     return [
         _batch(rows, range(index * batch_size, (index + 1) * batch_size), group_size, seed, step)
         for index in mine.tolist()

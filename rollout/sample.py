@@ -1,12 +1,12 @@
 """The denoising loop: from initial noise to final latents, stochastic where the plan says so.
 
-Letters: B samples, K stored transitions, X latent shape of one sample.
+Letters: B samples, S states, P distinct rows, X latent shape of one sample.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,8 +14,8 @@ from torch import Tensor
 from flowsteer.rollout import kernels
 from flowsteer.rollout.noise import initial_noise, stream_noise
 from flowsteer.rollout.pipeline import Pipeline
-from flowsteer.rollout.solvers import SOLVERS
-from flowsteer.rollout.types import Trajectory
+from flowsteer.rollout.solvers import SOLVERS, remember
+from flowsteer.rollout.types import SharedStates, Trajectory
 
 
 @torch.no_grad()
@@ -25,10 +25,12 @@ def sample(
     *,
     seeds: Tensor,
     noise_levels: Sequence[float],
+    path: Sequence[int] | None = None,
     kernel: str = "flow_sde",
     log_prob_weight: Literal["gaussian", "variance"] = "gaussian",
     solver: str = "euler",
     initial_seeds: Tensor | None = None,
+    keep_mean: bool = False,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> tuple[Tensor, Trajectory | None]:
@@ -42,9 +44,12 @@ def sample(
             diffusers does. Rows with equal ones (a group with shared noise) are one sample until the first stochastic step
             and are computed once until then; they must have the same conditioning.
         noise_levels: one per denoising step, 0 where the step is deterministic.
+        path: the denoising indices to visit, increasing, all of them unless given. Deterministic steps lead from one to the
+            next, however far that is; a stochastic step leads to the next index.
         kernel: of the stochastic steps.
         log_prob_weight: convention of the stored log density, see `kernels.log_prob`.
-        solver: of the deterministic steps.
+        solver: of the deterministic steps. A multistep one also remembers what stochastic steps predicted (MixGRPO-Flash).
+        keep_mean: store the kernel's means, too.
         dtype: storage type of the latents.
         device: where they live.
 
@@ -53,51 +58,65 @@ def sample(
     """
     schedule, shape = conditioning.schedule, conditioning.latent_shape
     start = next((i for i, level in enumerate(noise_levels) if level > 0), len(noise_levels))
-    first, rows = _distinct(seeds if initial_seeds is None else initial_seeds)
+    first, rows = distinct(seeds if initial_seeds is None else initial_seeds)
     shares = initial_seeds is not None and len(first) < len(seeds) and start > 0
     initial_seeds = seeds if initial_seeds is None else initial_seeds
     prefix = conditioning.take(first) if shares else conditioning
     latents = initial_noise(initial_seeds[first] if shares else initial_seeds, shape)
     latents = latents.to(device, dtype)
 
+    path = range(schedule.num_steps) if path is None else path
+    walk = schedule.along(path)
     history = None
-    stored: list[tuple[int, Tensor, Tensor, Tensor]] = []
-    for index, noise_level in enumerate(noise_levels):
+    stored: list[Transition] = []
+    for place, index in enumerate(path):
         if shares and index == start:  # the samples of a group part here
-            latents, prefix = latents[rows], conditioning
+            latents, prefix, history, shares = latents[rows], conditioning, None, False
         velocity = pipeline.velocity(latents, index, prefix)
-        if noise_level > 0:
-            gaussian = kernels.KERNELS[kernel](velocity, latents, schedule, index, noise_level)
-            noise = stream_noise(seeds, index, shape).to(device)
-            next_latents = kernels.draw(gaussian, noise, dtype)
+        if noise_levels[index] > 0:
+            gaussian = kernels.KERNELS[kernel](velocity, latents, schedule, index, noise_levels[index])
+            next_latents = kernels.draw(gaussian, stream_noise(seeds, index, shape).to(device), dtype)
             log_prob = kernels.log_prob(gaussian, next_latents, weight=log_prob_weight)
-            stored.append((index, latents, next_latents, log_prob))
-            history = None  # a multistep solver starts afresh after noise
+            mean = gaussian.mean if keep_mean else None
+            stored.append(Transition(index, noise_levels[index], latents, next_latents, log_prob, mean))
+            history = remember(velocity, latents, schedule, index)
         else:
-            stepped, history = SOLVERS[solver](velocity, latents, schedule, index, history)
+            stepped, history = SOLVERS[solver](velocity, latents, walk, place, history)
             next_latents = stepped.to(dtype)
         latents = pipeline.advance(latents, next_latents, index, prefix)
-    if shares and start == len(noise_levels):
+    if shares:
         latents = latents[rows]
-    return latents, _trajectory(stored, noise_levels)
+    return latents, trajectory_of(stored) if stored else None
 
 
-def _distinct(seeds: Tensor) -> tuple[Tensor, Tensor]:
-    """The first row of each distinct seed in order of appearance [P], and each row's place among them [B]."""
-    places: dict[int, int] = {}
-    rows = [places.setdefault(seed, len(places)) for seed in seeds.tolist()]
-    first = [rows.index(place) for place in range(len(places))]
-    return torch.tensor(first), torch.tensor(rows)
+class Transition(NamedTuple):
+    """One stochastic step of a batch."""
+
+    index: int
+    noise_level: float
+    latents: Tensor  # [S, *X]
+    next_latents: Tensor  # [B, *X]
+    log_prob: Tensor  # [B]
+    mean: Tensor | None  # [B, *X]
 
 
-def _trajectory(stored: list[tuple[int, Tensor, Tensor, Tensor]], noise_levels: Sequence[float]) -> Trajectory | None:
-    if not stored:
-        return None
-    indices, latents, next_latents, log_probs = zip(*stored)
+def trajectory_of(stored: Sequence[Transition], shared: SharedStates | None = None) -> Trajectory:
+    """The transitions of a batch, in order."""
+    indices, noise_levels, latents, next_latents, log_probs, means = zip(*stored)
     return Trajectory(
         indices=indices,
-        noise_levels=tuple(noise_levels[index] for index in indices),
+        noise_levels=noise_levels,
         latents=torch.stack(latents, dim=1),
         next_latents=torch.stack(next_latents, dim=1),
         log_prob=torch.stack(log_probs, dim=1),
+        mean=None if means[0] is None else torch.stack(means, dim=1),
+        shared=shared,
     )
+
+
+def distinct(keys: Tensor) -> tuple[Tensor, Tensor]:
+    """The first row of each distinct key in order of appearance [P], and each row's place among them [B]."""
+    places: dict[int, int] = {}
+    rows = [places.setdefault(key, len(places)) for key in keys.tolist()]
+    first = [rows.index(place) for place in range(len(places))]
+    return torch.tensor(first), torch.tensor(rows)

@@ -1,11 +1,12 @@
 """What the rollout side hands to the others.
 
-Letters: B samples, K stored transitions, T denoising steps, X latent shape of one sample, G group size.
+Letters: B samples, K stored transitions, S states that samples left, T denoising steps, X latent shape of one sample.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from torch import Tensor
@@ -39,6 +40,23 @@ class Schedule:
         """T, how many denoising steps there are."""
         return len(self.timesteps)
 
+    def along(self, path: Sequence[int]) -> Schedule:
+        """The schedule that visits only the denoising indices ``path``, increasing, and then ends where this one ends."""
+        visited = [*path]
+        ends = [*visited, self.num_steps]
+        return replace(self, sigma=self.sigma[ends], alpha=self.alpha[ends], timesteps=self.timesteps[visited])
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharedStates:
+    """States that several samples leave: a pool of candidates, or a group that parts from its anchor.
+
+    One network pass over the S states serves all B samples, in sampling and in training.
+    """
+
+    conditioning: Any  # rollout.pipeline.Conditioning, S rows
+    state: Tensor  # [B] int64, the state that each sample left
+
 
 @dataclass(frozen=True, kw_only=True)
 class Trajectory:
@@ -49,17 +67,21 @@ class Trajectory:
 
     indices: tuple[int, ...]  # K denoising indices, increasing
     noise_levels: tuple[float, ...]  # K, the kernel's eta at each index
-    latents: Tensor  # [B, K, *X], storage dtype
+    latents: Tensor  # [S, K, *X], storage dtype; S = B unless states are shared
     next_latents: Tensor  # [B, K, *X], storage dtype: rounded first, scored second
     log_prob: Tensor  # [B, K] float32, mean over the latent's dimensions, under the policy that drew it
+    mean: Tensor | None = None  # [B, K, *X] float32, the kernel's mean under that policy, where a loss needs it
+    shared: SharedStates | None = None
 
     def __post_init__(self) -> None:
         count = len(self.indices)
         if (
-            self.latents.shape != self.next_latents.shape
-            or self.latents.shape[:2] != self.log_prob.shape
+            self.latents.shape[1:] != self.next_latents.shape[1:]
+            or (self.shared is None and len(self.latents) != len(self.next_latents))
+            or self.next_latents.shape[:2] != self.log_prob.shape
             or self.log_prob.shape[1] != count
             or len(self.noise_levels) != count
+            or (self.mean is not None and self.mean.shape != self.next_latents.shape)
         ):
             raise ValueError(
                 f"a trajectory of {count} transitions needs latents [B, {count}, ...] and log_prob [B, {count}], got "
@@ -108,4 +130,4 @@ def expand_to(value: Tensor, like: Tensor) -> Tensor:
     return value.view(-1, *([1] * (like.dim() - 1)))
 
 
-__all__ = ["Rollout", "Schedule", "Trajectory", "expand_to", "flat_mean"]
+__all__ = ["Rollout", "Schedule", "SharedStates", "Trajectory", "expand_to", "flat_mean"]

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from flowsteer.rollout.branches import Branching, sample_branches
+from flowsteer.rollout.kernels import LogProbWeight
 from flowsteer.rollout.noise import mix
 from flowsteer.rollout.pipeline import Pipeline
-from flowsteer.rollout.plan import Plan
+from flowsteer.rollout.plan import Plan, compressed_path
 from flowsteer.rollout.prompts import Batch, Prompts, step_batches
 from flowsteer.rollout.sample import sample
-from flowsteer.rollout.types import Rollout
+from flowsteer.rollout.types import Rollout, Trajectory
 
 Done = Callable[[Rollout], object]
 
@@ -26,6 +29,10 @@ class RolloutWorker:
         prompts: the prompt file.
         plan: which steps are stochastic at which training step.
         seed: of prompts and noise.
+        branching: how groups part at the plan's stochastic steps; None draws whole trajectories.
+        tail_fraction: part of the steps after the last stochastic one that is taken, see `compressed_path`.
+        train_guidance_scale: guidance of the conditioning that a rollout carries, None for that of sampling.
+        keep_means: store the means of stochastic steps.
         updates_per_rollout: batches come in the order of the updates that they are shared among.
         The others as in the configuration's ``rollout`` section.
     """
@@ -37,7 +44,7 @@ class RolloutWorker:
         *,
         plan: Plan,
         kernel: str,
-        log_prob_weight: Literal["gaussian", "variance"],
+        log_prob_weight: LogProbWeight,
         solver: str,
         num_inference_steps: int,
         guidance_scale: float,
@@ -52,13 +59,25 @@ class RolloutWorker:
         process_index: int,
         dtype: torch.dtype,
         device: torch.device | str,
+        branching: Branching | None = None,
+        tail_fraction: float = 1.0,
+        train_guidance_scale: float | None = None,
+        keep_means: bool = False,
     ) -> None:
         self.pipeline = pipeline
         self.prompts = prompts
         self.plan = plan
-        self.kernel = kernel
-        self.log_prob_weight: Literal["gaussian", "variance"] = log_prob_weight
-        self.solver = solver
+        self.settings: dict[str, Any] = {
+            "kernel": kernel,
+            "log_prob_weight": log_prob_weight,
+            "solver": solver,
+            "keep_mean": keep_means,
+            "dtype": dtype,
+            "device": device,
+        }
+        self.branching = branching
+        self.tail_fraction = tail_fraction
+        self.train_guidance_scale = guidance_scale if train_guidance_scale is None else train_guidance_scale
         self.num_inference_steps = num_inference_steps
         self.guidance_scale = guidance_scale
         self.negative_prompt = negative_prompt
@@ -70,8 +89,6 @@ class RolloutWorker:
         self.seed = seed
         self.num_processes = num_processes
         self.process_index = process_index
-        self.dtype = dtype
-        self.device = device
 
     def batches(self, step: int) -> list[Batch]:
         """What this process draws in a training step: a pure function of the seed and the step."""
@@ -91,46 +108,79 @@ class RolloutWorker:
         """Draw the step's rollouts with the active policy; ``done`` gets each one while the next is drawn."""
         rollouts = []
         for batch in self.batches(step):
-            rollouts.append(self._draw(batch, step, policy_version))
-            if done is not None:
-                done(rollouts[-1])
+            for rollout in self._draw(batch, step, policy_version):
+                rollouts.append(rollout)
+                if done is not None:
+                    done(rollout)
         return rollouts
 
     @torch.no_grad()
-    def _draw(self, batch: Batch, step: int, policy_version: int) -> Rollout:
-        texts = [self.prompts.texts[row] for row in batch.rows]
-        distinct = list(dict.fromkeys(texts))
-        conditioning = self.pipeline.prepare(
-            distinct,
-            num_inference_steps=self.num_inference_steps,
-            guidance_scale=self.guidance_scale,
-            negative_prompt=self.negative_prompt,
-        ).take([distinct.index(text) for text in texts])
-        latents, trajectory = sample(
+    def _draw(self, batch: Batch, step: int, policy_version: int) -> Iterator[Rollout]:
+        """One rollout, or one for every way in which each of the pools of branches is finished."""
+        texts = tuple(self.prompts.texts[row] for row in batch.rows)
+        conditioning = self._prepare(texts, self.guidance_scale)
+        guided_alike = self.train_guidance_scale == self.guidance_scale
+        for_training = conditioning if guided_alike else self._prepare(texts, self.train_guidance_scale)
+        columns = {name: tuple(values[row] for row in batch.rows) for name, values in self.prompts.columns.items()}
+        noise_levels = self.plan.noise_levels(step)
+
+        def rollout(latents: Tensor, trajectory: Trajectory | None) -> Rollout:
+            return Rollout(
+                prompts=texts,
+                columns=columns,
+                group=batch.group,
+                sample=batch.sample,
+                seeds=batch.seeds,
+                conditioning=for_training,
+                latents=latents,
+                images=self.pipeline.decode(latents, conditioning).float().cpu(),
+                trajectory=trajectory,
+                policy_version=policy_version,
+            )
+
+        if self.branching is None:
+            yield rollout(*self._sample(conditioning, batch, step, noise_levels))
+            return
+        pools = sample_branches(
+            self.pipeline,
+            conditioning,
+            self.branching,
+            seeds=batch.seeds,
+            initial_seeds=self._group_seeds(batch.group, step),
+            noise_levels=noise_levels,
+            **self.settings,
+        )
+        for place, branch in enumerate(pools):  # each way of finishing a pool compares its samples among themselves
+            yield replace(
+                rollout(branch.latents, branch.trajectory),
+                columns=columns | {"sigma": (branch.sigma,) * len(texts)},
+                group=batch.group + place * self.prompts_per_step,
+                sample=batch.sample + place * self.prompts_per_step * self.group_size,
+            )
+
+    def _sample(
+        self, conditioning: Any, batch: Batch, step: int, noise_levels: tuple[float, ...]
+    ) -> tuple[Tensor, Trajectory | None]:
+        last = max((index for index, level in enumerate(noise_levels) if level > 0), default=-1)
+        return sample(
             self.pipeline,
             conditioning,
             seeds=batch.seeds,
-            noise_levels=self.plan.noise_levels(step),
-            kernel=self.kernel,
-            log_prob_weight=self.log_prob_weight,
-            solver=self.solver,
             initial_seeds=self._group_seeds(batch.group, step) if self.shared_noise else None,
-            dtype=self.dtype,
-            device=self.device,
+            noise_levels=noise_levels,
+            path=compressed_path(self.num_inference_steps, last, self.tail_fraction),
+            **self.settings,
         )
-        images: Tensor = self.pipeline.decode(latents, conditioning).float().cpu()
-        return Rollout(
-            prompts=tuple(texts),
-            columns={name: tuple(values[row] for row in batch.rows) for name, values in self.prompts.columns.items()},
-            group=batch.group,
-            sample=batch.sample,
-            seeds=batch.seeds,
-            conditioning=conditioning,
-            latents=latents,
-            images=images,
-            trajectory=trajectory,
-            policy_version=policy_version,
-        )
+
+    def _prepare(self, texts: tuple[str, ...], guidance_scale: float) -> Any:
+        """Conditioning, a row for each text."""
+        distinct = list(dict.fromkeys(texts))
+        return self.pipeline.prepare(
+            distinct,
+            num_inference_steps=self.num_inference_steps,
+            guidance_scale=guidance_scale,
+            negative_prompt=self.negative_prompt,
+        ).take([distinct.index(text) for text in texts])
 
     def _group_seeds(self, group: Tensor, step: int) -> Tensor:
         """The same seed for all samples of a group, whichever batches they are in: [B] -> [B]."""

@@ -76,7 +76,7 @@ def make_config(tiny_sd3: Path, prompt_file: Path) -> Make:
             section = config
             *parents, last = key.split(".")
             for parent in parents:
-                section = section[parent]
+                section = section.setdefault(parent, {})
             section[last] = value
         return config
 

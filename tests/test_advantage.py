@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flowsteer.rl.advantage import combined_advantage, group_advantage, reward_statistics, usable
+from flowsteer.rl.advantage import combined_advantage, extremes, group_advantage, reward_statistics, usable
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "reference_numbers.json").read_text())["advantages"]
 NAN = math.nan
@@ -154,6 +154,45 @@ def test_combined_advantages_are_a_weighted_sum_then_clipped() -> None:
         combined_advantage(parts, {"c": 1.0}, group)
     with pytest.raises(ValueError, match="weights are given for"):
         combined_advantage(parts, {}, group)
+
+
+def test_gdpo_normalises_the_sum_of_advantages_over_the_step() -> None:
+    """By hand: z-scores 1 and -1 of either reward in every group; their sums, of which the missing sample is no part."""
+    group = groups(0, 0, 1, 1, 2, 2)
+    parts = {
+        "a": torch.tensor([0.0, 1.0, 5.0, 9.0, NAN, 1.0]),
+        "b": torch.tensor([7.0, 3.0, 100.0, 300.0, NAN, 2.0]),
+    }
+    sums = torch.tensor([-1 + 0.5, 1 - 0.5, -1 - 0.5, 1 + 0.5])
+    found = combined_advantage(parts, {"a": 1.0, "b": 0.5}, group, epsilon=0, over_step=True)
+    assert found[:4].tolist() == pytest.approx((sums / sums.std(correction=0)).tolist())
+    assert found[4:].tolist() == [0, 0]
+    assert float(found[:4].mean()) == pytest.approx(0, abs=1e-6)
+    many = {f"r{number}": parts["a"] for number in range(10)}  # the size of an update does not grow with their number
+    ten = combined_advantage(many, dict.fromkeys(many, 1.0), group, epsilon=0, over_step=True)
+    assert float(ten[:4].std(correction=0)) == pytest.approx(1)
+
+
+def test_gdpo_tells_apart_what_the_sum_of_rewards_confuses() -> None:
+    """Two rewards of very different scales: in their sum the small one vanishes, here both count."""
+    group = torch.zeros(4).long()
+    parts = {"large": torch.tensor([0.0, 1000.0, 0.0, 1000.0]), "small": torch.tensor([0.0, 0.0, 1.0, 1.0])}
+    summed = group_advantage(parts["large"] + parts["small"], group)
+    apart = combined_advantage(parts, {"large": 1.0, "small": 1.0}, group, over_step=True)
+    assert abs(float(summed[1] - summed[3])) < 0.01
+    assert apart.tolist() == pytest.approx([-math.sqrt(2), 0, 0, math.sqrt(2)], abs=1e-3)
+
+
+def test_extremes_of_each_group() -> None:
+    group = groups(0, 1, 0, 1, 0, 1, 0, 1, 0)
+    advantage = torch.tensor([0.3, 5.0, -0.2, 4.0, 0.1, 3.0, 0.9, NAN, -0.7])
+    counts = ~advantage.isnan()
+    chosen = extremes(advantage.nan_to_num(), counts, group, 2)
+    assert torch.nonzero(chosen).flatten().tolist() == [1, 5, 6, 8]
+    assert extremes(advantage.nan_to_num(), counts, group, 4).sum() == 4 + 3  # a group of three keeps all
+    for number in (0, 1, 3):
+        with pytest.raises(ValueError, match=f"best_and_worst={number} takes half from either end"):
+            extremes(advantage, counts, group, number)
 
 
 def test_statistics() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
+from flowsteer.rl.algorithms import ALGORITHMS
 from flowsteer.rl.config import (
     Config,
     NonePlan,
@@ -145,11 +146,14 @@ def test_a_key_that_is_near_to_nothing_lists_all():
     )
 
 
+NAMES = ", ".join(config.model_fields["name"].default for config in ALGORITHMS)
+
+
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
-        ({"algorithm": {"name": "ppo"}}, "algorithm.name: unknown name 'ppo'; allowed: flow_grpo, diffusion_nft"),
-        ({"algorithm": {}}, "algorithm.name: this key is required; allowed: flow_grpo, diffusion_nft"),
+        ({"algorithm": {"name": "ppo"}}, f"algorithm.name: unknown name 'ppo'; allowed: {NAMES}"),
+        ({"algorithm": {}}, f"algorithm.name: this key is required; allowed: {NAMES}"),
         (
             {"rollout": {"plan": {"name": "some"}}},
             "rollout.plan.name: unknown name 'some'; allowed: all, none, steps, window",
@@ -251,6 +255,14 @@ def test_every_variant_survives_saving(tmp_path):
         assert load_config(tmp_path / "config.yaml") == config
 
 
+@pytest.mark.parametrize("name", shipped_configs())
+def test_a_saved_configuration_runs_again(name, tmp_path):
+    """It spells out every key, also those that mean nothing to the chosen strategy."""
+    config = load_config(name)
+    save_config(config, tmp_path / "config.yaml")
+    load_config(tmp_path / "config.yaml").check(1 if "embedded" in name else 4)
+
+
 def test_a_configuration_does_not_change():
     with pytest.raises(ValueError, match="frozen"):
         parse_config(whole()).seed = 3
@@ -309,6 +321,57 @@ def test_what_can_teach_nothing_or_has_no_effect_is_refused():
     check(rollout={"plan": {"name": "window", "strategy": "progressive", "stride": 2}})
     with pytest.raises(ValueError, match="strategy=random has no iterations and no stride; leave them out"):
         check(rollout={"plan": {"name": "window", "strategy": "random", "stride": 2, "iterations": 7}})
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        (
+            {"algorithm": {"name": "step_dpo"}},
+            "step_dpo compares candidates that leave the same state; set rollout.branching",
+        ),
+        (
+            {"algorithm": {"name": "grpo_guard"}, "rollout": {"kernel": {"log_prob_weight": "variance"}}},
+            "grpo_guard normalises Gaussian log densities",
+        ),
+        (
+            {"algorithm": {"name": "awm"}, "rollout": {"plan": {"name": "none"}}, "advantage": {"clip": None}},
+            "awm scales advantages by their clip",
+        ),
+        (
+            {"algorithm": {"name": "pso"}, "rollout": {"batch_size": 8}},
+            "needs whole groups.*: 8 do, and .*group_size is 16",
+        ),
+        ({"rollout": {"branching": {}, "batch_size": 8}}, "rollout.branching needs whole groups"),
+        ({"rollout": {"branching": {}, "shared_noise": True}}, "shares the noise of a group anyway"),
+        ({"rollout": {"branching": {"first": 2}, "plan": {"name": "window"}}}, "first needs a plan whose steps stay"),
+        (
+            {"algorithm": {"name": "awm"}, "rollout": {"branching": {}, "plan": {"name": "none"}}},
+            "parts groups at stochastic steps, but",
+        ),
+        ({"rollout": {"branching": {}, "tail_fraction": 0.5}}, "no rollout.branching"),
+        (
+            {"algorithm": {"name": "awm"}, "rollout": {"plan": {"name": "none"}, "tail_fraction": 0.5}},
+            "it needs a plan with such steps",
+        ),
+        ({"rollout": {"train_guidance_scale": 1.0}}, "trains the very steps that were drawn, with their guidance"),
+        ({"rollout": {"kernel": {"keep_budget": True}}}, "constant has no decay_rate and no budget to keep"),
+        (
+            {"rollout": {"plan": {"name": "window", "strategy": "linear_decay", "decay_rate": 0.5}}},
+            "strategy=linear_decay has no decay_rate; leave them out",
+        ),
+    ],
+)
+def test_what_algorithms_and_ways_of_drawing_do_not_go_with(sections, message):
+    with pytest.raises(ValueError, match=message):
+        check(**sections)
+
+
+def test_a_group_of_dgpo_may_be_shared_among_processes_that_train_at_the_same_time():
+    sections = {"algorithm": {"name": "dgpo"}, "rollout": {"plan": {"name": "none"}, "batch_size": 8, "group_size": 16}}
+    check(2, **sections)
+    with pytest.raises(ValueError, match="needs whole groups in the samples that pass the network together: 8 do"):
+        check(1, **sections)
 
 
 def test_the_quick_start_runs_on_its_processes():

@@ -14,8 +14,18 @@ import torch
 from diffusers import DDIMScheduler
 from torch import Tensor
 
-from flowsteer.rollout.kernels import KERNELS, Gaussian, check_kernel, ddim, denoised, draw, kl, log_prob
-from flowsteer.rollout.plan import all_steps
+from flowsteer.rollout.kernels import (
+    KERNELS,
+    Gaussian,
+    budget_factor,
+    check_kernel,
+    ddim,
+    denoised,
+    draw,
+    kl,
+    log_prob,
+)
+from flowsteer.rollout.plan import all_steps, decay
 from flowsteer.rollout.solvers import euler
 from flowsteer.rollout.types import Schedule
 
@@ -426,3 +436,29 @@ def test_check_kernel_accepts_what_works() -> None:
         check_kernel(name, uniform(4), all_steps(4, 0.7).covered_levels)
     check_kernel("flow_sde", uniform(4), all_steps(4, 1.2, include_last=True).covered_levels)
     check_kernel("ddim", stable_diffusion(4)[1], all_steps(4, 1.0, include_last=True).covered_levels)
+
+
+# --- a budget of noise ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kernel", FLOW_KERNELS)
+@pytest.mark.parametrize("shape", ["linear", "power", "cosine", "exponential"])
+def test_a_falling_noise_level_can_keep_the_budget_of_a_constant_one(kernel: str, shape: str) -> None:
+    schedule = uniform(10)
+    constant = 0.3
+    levels = decay(constant, 10, shape=shape, rate=0.5)  # pyright: ignore
+    covered = (*levels[:9], 0.0)
+    factor = budget_factor(kernel, schedule, covered, constant)
+    probe = torch.zeros(1, 1)
+
+    def budget(of_steps: list[float]) -> float:
+        return sum(KERNELS[kernel](probe, probe, schedule, i, level).std ** 2 for i, level in enumerate(of_steps))
+
+    assert budget([factor * level for level in levels[:9]]) == pytest.approx(budget([constant] * 9), rel=1e-9)
+    assert factor > 1
+
+
+def test_a_budget_that_no_noise_level_can_have() -> None:
+    levels = decay(0.9, 10, shape="exponential", rate=2.0)
+    with pytest.raises(ValueError, match=r"keep_budget: with kernel 'cps' a noise level of at most 1 .* constant 0.9"):
+        budget_factor("cps", uniform(10), levels, 0.9)

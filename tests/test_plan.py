@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from flowsteer.rollout.plan import Plan, all_steps, fixed_steps, linear_decay, no_steps, window
+from flowsteer.rollout.plan import Plan, all_steps, compressed_path, decay, fixed_steps, no_steps, strided_path, window
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "reference_numbers.json").read_text())["mixgrpo_windows"]
 
@@ -61,16 +61,29 @@ def test_progressive_windows_of_mixgrpo() -> None:
 
 
 def test_exponentially_decaying_iterations_of_mixgrpo() -> None:
-    """Each place may have its own number of iterations, here ceil(tau exp(-k max(0, place - threshold)))."""
     case = GOLDEN[1]
     config, theirs = case["config"], case["left_edge_by_iteration"]
     num_steps, size = config["max_timesteps"] + 2, config["group_size"]
-    places = range(num_steps - size)
-    late = [max(0, place - config["exp_decay_thre_timestep"]) for place in places]
-    iterations = [math.ceil(config["iters_per_group"] * math.exp(-config["exp_decay_k"] * n)) for n in late]
-    plan = window(num_steps, 0.7, size=size, strategy="progressive", iterations=iterations)
-    count = theirs.index(places[-1] + 1)
+    plan = window(
+        num_steps,
+        0.7,
+        size=size,
+        strategy="exponential_decay",
+        iterations=config["iters_per_group"],
+        decay_start=config["exp_decay_thre_timestep"],
+        decay_rate=config["exp_decay_k"],
+    )
+    last_whole = num_steps - 1 - size
+    count = theirs.index(last_whole + 1)
     assert starts(plan, count) == theirs[:count]
+    assert starts(plan, 2 * count)[count:] == theirs[:count]  # roll back
+
+
+def test_linearly_decaying_iterations() -> None:
+    plan = window(7, 0.7, size=2, strategy="linear_decay", iterations=9, min_iterations=1)
+    assert plan.durations == (9, 7, 5, 3, 1)
+    assert Counter(starts(plan, 25)) == {0: 9, 1: 7, 2: 5, 3: 3, 4: 1}
+    assert starts(plan, 26)[25] == 0
 
 
 def test_windows_without_overlap_or_roll_back() -> None:
@@ -128,12 +141,66 @@ def test_random_window_is_uniform_over_its_starts() -> None:
 
 
 def test_noise_levels_by_step() -> None:
-    levels = linear_decay(0.9, 4)
+    levels = decay(0.9, 4, shape="linear")
     assert levels == pytest.approx((0.9, 0.6, 0.3, 0.0))
     assert all_steps(4, levels).noise_levels(0) == levels
     plan = window(4, levels, size=1, strategy="progressive", iterations=1)
     assert plan.noise_levels(1) == (0, levels[1], 0, 0)
     assert plan.covered_levels == levels
+
+
+@pytest.mark.parametrize(
+    ("shape", "rate", "expected"),
+    [
+        ("constant", 1.0, (0.8, 0.8, 0.8)),
+        ("linear", 1.0, (0.8, 0.4, 0.0)),
+        ("power", 3.0, (0.8, 0.1, 0.0)),
+        ("cosine", 1.0, (0.8, 0.4, 0.0)),
+        ("exponential", math.log(2), (0.8, 0.4, 0.2)),
+    ],
+)
+def test_decays_by_hand(shape: str, rate: float, expected: tuple[float, ...]) -> None:
+    assert decay(0.8, 3, shape=shape, rate=rate) == pytest.approx(expected)  # pyright: ignore
+
+
+def test_a_cosine_falls_slowly_at_both_ends() -> None:
+    levels = decay(1.0, 5, shape="cosine")
+    assert levels == pytest.approx((1, (2 + math.sqrt(2)) / 4, 0.5, (2 - math.sqrt(2)) / 4, 0))
+
+
+# --- what is visited after the last stochastic step ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("last", range(25))
+@pytest.mark.parametrize("fraction", [0.2, 0.4, 1.0])
+def test_a_compressed_path_ends_well_wherever_the_window_is(last: int, fraction: float) -> None:
+    path = compressed_path(25, last, fraction)
+    assert path[: last + 1] == tuple(range(last + 1))  # every step up to the last stochastic one
+    rest = path[last + 1 :]
+    assert (
+        len(rest) == min(max(int(fraction * (25 - last)), 1), 24 - last) if fraction < 1 else path == tuple(range(25))
+    )
+    if last < 24:
+        assert rest[0] == last + 1
+        gaps = [after - before for before, after in zip(rest, [*rest[1:], 25])]
+        assert min(gaps) >= 1
+        assert max(gaps) - min(gaps) <= 1  # evenly spaced
+
+
+def test_network_calls_of_mixgrpo_flash() -> None:
+    """T = 25, window 4: Flash* (0.2, window at 0) takes the paper's 8 calls, Flash (0.4) 16.6 on average (16 there)."""
+    calls = [len(compressed_path(25, start + 3, 0.4)) for start in range(15)]
+    assert (calls[0], calls[5], calls[10], calls[14]) == (12, 15, 18, 21)
+    assert sum(calls) / len(calls) == pytest.approx(16.6)
+    assert len(compressed_path(25, 3, 0.2)) == 8
+
+
+def test_strided_path() -> None:
+    assert strided_path(8, 2, 1) == tuple(range(8))
+    assert strided_path(8, 2, 2) == (0, 1, 2, 3, 4, 6)
+    assert strided_path(8, 2, 3) == (0, 1, 2, 3, 4, 7)
+    assert strided_path(8, 6, 2) == tuple(range(8))
+    assert strided_path(8, 7, 2) == tuple(range(8))
 
 
 def test_plans_are_values() -> None:
@@ -154,9 +221,10 @@ def test_plans_are_values() -> None:
         ({"size": 1, "high": 11}, "got low=0 and high=11"),
         ({"size": 1, "low": 5, "high": 5}, "got low=5 and high=5"),
         ({"size": 2, "strategy": "progressive", "stride": 3}, "stride from 1 to 2 to skip no step, got 3"),
-        ({"size": 2, "strategy": "progressive", "iterations": 0}, "has 8 places"),
-        ({"size": 2, "strategy": "progressive", "iterations": [1, 2]}, "give one number or 8"),
-        ({"size": 2, "strategy": "decay"}, "use 'fixed', 'progressive' or 'random'"),
+        ({"size": 2, "strategy": "progressive", "iterations": 0}, "1 or more training steps at each place"),
+        ({"size": 2, "strategy": "linear_decay", "iterations": 3, "min_iterations": 4}, "min_iterations=4"),
+        ({"size": 2, "strategy": "exponential_decay", "decay_rate": 0.0}, "decay_rate=0.0"),
+        ({"size": 2, "strategy": "decay"}, "use fixed, random, progressive, linear_decay or exponential_decay"),
     ],
 )
 def test_bad_windows(options: dict, message: str) -> None:

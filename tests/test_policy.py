@@ -260,7 +260,6 @@ def test_the_optimiser_sees_exactly_the_current_policy(subject: Subject) -> None
         cpu=True,
         batch_size=2,
         batches=lambda processes: 1,
-        passes_per_batch=1,
         max_grad_norm=1.0,
         timeout_s=60,
     )
@@ -274,7 +273,7 @@ def test_the_optimiser_sees_exactly_the_current_policy(subject: Subject) -> None
         epsilon=1e-8,
         max_grad_norm=1.0,
     )
-    engine.prepare(subject.policy, settings)
+    engine.prepare(subject.policy, settings, passes_per_batch=1)
     wanted = {id(parameter) for parameter in subject.policy.parameters().values()}
     given = [id(parameter) for group in engine._optimizer.param_groups for parameter in group["params"]]
     assert len(given) == len(set(given))

@@ -15,7 +15,7 @@ def numbered(count: int) -> Prompts:
 
 
 def whole_step(prompts, *, num_processes, updates_per_rollout=1, **options):
-    """Per update, the batches of all processes in the order of the processes."""
+    """Per update, the batches of all processes in the order in which they are drawn: the first of each, the second, ..."""
     shares = [
         step_batches(
             prompts,
@@ -28,7 +28,11 @@ def whole_step(prompts, *, num_processes, updates_per_rollout=1, **options):
     ]
     each = len(shares[0]) // updates_per_rollout
     return [
-        [batch for share in shares for batch in share[update * each : (update + 1) * each]]
+        [
+            batch
+            for at_once in zip(*(share[update * each : (update + 1) * each] for share in shares))
+            for batch in at_once
+        ]
         for update in range(updates_per_rollout)
     ]
 
@@ -140,7 +144,8 @@ class TestBatches:
         assert {len(batch) for batch in batches} == {batch_size}
         assert [sample for _, _, sample, _ in flat(batches)] == list(range(prompts_per_step * group_size))
 
-    def test_with_one_update_a_process_has_one_run_of_batches(self):
+    def test_processes_are_at_neighbouring_batches_at_the_same_time(self):
+        """A group that is larger than a batch passes all networks at once: DGPO adds up over it."""
         shares = [
             step_batches(
                 numbered(9),
@@ -155,7 +160,9 @@ class TestBatches:
             for r in range(4)
         ]
         for process, share in enumerate(shares):
-            assert torch.cat([batch.sample for batch in share]).tolist() == list(range(process * 8, process * 8 + 8))
+            first, second = share
+            assert first.sample.tolist() == list(range(process * 4, process * 4 + 4))
+            assert second.sample.tolist() == list(range(16 + process * 4, 16 + process * 4 + 4))
 
     @pytest.mark.parametrize(("prompts_per_step", "group_size", "batch_size"), SHAPES)
     def test_each_prompt_has_one_whole_group(self, prompts_per_step, group_size, batch_size):

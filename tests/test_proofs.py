@@ -5,7 +5,7 @@ rollout and training run the same function on the same shapes. What breaks them 
 before they are rounded or in another memory layout, a policy that is not put back, a kernel that depends on whether
 gradients are wanted) would bias every update and show in no curve.
 
-The cases come from `kernels.KERNELS`, so that a new kernel is proved as soon as it exists.
+The cases come from `kernels.KERNELS` and `variants.VARIANTS`, so that a new kernel or algorithm is proved as soon as it exists.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import itertools
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -22,9 +23,11 @@ import zoo
 from conftest import Make
 from diffusers import StableDiffusion3Pipeline
 from torch import Tensor
+from toy import toy_config
+from variants import VARIANTS
 
-from flowsteer.rl.algorithms import DiffusionNFT, FlowGRPO
-from flowsteer.rl.build import start
+from flowsteer.rl.algorithms.flow_grpo import FlowGRPO
+from flowsteer.rl.build import build_algorithm, build_plan, build_worker, start
 from flowsteer.rl.config import parse_config
 from flowsteer.rl.evaluate import evaluate
 from flowsteer.rl.export import LORA_FILE, export_lora, load_lora, merge
@@ -115,7 +118,7 @@ def case(request: pytest.FixtureRequest) -> Case:
 
 def comparison(size: int) -> Comparison:
     advantage = torch.linspace(-1, 1, size)
-    return Comparison(advantage=advantage, weight=torch.ones(size))
+    return Comparison(score=advantage, advantage=advantage, weight=torch.ones(size))
 
 
 def flow_grpo(kernel: str, weight: str, rollout: Rollout) -> FlowGRPO:
@@ -124,15 +127,16 @@ def flow_grpo(kernel: str, weight: str, rollout: Rollout) -> FlowGRPO:
         kernel=kernel,
         log_prob_weight=weight,  # type: ignore[arg-type]
         num_transitions=len(rollout.trajectory.indices),
+        seed=0,
         clip_range=1e-4,
         kl_coef=1.0,
     )
 
 
-def losses(case: Case, algorithm: FlowGRPO | DiffusionNFT, rollout: Rollout) -> list[tuple[Tensor, dict[str, float]]]:
-    """Every loss of a rollout, and its metrics as means over samples."""
+def losses(case: Case, algorithm: Any, *rollouts: Rollout) -> list[tuple[Tensor, dict[str, float]]]:
+    """Every loss of some rollouts, and its metrics as means over samples."""
     found = []
-    for batch in algorithm.batches([rollout], [comparison(len(rollout))], step=0):
+    for batch in algorithm.batches(rollouts, [comparison(len(rollout)) for rollout in rollouts], step=0):
         loss, metrics = algorithm.loss(case.policy, batch)
         assert loss.requires_grad
         found.append((loss, {name: float(total) / count for name, (total, count) in metrics.items()}))
@@ -203,30 +207,80 @@ def test_a_moved_policy_is_seen_and_its_own_rollouts_have_ratio_one(model: str, 
     assert any(parameter.grad is not None for parameter in case.policy.parameters().values())
 
 
-@pytest.mark.parametrize(("model", "dtype", "kind"), itertools.product(MODELS, DTYPES, KINDS))
-def test_nft_starts_at_the_old_policy_and_at_the_reference(model: str, dtype: str, kind: str) -> None:
-    case = Case(model, dtype, kind)
-    algorithm = DiffusionNFT(
-        num_inference_steps=STEPS,
-        advantage_clip=5.0,
-        seed=0,
-        beta=0.5,
-        noise_levels_per_sample=STEPS - 1,
-        kl_coef=1e-3,
-        old_decay_slope=0.0,
-        old_decay_max=0.0,
-    )
+# What every algorithm's metrics are when the policy is the one that drew, the old one and the reference at once.
+START = {
+    "ratio": 1.0,
+    "ratio_deviation": 0.0,
+    "clip_fraction": 0.0,
+    "kl": 0.0,
+    "old_distance": 0.0,
+    "margin": 0.0,  # of preferences: the loss is log 2
+    "group_weight": 0.5,  # of DGPO's groups
+}
+
+
+def drawn_and_learned(case: Case, name: str, *, guided: bool) -> tuple[list[Rollout], Any]:
+    """A variant's rollouts of one batch, and its algorithm, by the builders of real runs."""
+    settings = {
+        "num_inference_steps": 4,
+        "prompts_per_step": 2,
+        "group_size": 2,
+        "batch_size": 4,
+        "guidance_scale": zoo.ZOO[case.model].guided if guided else 1.0,
+    }
+    config = toy_config({f"rollout.{key}": value for key, value in settings.items()} | VARIANTS[name])
+    data = config.model_dump()
+    data["model"]["dtype"] = str(case.dtype).split(".")[1]
+    if case.model == "sdxl" and config.algorithm.needs.transitions:
+        data["rollout"]["kernel"] = {"name": "ddim", "noise_level": 0.6}
+    config = parse_config(data)
+    here: Any = SimpleNamespace(gather=lambda x: x, num_processes=1, process_index=0, device=torch.device("cpu"))
+    plan = build_plan(config.rollout.plan, config)
+    rollouts = build_worker(config, case.pipeline, PROMPTS, plan, here).sample(0)
+    return rollouts, build_algorithm(config, plan, here)
+
+
+@pytest.mark.parametrize(
+    ("case", "name"),
+    [
+        pytest.param((model, dtype, kind), name, id=f"{name}-{model}-{kind}-{dtype}")
+        for model, dtype, kind in itertools.product(MODELS, DTYPES, KINDS)
+        for name in VARIANTS
+    ],
+    indirect=["case"],
+)
+def test_every_algorithm_starts_where_nothing_has_changed(case: Case, name: str) -> None:
+    """Bit for bit; and after a change of the policy no metric stays there."""
     for guided in (False, True):
-        rollout = case.rollout(kernel="flow_sde", weight="gaussian", plan="none", guided=guided, shared_noise=False)
-        found = losses(case, algorithm, rollout)
-        assert len(found) == STEPS - 1
+        rollouts, algorithm = drawn_and_learned(case, name, guided=guided)
+        found = losses(case, algorithm, *rollouts)
+        assert len(found) == algorithm.passes_per_batch
         for _, metrics in found:
-            assert metrics["old_distance"] == 0
-            assert metrics["kl"] == 0
+            start_of = {key: value for key, value in metrics.items() if key in START}
+            assert start_of == {key: START[key] for key in start_of}, f"guided={guided}"
+    kept = [value.detach().clone() for value in case.policy.parameters().values()]
     case.disturb()
-    for _, metrics in losses(case, algorithm, rollout):
-        assert metrics["old_distance"] > 0
-        assert metrics["kl"] == pytest.approx(metrics["old_distance"], rel=1e-6)  # old and reference are still one
+    changed = losses(case, algorithm, *rollouts)
+    with torch.no_grad():
+        for value, before in zip(case.policy.parameters().values(), kept):
+            value.copy_(before)
+    for (_, after), (_, metrics) in zip(changed, found):
+        differ = {key for key in after.keys() & START.keys() - {"clip_fraction"} if after[key] == metrics[key]}
+        assert not differ
+
+
+def test_every_algorithm_has_such_a_metric() -> None:
+    """Plain fine-tuning on better samples has none of its own; its variant with a KL has that."""
+    proved = {
+        overrides["algorithm"]["name"] for name, overrides in VARIANTS.items() if START.keys() & losses_of(name).keys()
+    }
+    assert proved == {overrides["algorithm"]["name"] for overrides in VARIANTS.values()}
+
+
+def losses_of(name: str) -> dict[str, float]:
+    case = Case("sd3", "float32", "lora")
+    rollouts, algorithm = drawn_and_learned(case, name, guided=False)
+    return losses(case, algorithm, *rollouts)[0][1]
 
 
 # --- the export ---------------------------------------------------------------------------------------------------------

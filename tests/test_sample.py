@@ -15,7 +15,7 @@ from flowsteer.rollout.pipeline import Conditioning, FlowPipeline
 from flowsteer.rollout.plan import all_steps, no_steps, window
 from flowsteer.rollout.prompts import Prompts, sample_seeds
 from flowsteer.rollout.sample import sample
-from flowsteer.rollout.solvers import SOLVERS
+from flowsteer.rollout.solvers import SOLVERS, History, remember
 from flowsteer.rollout.types import Trajectory
 from flowsteer.rollout.worker import RolloutWorker
 
@@ -182,8 +182,10 @@ def test_only_stochastic_steps_are_stored(pipeline: FlowPipeline, solver: str) -
     assert trajectory is not None
     assert trajectory.indices == (1,)
     # going on from the stored transition with what is left of the schedule leads to the same end
-    current, history = trajectory.next_latents[:, 0], None
+    current = trajectory.next_latents[:, 0]
     with torch.no_grad():
+        left = trajectory.latents[:, 0]
+        history: History | None = remember(pipeline.velocity(left, 1, rows), left, rows.schedule, 1)
         for index in (2, 3):
             velocity = pipeline.velocity(current, index, rows)
             current, history = SOLVERS[solver](velocity, current, rows.schedule, index, history)

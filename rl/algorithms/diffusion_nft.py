@@ -15,27 +15,24 @@ Letters: B samples, X latent shape of one sample.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
-import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
 
-from flowsteer.rl.types import Comparison, Metrics, PolicyView, schedule_of
+from flowsteer.rl.forward import ForwardBatch, NoiseLevels, forward_batches, matching_loss, prediction_of
+from flowsteer.rl.transitions import loss_metrics
+from flowsteer.rl.types import Comparison, Metrics, PolicyView, Requirements
 from flowsteer.rollout.kernels import denoised
-from flowsteer.rollout.noise import mix, stream_noise
 from flowsteer.rollout.types import Rollout, flat_mean
-
-_NOISE_STREAM = 1 << 20  # apart from the sampler's streams, which are denoising indices
 
 
 class DiffusionNFTConfig(BaseModel):
     """DiffusionNFT's hyper-parameters; the defaults are the published ones for Stable Diffusion 3.5."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    needs_trajectory: ClassVar[bool] = False
+    needs: ClassVar[Requirements] = Requirements(transitions=False, clipped_advantage=True)
 
     name: Literal["diffusion_nft"] = "diffusion_nft"
     beta: PositiveFloat = 1.0
@@ -48,15 +45,6 @@ class DiffusionNFTConfig(BaseModel):
     old_decay_max: Annotated[float, Field(ge=0, le=1)] = 0.5
     """After n updates the old policy keeps min(slope * n, max) of itself and takes the rest from the current one."""
     updates_per_rollout: PositiveInt = 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class ForwardBatch:
-    """One noise level of one rollout batch."""
-
-    rollout: Rollout
-    comparison: Comparison
-    index: int
 
 
 class DiffusionNFT:
@@ -83,15 +71,9 @@ class DiffusionNFT:
         old_decay_slope: float,
         old_decay_max: float,
     ) -> None:
-        if noise_levels_per_sample > max(num_inference_steps - 1, 1):
-            raise ValueError(
-                f"algorithm.noise_levels_per_sample={noise_levels_per_sample}, but a schedule of {num_inference_steps} steps "
-                f"has {max(num_inference_steps - 1, 1)} noise levels to train at (all but the last); take at most as many"
-            )
-        self.candidates = max(num_inference_steps - 1, 1)
+        self.levels = NoiseLevels(num_inference_steps, count=noise_levels_per_sample, seed=seed)
         self.passes_per_batch = noise_levels_per_sample
         self.advantage_clip = advantage_clip
-        self.seed = seed
         self.beta = beta
         self.kl_coef = kl_coef
         self.old_decay_slope = old_decay_slope
@@ -110,43 +92,27 @@ class DiffusionNFT:
         self, rollouts: Sequence[Rollout], comparisons: Sequence[Comparison], step: int
     ) -> Iterator[ForwardBatch]:
         """Every rollout batch at its own draw of noise levels."""
-        for rollout, comparison in zip(rollouts, comparisons):
-            generator = np.random.default_rng(mix(self.seed, step, int(rollout.sample[0])))
-            for index in generator.permutation(self.candidates)[: self.passes_per_batch]:
-                yield ForwardBatch(rollout=rollout, comparison=comparison, index=int(index))
+        indices = [self.levels.spread(step, int(rollout.sample[0])) for rollout in rollouts]
+        yield from forward_batches(rollouts, comparisons, indices)
 
     def loss(self, policy: PolicyView, batch: ForwardBatch) -> tuple[Tensor, Metrics]:
         """The contrast of the two implicit policies at one noise level, and the distance to the reference."""
-        rollout, index = batch.rollout, batch.index
-        schedule, clean = schedule_of(rollout), rollout.latents
-        sigma, alpha = float(schedule.sigma[index]), float(schedule.alpha[index])
-        noise = stream_noise(rollout.seeds, _NOISE_STREAM + index, clean.shape[1:]).to(clean.device)
-        noised = (alpha * clean.float() + sigma * noise).to(clean.dtype)  # [B, *X]
+        noised, _ = batch.noised()
+        velocity = policy.velocity(noised, batch.index, batch.conditioning).float()
+        old = prediction_of(policy, "old", noised, batch)
+        weight = batch.comparison.weight.to(velocity.device)
+        optimality = (batch.comparison.advantage.to(velocity.device) / (2 * self.advantage_clip) + 0.5).clamp(0, 1)
 
-        velocity = policy.velocity(noised, index, rollout.conditioning).float()
-        with torch.no_grad(), policy.using("old"):
-            old = policy.velocity(noised, index, rollout.conditioning).float()
-        weight = batch.comparison.weight.to(clean.device)
-        optimality = (batch.comparison.advantage.to(clean.device) / (2 * self.advantage_clip) + 0.5).clamp(0, 1)  # [B]
+        def denoise(output: Tensor) -> Tensor:
+            return denoised(output, noised, batch.schedule, batch.index)
 
-        per_sample = self.advantage_clip * nft_loss(
-            velocity, old, clean, lambda output: denoised(output, noised, schedule, index), optimality, self.beta
-        )
-        distance = torch.zeros_like(per_sample)
+        contrast = nft_loss(velocity, old, batch.rollout.latents, denoise, optimality, self.beta)  # [B]
+        distance = torch.zeros_like(contrast)
         if self.kl_coef:
-            with torch.no_grad(), policy.using("reference"):
-                reference = policy.velocity(noised, index, rollout.conditioning).float()
-            distance = flat_mean((velocity - reference) ** 2)
-        loss = ((per_sample + self.kl_coef * distance) * weight).mean()
-
-        count = float(weight.sum())
-        metrics: Metrics = {
-            "loss": (loss.detach() * len(weight), float(len(weight))),
-            "old_distance": ((flat_mean((velocity.detach() - old) ** 2) * weight).sum(), count),
-        }
-        if self.kl_coef:
-            metrics["kl"] = ((distance.detach() * weight).sum(), count)
-        return loss, metrics
+            distance = matching_loss(velocity, prediction_of(policy, "reference", noised, batch))
+        loss = ((self.advantage_clip * contrast + self.kl_coef * distance) * weight).mean()
+        kl = {"kl": distance} if self.kl_coef else {}
+        return loss, loss_metrics(loss, weight, old_distance=matching_loss(velocity, old), **kl)
 
 
 def nft_loss(

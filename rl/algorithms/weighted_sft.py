@@ -1,0 +1,130 @@
+"""Fine-tuning on the model's own better samples: RAFT, online SFT, reward-weighted regression.
+
+The loss is the ordinary matching error of each sample, weighted by how good it is in its group:
+
+- ``best``: the best sample of each group counts, the others do not (RAFT, arXiv 2304.06767; Flow-GRPO's online SFT);
+- ``positive``: samples above their group's mean count by their advantage;
+- ``exponential``: a softmax of advantage / temperature over the group (reward-weighted regression, arXiv 2302.12192).
+
+Nothing is pushed away from, so these move slowly and safely; the yardstick of all the others. Differences from Flow-GRPO's
+script: several best samples of a group share its weight, and a group of equal scores teaches nothing. Left out: its weighting
+by the raw reward, which depends on the reward's zero.
+
+Letters: B samples, X latent shape of one sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from torch import Tensor
+
+from flowsteer.rl.forward import ForwardBatch, NoiseLevels, forward_batches, matching_loss, prediction_of
+from flowsteer.rl.transitions import loss_metrics
+from flowsteer.rl.types import Comparison, Metrics, PolicyView, Requirements
+from flowsteer.rollout.types import Rollout
+
+SampleWeights = Literal["best", "positive", "exponential"]
+
+
+class WeightedSFTConfig(BaseModel):
+    """Which samples count, and how far the prediction may go."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    needs: ClassVar[Requirements] = Requirements(transitions=False, groups_in_a_batch=True)
+
+    name: Literal["weighted_sft"] = "weighted_sft"
+    weights: SampleWeights = "best"
+    temperature: PositiveFloat = 1.0
+    """Of the exponential weights, in units of the advantage."""
+    kl_coef: NonNegativeFloat = 0.0
+    """Weight of the squared distance of the prediction to the reference's."""
+    noise_levels_per_sample: PositiveInt = 1
+    first_level: Annotated[int, Field(ge=0)] = 0
+    end_level: PositiveInt | None = None
+    """Denoising indices to train at, ``first_level <= index < end_level``; null leaves out the last one."""
+    updates_per_rollout: PositiveInt = 1
+
+
+class WeightedSFT:
+    """See the module's docstring.
+
+    Args:
+        num_inference_steps: denoising steps of the rollout's schedule.
+        seed: of the choice of noise levels.
+        The others as in `WeightedSFTConfig`.
+    """
+
+    acting = "current"
+
+    def __init__(
+        self,
+        *,
+        num_inference_steps: int,
+        seed: int,
+        weights: SampleWeights,
+        temperature: float,
+        kl_coef: float,
+        noise_levels_per_sample: int,
+        first_level: int,
+        end_level: int | None,
+    ) -> None:
+        self.levels = NoiseLevels(
+            num_inference_steps, count=noise_levels_per_sample, first=first_level, end=end_level, seed=seed
+        )
+        self.passes_per_batch = noise_levels_per_sample
+        self.weights: SampleWeights = weights
+        self.temperature = temperature
+        self.kl_coef = kl_coef
+
+    @property
+    def variants(self) -> frozenset[str]:
+        """The reference policy, when the KL asks for it."""
+        return frozenset({"reference"} if self.kl_coef else ())
+
+    def old_decay(self, num_updates: int) -> float:
+        """There is no old policy."""
+        return 0.0
+
+    def batches(
+        self, rollouts: Sequence[Rollout], comparisons: Sequence[Comparison], step: int
+    ) -> Iterator[ForwardBatch]:
+        """Every rollout batch at its own draw of noise levels."""
+        indices = [self.levels.spread(step, int(rollout.sample[0])) for rollout in rollouts]
+        yield from forward_batches(rollouts, comparisons, indices)
+
+    def loss(self, policy: PolicyView, batch: ForwardBatch) -> tuple[Tensor, Metrics]:
+        """The weighted matching error of one noise level, and the distance to the reference."""
+        noised, target = batch.noised()
+        prediction = policy.velocity(noised, batch.index, batch.conditioning).float()
+        error = matching_loss(prediction, target)
+        weight = batch.comparison.weight.to(error.device)
+        share = sample_weights(batch.rollout.group, batch.comparison, self.weights, self.temperature)
+        distance = torch.zeros_like(error)
+        if self.kl_coef:
+            distance = matching_loss(prediction, prediction_of(policy, "reference", noised, batch))
+        loss = ((share.to(error.device) * error + self.kl_coef * distance) * weight).mean()
+        kl = {"kl": distance} if self.kl_coef else {}
+        return loss, loss_metrics(loss, weight, matching_loss=error, **kl)
+
+
+def sample_weights(group: Tensor, comparison: Comparison, kind: SampleWeights, temperature: float) -> Tensor:
+    """How much each sample counts, [B]; groups (whole in this batch) in which nothing differs count nothing.
+
+    The weights of a group add up to the number of its samples that carry a comparison, for ``best`` and ``exponential``.
+    """
+    counts = comparison.weight > 0  # [B]
+    advantage = comparison.advantage.where(counts, 0.0)
+    if kind == "positive":
+        return advantage.clamp(min=0)
+    same = (group[:, None] == group[None]) & counts[None]  # [B, B], the samples that each is compared with
+    if kind == "best":
+        best = torch.where(same, advantage[None], -torch.inf).amax(1)
+        raw = ((advantage == best) & (advantage > 0)).float()
+    else:
+        raw = torch.exp(advantage / temperature)
+    shares = counts * raw * same.sum(1) / (same * raw[None]).sum(1).clamp(min=1e-30)
+    return shares * (same & (advantage[None] != 0)).any(1)

@@ -1,0 +1,143 @@
+"""Pools of candidates: the samples of a group part at one denoising step only, and that step alone is judged.
+
+A trunk leads through the schedule, one state per group. At each stochastic step of the plan the group leaves the trunk's state
+as a pool of candidates, and each pool is finished and scored by itself, so every step has rewards of its own:
+
+- G2RPO (arXiv 2510.01982): the trunk is deterministic (an anchor), candidates are led deterministically to the end, at
+  several granularities;
+- step-aware preference optimisation, SPO (arXiv 2406.04314): the trunk goes on from a random candidate, which keeps its states
+  on-policy, and candidates are judged by the clean image that the model predicts from them.
+
+Letters: B samples, S groups (states of the trunk), X latent shape of one sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from flowsteer.rollout import kernels
+from flowsteer.rollout.kernels import LogProbWeight
+from flowsteer.rollout.noise import initial_noise, mix, stream_noise
+from flowsteer.rollout.pipeline import Pipeline
+from flowsteer.rollout.plan import strided_path
+from flowsteer.rollout.sample import Transition, distinct, trajectory_of
+from flowsteer.rollout.solvers import SOLVERS
+from flowsteer.rollout.types import SharedStates, Trajectory
+
+_CHOICE_STREAM = 1 << 21  # apart from the denoising indices, which number the streams of noise
+
+
+@dataclass(frozen=True, kw_only=True)
+class Branching:
+    """How groups branch at the stochastic steps of a plan.
+
+    Raises:
+        ValueError: granularities that are no granularities, or several of them where nothing is led to the end.
+    """
+
+    trunk: Literal["deterministic", "resampled"] = "deterministic"
+    """``resampled``: the trunk goes on from one of the candidates, drawn at random."""
+    finish: Literal["deterministic", "denoised"] = "deterministic"
+    """``deterministic``: candidates are led to the end. ``denoised``: the clean latents that the model predicts from them."""
+    granularities: tuple[int, ...] = (1,)
+    """How many denoising steps are taken in one on the way to the end; each gives a finished sample of its own."""
+    first: int = 0
+    """Stochastic steps before this one have no pool: the trunk draws them once."""
+
+    def __post_init__(self) -> None:
+        if (
+            not self.granularities
+            or min(self.granularities) < 1
+            or len({*self.granularities}) < len(self.granularities)
+        ):
+            raise ValueError(f"granularities are different numbers of 1 or more, got {list(self.granularities)}")
+        if self.finish == "denoised" and self.granularities != (1,):
+            raise ValueError("with finish=denoised nothing is led to the end; leave granularities out")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Branch:
+    """A pool, finished in one way."""
+
+    latents: Tensor  # [B, *X], finished
+    trajectory: Trajectory  # one transition; the same object for every way in which a pool is finished
+    sigma: float  # the noise level at which the finished latents were predicted, 0 at the end
+
+
+@torch.no_grad()
+def sample_branches(
+    pipeline: Pipeline,
+    conditioning: Any,
+    branching: Branching,
+    *,
+    seeds: Tensor,
+    initial_seeds: Tensor,
+    noise_levels: tuple[float, ...],
+    kernel: str = "flow_sde",
+    log_prob_weight: LogProbWeight = "gaussian",
+    solver: str = "euler",
+    keep_mean: bool = False,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> Iterator[Branch]:
+    """Draw the pools of every stochastic step, in the order of the steps and, within each, of the granularities.
+
+    ``conditioning`` has B rows, equal ones within a group; ``seeds`` [B] are of each candidate's noise, ``initial_seeds``
+    [B] of each group's initial noise: equal ones make the group. ``noise_levels`` has one entry per denoising step, 0 where
+    the step is deterministic. The other arguments are those of `sample`.
+    """
+    schedule, shape = conditioning.schedule, conditioning.latent_shape
+    first, state = distinct(initial_seeds)
+    groups, trunk = initial_seeds[first], conditioning.take(first)
+    shared = SharedStates(conditioning=trunk, state=state)
+    latents = initial_noise(groups, shape).to(device, dtype)  # [S, *X]
+    history = None
+    for index, level in enumerate(noise_levels):
+        velocity = pipeline.velocity(latents, index, trunk)
+        following, history = SOLVERS[solver](velocity, latents, schedule, index, history)
+        if level > 0:
+            gaussian = kernels.KERNELS[kernel](velocity, latents, schedule, index, level)
+        if level > 0 and index < branching.first:
+            following = kernels.draw(gaussian, stream_noise(groups, index, shape).to(device), dtype)
+        elif level > 0:
+            pool = replace(gaussian, mean=gaussian.mean[state])  # [B, *X]
+            candidates = kernels.draw(pool, stream_noise(seeds, index, shape).to(device), dtype)
+            log_prob = kernels.log_prob(pool, candidates, weight=log_prob_weight)
+            mean = pool.mean if keep_mean else None
+            trajectory = trajectory_of([Transition(index, level, latents, candidates, log_prob, mean)], shared)
+            yield from _finished(pipeline, conditioning, branching, trajectory, solver)
+            if branching.trunk == "resampled":
+                following = candidates[_choices(groups, state, index)]
+        latents = pipeline.advance(latents, following.to(dtype), index, trunk)
+
+
+def _finished(
+    pipeline: Pipeline, conditioning: Any, branching: Branching, trajectory: Trajectory, solver: str
+) -> Iterator[Branch]:
+    """The pool of a transition, finished in every way that is asked for."""
+    schedule, (index,), candidates = conditioning.schedule, trajectory.indices, trajectory.next_latents[:, 0]
+    if branching.finish == "denoised" and index + 1 < schedule.num_steps:
+        velocity = pipeline.velocity(candidates, index + 1, conditioning)
+        predicted = kernels.denoised(velocity, candidates, schedule, index + 1).to(candidates.dtype)
+        yield Branch(latents=predicted, trajectory=trajectory, sigma=schedule.sigma[index + 1].item())
+        return
+    for granularity in branching.granularities:
+        path = strided_path(schedule.num_steps, index, granularity)
+        walk, latents, history = schedule.along(path), candidates, None
+        for place in range(index + 1, len(path)):
+            velocity = pipeline.velocity(latents, path[place], conditioning)
+            following, history = SOLVERS[solver](velocity, latents, walk, place, history)
+            latents = pipeline.advance(latents, following.to(latents.dtype), path[place], conditioning)
+        yield Branch(latents=latents, trajectory=trajectory, sigma=0.0)
+
+
+def _choices(groups: Tensor, state: Tensor, index: int) -> Tensor:
+    """One candidate of each group, uniformly, by the group's seed: their rows [S]."""
+    rows = [torch.nonzero(state == place).flatten().tolist() for place in range(len(groups))]
+    chosen = [own[mix(seed, _CHOICE_STREAM, index) % len(own)] for seed, own in zip(groups.tolist(), rows)]
+    return torch.tensor(chosen)

@@ -1,0 +1,257 @@
+"""Would the tests notice? Plants known faults of this field one at a time, each in a copy, and runs the tests that should fail.
+
+    python scripts/mutate.py                # all of them, a few minutes
+    python scripts/mutate.py --only "swapped sign"
+
+Ends with exit code 1 when a fault survives. A fault is a replacement of source text that occurs exactly once; which tests are
+asked is only to save time: the whole suite would notice, too.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+ROOT = Path(__file__).resolve().parent.parent
+COPIED = ("pyproject.toml", "rl", "rewards", "rollout", "configs", "scripts", "tests")
+console = Console()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fault:
+    """A fault, where it is planted, and the tests that are asked."""
+
+    name: str
+    file: str
+    right: str
+    wrong: str
+    tests: str
+
+
+FAULTS = (
+    Fault(
+        name="schedule shifted by one step",
+        file="rollout/kernels.py",
+        right="    return values[index].item(), values[index + 1].item()",
+        wrong="    return values[max(index - 1, 0)].item(), values[index].item()",
+        tests="tests/test_kernels.py",
+    ),
+    Fault(
+        name="dropped noise term",
+        file="rollout/kernels.py",
+        right="    return (gaussian.mean + gaussian.std * noise.to(gaussian.mean.dtype)).to(dtype)",
+        wrong="    return gaussian.mean.to(dtype)",
+        tests="tests/test_kernels.py tests/test_sample.py",
+    ),
+    Fault(
+        name="scored before it is rounded",
+        file="rollout/sample.py",
+        right="            log_prob = kernels.log_prob(gaussian, next_latents, weight=log_prob_weight)",
+        wrong="            log_prob = kernels.log_prob(\n"
+        "                gaussian,\n"
+        "                kernels.draw(gaussian, stream_noise(seeds, index, shape).to(device), torch.float32),\n"
+        "                weight=log_prob_weight,\n"
+        "            )",
+        tests="tests/test_proofs.py -k ratio_is_one_and",
+    ),
+    Fault(
+        name="deviation without the step's length",
+        file="rollout/kernels.py",
+        right="        std=diffusion * math.sqrt(dt),",
+        wrong="        std=diffusion,",
+        tests="tests/test_kernels.py",
+    ),
+    Fault(
+        name="swapped sign of the advantage",
+        file="rl/transitions.py",
+        right="    return torch.maximum(-advantage * ratio, -advantage * clipped), ratio",
+        wrong="    return torch.maximum(advantage * ratio, advantage * clipped), ratio",
+        tests="tests/test_algorithms.py tests/test_every_algorithm.py",
+    ),
+    Fault(
+        name="optimistic clipping",
+        file="rl/transitions.py",
+        right="    return torch.maximum(-advantage * ratio, -advantage * clipped), ratio",
+        wrong="    return torch.minimum(-advantage * ratio, -advantage * clipped), ratio",
+        tests="tests/test_algorithms.py",
+    ),
+    Fault(
+        name="swapped sign of a preference",
+        file="rl/algorithms/step_dpo.py",
+        right="(candidates[pairs.win] - candidates[pairs.lose])",
+        wrong="(candidates[pairs.lose] - candidates[pairs.win])",
+        tests="tests/test_losses.py tests/test_every_algorithm.py -k step_dpo",
+    ),
+    Fault(
+        name="KL under no_grad",
+        file="rl/algorithms/flow_grpo.py",
+        right="            kl = kernels.kl(current, reference)",
+        wrong="                kl = kernels.kl(current, reference)",
+        tests="tests/test_algorithms.py",
+    ),
+    Fault(
+        name="anchor of AWM under no_grad",
+        file="rl/algorithms/awm.py",
+        right="metric: matching_loss(prediction, others[name])",
+        wrong="metric: matching_loss(prediction.detach(), others[name])",
+        tests="tests/test_every_algorithm.py -k awm",
+    ),
+    Fault(
+        name="deviation over the wrong axis: all groups together",
+        file="rl/advantage.py",
+        right="        scale = stats.deviation(ddof)[stats.row_group] + epsilon  # [N]",
+        wrong="        scale = stats.global_deviation(ddof) + epsilon",
+        tests="tests/test_advantage.py",
+    ),
+    Fault(
+        name="window drawn per process",
+        file="rollout/plan.py",
+        right="            return self.choices[mix(self.seed, step) % len(self.choices)]",
+        wrong="            return self.choices[mix(self.seed, step, id(self)) % len(self.choices)]",
+        tests="tests/test_plan.py tests/test_sample.py",
+    ),
+    Fault(
+        name="tied group turned into a pair",
+        file="rl/pairs.py",
+        right=" and gap > threshold and float(score[best]) > float(score[worst])",
+        wrong="",
+        tests="tests/test_losses.py tests/test_every_algorithm.py",
+    ),
+    Fault(
+        name="adapter not restored",
+        file="rl/policy.py",
+        right="            self._variants.switch(name, before)\n            self.active = before",
+        wrong="            self.active = before",
+        tests="tests/test_policy.py",
+    ),
+    Fault(
+        name="noise of DGPO not shared in the group",
+        file="rl/algorithms/dgpo.py",
+        right="seeds = [mix(self.seed, step, group) for group in batch.rollout.group.tolist()]",
+        wrong="seeds = batch.rollout.seeds.tolist()",
+        tests="tests/test_losses.py",
+    ),
+    Fault(
+        name="group of DGPO summed on one process only",
+        file="rl/algorithms/dgpo.py",
+        right="        return (same * self.gather(values)[None]).sum(1)",
+        wrong="        return (same[:, : len(values)] * values[None]).sum(1)",
+        tests="tests/test_losses.py",
+    ),
+    Fault(
+        name="pair noised with two noises",
+        file="rl/algorithms/diffusion_dpo.py",
+        right="noise_from=pairs.win.repeat(2)",
+        wrong="noise_from=pairs.sides()",
+        tests="tests/test_losses.py",
+    ),
+    Fault(
+        name="negative policy of NFT is the positive one",
+        file="rl/algorithms/diffusion_nft.py",
+        right="denoise((1 + beta) * old - beta * velocity)",
+        wrong="denoise(beta * velocity + (1 - beta) * old)",
+        tests="tests/test_algorithms.py tests/test_every_algorithm.py -k nft",
+    ),
+    Fault(
+        name="winner becomes the trunk's next state",
+        file="rollout/branches.py",
+        right="own[mix(seed, _CHOICE_STREAM, index) % len(own)]",
+        wrong="own[0]",
+        tests="tests/test_branches.py",
+    ),
+    Fault(
+        name="bias of the ratio left in GRPO-Guard",
+        file="rl/algorithms/grpo_guard.py",
+        right="(log_prob - batch.old_log_prob + kernels.kl(current, old))",
+        wrong="(log_prob - batch.old_log_prob)",
+        tests="tests/test_losses.py",
+    ),
+    Fault(
+        name="compressed tail ends before the data",
+        file="rollout/types.py",
+        right="        ends = [*visited, self.num_steps]",
+        wrong="        ends = [*visited, self.num_steps - 1]",
+        tests="tests/test_branches.py",
+    ),
+    Fault(
+        name="a missing score counts as zero",
+        file="rl/advantage.py",
+        right="        self.scored = torch.isfinite(scores)  # [N]",
+        wrong="        scores = scores.nan_to_num(0.0)\n        self.scored = torch.isfinite(scores)",
+        tests="tests/test_advantage.py",
+    ),
+    Fault(
+        name="old policy follows by the wrong part",
+        file="rl/policy.py",
+        right="average.lerp_(current.float(), 1 - decay)",
+        wrong="average.lerp_(current.float(), decay)",
+        tests="tests/test_policy.py",
+    ),
+)
+
+
+def plant(fault: Fault, folder: Path) -> None:
+    """Copy the project into ``folder`` and change one place. Raises ValueError where the right text does not stand once."""
+    for name in COPIED:
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(source, folder / name)
+    file = folder / fault.file
+    text = file.read_text(encoding="utf-8")
+    if text.count(fault.right) != 1:
+        raise ValueError(f"{fault.name}: the text to replace stands {text.count(fault.right)} times in {fault.file}")
+    file.write_text(text.replace(fault.right, fault.wrong), encoding="utf-8")
+    (folder / ".import-root").mkdir()
+    (folder / ".import-root" / "flowsteer").symlink_to("..")
+
+
+def caught(fault: Fault) -> tuple[bool, str]:
+    """Whether a test fails with the fault, and which one (or how the tests ended)."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        plant(fault, folder)
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(folder / ".import-root")}
+        selection, _, keyword = fault.tests.partition(" -k ")
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *selection.split()]
+        command += ["-k", keyword] if keyword else []
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    failures = [line for line in done.stdout.splitlines() if line.startswith("FAILED")]
+    return done.returncode == 1 and bool(failures), (failures or done.stdout.splitlines()[-1:] or ["no output"])[0]
+
+
+def main(
+    only: Annotated[str | None, typer.Option(help="Plant only the faults whose name holds this.")] = None,
+) -> None:
+    """Plant each fault and say which test caught it."""
+    chosen = [fault for fault in FAULTS if only is None or only in fault.name]
+    if not chosen:
+        console.print(f"no fault's name holds {only!r}; they are: {', '.join(fault.name for fault in FAULTS)}")
+        raise typer.Exit(2)
+    table = Table("fault", "in", "caught by")
+    survived = 0
+    for fault in chosen:
+        with console.status(fault.name):
+            noticed, how = caught(fault)
+        survived += not noticed
+        console.print(f"{'caught  ' if noticed else 'SURVIVED'}  {fault.name}", highlight=False)
+        table.add_row(fault.name, fault.file, how.removeprefix("FAILED ").split(" - ")[0] if noticed else "nothing")
+    console.print(table)
+    if survived:
+        console.print(f"{survived} of {len(chosen)} faults survived the tests")
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    typer.run(main)
