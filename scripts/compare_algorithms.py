@@ -2,7 +2,7 @@
 
     python scripts/compare_algorithms.py --root runs/compare                  # train what is not there yet, hours
     python scripts/compare_algorithms.py --root runs/compare --write          # and put the tables into docs/algorithms.md
-    python scripts/compare_algorithms.py flow_grpo_cps nft --reward dense     # some of them, one reward
+    python scripts/compare_algorithms.py DGPO DiffusionNFT --reward dense     # some of them, one reward
 
 Each algorithm is a shipped configuration, changed only in what its line of `ENTRIES` says. A probe step counts its network
 passes (samples that go through the denoiser; one that also goes back counts three) and its time. Then every training seed runs
@@ -83,7 +83,25 @@ class Line:
     outcomes: list[Outcome] = field(default_factory=list)
 
 
-ENTRIES: dict[str, Entry] = {}
+ENTRIES: dict[str, Entry] = {
+    "Flow-GRPO, SDE": Entry("embedded_flow_grpo_sde_composition"),
+    "Flow-GRPO, CPS": Entry("embedded_flow_grpo_cps_composition"),
+    "Flow-GRPO-Fast": Entry("embedded_flow_grpo_fast_composition"),
+    "MixGRPO": Entry("embedded_mixgrpo_composition"),
+    "MixGRPO-Flash": Entry("embedded_mixgrpo_flash_composition"),
+    "DanceGRPO": Entry("embedded_dance_grpo_composition"),
+    "G2RPO": Entry("embedded_g2rpo_composition"),
+    "GRPO-Guard": Entry("embedded_grpo_guard_composition"),
+    "step-aware DPO": Entry("embedded_step_dpo_composition"),
+    "PSO": Entry("embedded_pso_composition"),
+    "DGPO": Entry("embedded_dgpo_composition"),
+    "DiffusionNFT": Entry("embedded_nft_composition"),
+    "AWM": Entry("embedded_awm_composition"),
+    "Diffusion-DPO, online": Entry("embedded_diffusion_dpo_composition"),
+    "Diffusion-DPO, offline": Entry("embedded_diffusion_dpo_composition", ("algorithm.refresh_every=null",)),
+    "RAFT": Entry("embedded_raft_composition"),
+    "reward-weighted regression": Entry("embedded_raft_composition", ("algorithm.weights=exponential",)),
+}
 
 
 def settings_of(entry: Entry, reward: Reward) -> list[str]:
@@ -135,7 +153,7 @@ def probe(entry: Entry, reward: Reward) -> Probe:
 
 def probe_in_a_process(name: str, reward: Reward, keep: Path) -> Probe:
     """The probe of an entry, measured once and kept."""
-    file = keep / f"{name}_{reward}.json"
+    file = keep / f"{file_name(name)}_{reward}.json"
     if not file.exists():
         command = [sys.executable, str(Path(__file__).resolve()), name, "--reward", reward, "--probe"]
         done = subprocess.run(command, capture_output=True, text=True, env=one_thread(), check=False)
@@ -144,6 +162,11 @@ def probe_in_a_process(name: str, reward: Reward, keep: Path) -> Probe:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(done.stdout.splitlines()[-1], encoding="utf-8")
     return Probe(**json.loads(file.read_text(encoding="utf-8")))
+
+
+def file_name(name: str) -> str:
+    """The name of a line as a file's."""
+    return name.lower().replace(",", "").replace(" ", "_")
 
 
 def one_thread() -> dict[str, str]:
@@ -273,7 +296,7 @@ def main(
                     task = bar.add_task(f"{of}, {kind}: {name}", total=seeds)
                     jobs = []
                     for seed in range(seeds):
-                        folder = root / of / f"{name}_{steps}" / f"seed_{seed}"
+                        folder = root / of / f"{file_name(name)}_{steps}" / f"seed_{seed}"
                         jobs.append(pool.submit(train_one, name, of, steps, seed, folder))
                         jobs[-1].add_done_callback(lambda _, task=task: bar.advance(task))
                     plans.append(

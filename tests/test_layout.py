@@ -74,7 +74,12 @@ def test_rewards_and_rollout_know_only_themselves(folder):
 
 def test_order_inside_rollout():
     """Types <- kernels, solvers, plan, pipeline <- sample <- worker."""
-    floors = {"types": 0, "sample": 2, "branches": 3, "worker": 4}  # all others: 1; what checks a pipeline stands above it
+    floors = {
+        "types": 0,
+        "sample": 2,
+        "branches": 3,
+        "worker": 4,
+    }  # all others: 1; what checks a pipeline stands above it
     for module, imported in GRAPH.items():
         if module.startswith("flowsteer.rollout."):
             floor = floors.get(module.rsplit(".", 1)[1], 1)
