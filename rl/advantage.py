@@ -93,7 +93,8 @@ def combined_advantage(
         own = summed[counts].double()
         if len(own) and float(own.std(correction=0)) > 0:
             normalised = (summed.double() - own.mean()) / (own.std(correction=0) + epsilon)
-            summed = torch.where(counts, normalised, 0.0).float()
+            compared = torch.stack([term != 0 for term in terms]).any(0)  # tied groups stay at exactly 0
+            summed = torch.where(counts & compared, normalised, 0.0).float()
     return summed if clip is None else summed.clamp(-clip, clip)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import logging
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -36,6 +37,8 @@ from flowsteer.rollout.pipeline import FlowPipeline, UnlikeConditioning
 from flowsteer.rollout.plan import Plan, all_steps, decay, fixed_steps, no_steps, window
 from flowsteer.rollout.prompts import Prompts, read_prompts
 from flowsteer.rollout.worker import RolloutWorker
+
+logger = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -162,6 +165,7 @@ def start(config: Config, *, resume: bool = False, quiet: bool = False) -> Run:
     folder = Path(config.output)
     open_run(folder, config, resume=resume)
     plan = build_plan(config.rollout.plan, config)
+    build_branching(config)
     engine = build_engine(config)  # before the rewards: a model of theirs then lands on this process's device
     algorithm = build_algorithm(config, plan, engine)
     prompts = read_prompts(config.prompts.train)
@@ -227,10 +231,21 @@ def build_plan(section: PlanConfig, config: Config) -> Plan:
     return window(count, levels, seed=config.seed, **section.model_dump(exclude={"name"}))
 
 
+def build_branching(config: Config) -> Branching | None:
+    """How groups part, if they do."""
+    section = config.rollout.branching
+    return Branching(**section.model_dump()) if section else None
+
+
 def build_algorithm(config: Config, plan: Plan, engine: Engine) -> Algorithm:
     """The algorithm with plain arguments: its own settings, and what it asks for of the others."""
     kernel, rollout, branching = config.rollout.kernel, config.rollout, config.rollout.branching
     pools = len([index for index in plan.indices(0) if branching is None or index >= branching.first])
+    if branching is not None and not pools:
+        raise ValueError(
+            f"rollout.branching.first={branching.first} leaves no pool: the plan's stochastic steps are "
+            f"{list(plan.indices(0))}; set it to at most the last of them"
+        )
     settings = {
         **config.algorithm.model_dump(exclude={"name"}),
         "kernel": kernel.name,
@@ -243,7 +258,10 @@ def build_algorithm(config: Config, plan: Plan, engine: Engine) -> Algorithm:
         "gather": engine.gather,
     }
     chosen = ALGORITHMS[type(config.algorithm)]
-    return chosen(**{name: settings[name] for name in inspect.signature(chosen).parameters})
+    asked = inspect.signature(chosen).parameters
+    forgotten = set(type(config.algorithm).model_fields) - {"name", "updates_per_rollout"} - set(asked)
+    assert not forgotten, f"{chosen.__name__} has settings that do nothing: {forgotten}"
+    return chosen(**{name: settings[name] for name in asked})
 
 
 def build_rewards(config: Config) -> RewardSet:
@@ -345,7 +363,7 @@ def build_worker(config: Config, pipeline: FlowPipeline, prompts: Prompts, plan:
         process_index=engine.process_index,
         dtype=DTYPES[config.model.dtype],
         device=engine.device,
-        branching=Branching(**rollout.branching.model_dump()) if rollout.branching else None,
+        branching=build_branching(config),
         tail_fraction=rollout.tail_fraction,
         train_guidance_scale=rollout.train_guidance_scale,
         keep_means=config.algorithm.needs.means,
@@ -393,14 +411,22 @@ def _checked_plan(config: Config, pipeline: FlowPipeline, plan: Plan, prompts: P
                 f"rollout.batch_size={rollout.batch_size} puts several prompts into a batch, but {error}; set it to "
                 f"rollout.group_size={rollout.group_size} or a divisor of it"
             ) from error
-    skips = rollout.tail_fraction < 1 or (rollout.branching and rollout.branching.granularities != (1,))
-    if skips and not pipeline.lifted.tail_is_idle:
+    if (rollout.tail_fraction < 1 or rollout.branching) and not pipeline.lifted.tail_is_idle:
         raise ValueError(
-            f"{type(pipeline.pipe).__name__} does something to the latents after each denoising step, so none can be skipped; "
-            "leave rollout.tail_fraction and rollout.branching.granularities out"
+            f"{type(pipeline.pipe).__name__} does something to the latents after each denoising step, which neither skipped "
+            "steps nor candidates would get; leave rollout.tail_fraction and rollout.branching out"
+        )
+    if rollout.branching and "sigma" in prompts.columns:
+        raise ValueError(
+            "rollout.branching gives rewards a column called sigma, and so does the prompt file; rename that one"
         )
     if not plan.num_transitions:
         return plan
+    reached = {index for step in range(config.num_steps) for index in plan.indices(step)}
+    if missed := sorted(set(plan.covered) - reached):
+        logger.warning(
+            "in %d training steps the window never comes to the denoising steps %s", config.num_steps, missed
+        )
     kernels.check_kernel(rollout.kernel.name, conditioning.schedule, plan.covered_levels)
     if rollout.kernel.keep_budget:
         kernel, schedule = rollout.kernel, conditioning.schedule

@@ -144,7 +144,7 @@ class BranchingConfig(Section):
     finish: Literal["deterministic", "denoised"] = "deterministic"
     """How candidates become images: led to the end, or by the model's prediction of the clean image. Rewards get the noise
     level of the prediction as the column ``sigma``."""
-    granularities: tuple[PositiveInt, ...] = (1,)
+    granularities: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1,)
     """Denoising steps taken in one on the way to the end; each makes an image of every candidate."""
     first: NonNegativeInt = 0
     """Stochastic steps before this one have no candidates: they are drawn once for each group."""
@@ -326,22 +326,29 @@ class Config(Section):
                 yield "rollout.branching shares the noise of a group anyway; leave rollout.shared_noise out"
             if rollout.branching.first and rollout.plan.name == "window":
                 yield "rollout.branching.first needs a plan whose steps stay the same; set rollout.plan.name to all or steps"
-        if rollout.tail_fraction < 1 and (not stochastic or rollout.branching is not None):
+            if getattr(self.algorithm, "transitions_per_sample", None) is not None:
+                yield "rollout.branching trains every pool, each of one step; leave algorithm.transitions_per_sample out"
+        if rollout.tail_fraction < 1 and (rollout.plan.name in ("none", "all") or rollout.branching is not None):
             yield (
-                "rollout.tail_fraction shortens what comes after the last stochastic step of a trajectory; it needs a plan "
-                "with such steps, and no rollout.branching (which has granularities)"
+                "rollout.tail_fraction shortens what comes after the last stochastic step of a trajectory; it needs a window "
+                "or single steps as a plan, and no rollout.branching (which has granularities)"
             )
+        if (kept := self.advantage.best_and_worst) is not None and kept >= rollout.group_size:
+            yield f"advantage.best_and_worst={kept} leaves nothing out of groups of {rollout.group_size}; leave it out"
         if rollout.train_guidance_scale is not None and self.algorithm.needs.transitions:
             yield (
                 f"algorithm.name={self.algorithm.name} trains the very steps that were drawn, with their guidance; leave "
                 "rollout.train_guidance_scale out"
             )
         kernel = rollout.kernel
-        if kernel.decay == "constant" and changed(kernel) & {"decay_rate", "keep_budget"}:
-            yield "rollout.kernel.decay=constant has no decay_rate and no budget to keep; leave them out"
+        used_by_decay = {"power": {"decay_rate", "keep_budget"}, "exponential": {"decay_rate", "keep_budget"}}
+        used_by_decay |= {"constant": set(), "linear": {"keep_budget"}, "cosine": {"keep_budget"}}
+        if idle := sorted(changed(kernel) & {"decay_rate", "keep_budget"} - used_by_decay[kernel.decay]):
+            yield f"rollout.kernel.decay={kernel.decay} has no {' and no '.join(idle)}; leave them out"
+        yield from self.algorithm.idle()
         if isinstance(plan := rollout.plan, WindowPlan):
             used = {
-                "fixed": set[str](),
+                "fixed": set[str](),  # stays at low
                 "random": set[str](),
                 "progressive": {"stride", "iterations", "roll_back"},
                 "linear_decay": {"stride", "iterations", "roll_back", "min_iterations"},

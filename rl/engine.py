@@ -253,6 +253,9 @@ class Engine:
 
     def save(self, folder: Path) -> None:
         """Write this process's part of the optimiser and of every policy into ``folder``; safetensors only."""
+        assert self._micro_step == 0, (
+            "half an update is under way: an algorithm gives more or fewer batches than it says"
+        )
         if self.zero_stage is None and not self.is_main:
             return
         tensors = {f"policy/{key}": value for key, value in self._policy.state().items()}

@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
+from pydantic import BaseModel, ConfigDict, PositiveInt
 from torch import Tensor
 
 from flowsteer.rollout.types import Rollout, Schedule
@@ -45,6 +46,24 @@ class Requirements:
     """All samples of a group are in the batches that the processes train on at the same time."""
     clipped_advantage: bool = False
     """The clip of the advantage, which is part of the loss."""
+
+
+class AlgorithmSettings(BaseModel):
+    """What the configurations of all algorithms have."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    needs: ClassVar[Requirements]
+
+    updates_per_rollout: PositiveInt = 1
+    """Optimiser updates that a training step's samples are shared among."""
+
+    def changed(self, *names: str) -> bool:
+        """Whether any of these settings has another value than the default."""
+        return any(getattr(self, name) != type(self).model_fields[name].default for name in names)
+
+    def idle(self) -> Iterator[str]:
+        """One sentence for every setting that would do nothing."""
+        yield from ()
 
 
 class PolicyView(Protocol):

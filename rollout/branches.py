@@ -26,7 +26,7 @@ from flowsteer.rollout.noise import initial_noise, mix, stream_noise
 from flowsteer.rollout.pipeline import Pipeline
 from flowsteer.rollout.plan import strided_path
 from flowsteer.rollout.sample import Transition, distinct, trajectory_of
-from flowsteer.rollout.solvers import SOLVERS
+from flowsteer.rollout.solvers import SOLVERS, History, remember
 from flowsteer.rollout.types import SharedStates, Trajectory
 
 _CHOICE_STREAM = 1 << 21  # apart from the denoising indices, which number the streams of noise
@@ -110,14 +110,16 @@ def sample_branches(
             log_prob = kernels.log_prob(pool, candidates, weight=log_prob_weight)
             mean = pool.mean if keep_mean else None
             trajectory = trajectory_of([Transition(index, level, latents, candidates, log_prob, mean)], shared)
-            yield from _finished(pipeline, conditioning, branching, trajectory, solver)
+            before = remember(velocity, latents, schedule, index)
+            before = replace(before, denoised=before.denoised[state])
+            yield from _finished(pipeline, conditioning, branching, trajectory, solver, before)
             if branching.trunk == "resampled":
                 following = candidates[_choices(groups, state, index)]
         latents = pipeline.advance(latents, following.to(dtype), index, trunk)
 
 
 def _finished(
-    pipeline: Pipeline, conditioning: Any, branching: Branching, trajectory: Trajectory, solver: str
+    pipeline: Pipeline, conditioning: Any, branching: Branching, trajectory: Trajectory, solver: str, before: History
 ) -> Iterator[Branch]:
     """The pool of a transition, finished in every way that is asked for."""
     schedule, (index,), candidates = conditioning.schedule, trajectory.indices, trajectory.next_latents[:, 0]
@@ -128,7 +130,8 @@ def _finished(
         return
     for granularity in branching.granularities:
         path = strided_path(schedule.num_steps, index, granularity)
-        walk, latents, history = schedule.along(path), candidates, None
+        walk, latents = schedule.along(path), candidates
+        history: History | None = before
         for place in range(index + 1, len(path)):
             velocity = pipeline.velocity(latents, path[place], conditioning)
             following, history = SOLVERS[solver](velocity, latents, walk, place, history)

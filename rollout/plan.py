@@ -223,7 +223,10 @@ def strided_path(num_steps: int, last: int, stride: int) -> tuple[int, ...]:
 
 
 def linear_durations(starts: Sequence[int], iterations: int, min_iterations: int) -> tuple[int, ...]:
-    """Training steps that a window spends at each of its places: from ``iterations`` down to ``min_iterations``."""
+    """Training steps that a window spends at each place: from ``iterations`` at the first to ``min_iterations`` at the last.
+
+    MixGRPO's code interpolates over T - 2 places, of which the last windows are cut short or empty.
+    """
     slope = (iterations - min_iterations) / max(len(starts) - 1, 1)
     return tuple(round(iterations - slope * place) for place in range(len(starts)))
 

@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -104,7 +104,7 @@ FAULTS = (
         file="rl/algorithms/awm.py",
         right="metric: matching_loss(prediction, others[name])",
         wrong="metric: matching_loss(prediction.detach(), others[name])",
-        tests="tests/test_every_algorithm.py -k awm",
+        tests="tests/test_losses.py tests/test_every_algorithm.py -k awm",
     ),
     Fault(
         name="deviation over the wrong axis: all groups together",
@@ -184,6 +184,27 @@ FAULTS = (
         tests="tests/test_branches.py",
     ),
     Fault(
+        name="compressed tail steps along the whole schedule",
+        file="rollout/sample.py",
+        right="SOLVERS[solver](velocity, latents, walk, place, history)",
+        wrong="SOLVERS[solver](velocity, latents, schedule, index, history)",
+        tests="tests/test_sample.py",
+    ),
+    Fault(
+        name="GDPO without its second normalisation",
+        file="rl/compare.py",
+        right='over_step=combine == "gdpo"',
+        wrong="over_step=False",
+        tests="tests/test_algorithms.py",
+    ),
+    Fault(
+        name="KL of DGPO under no_grad",
+        file="rl/algorithms/dgpo.py",
+        right='distance = matching_loss(prediction, others["reference"])',
+        wrong='distance = matching_loss(prediction.detach(), others["reference"])',
+        tests="tests/test_every_algorithm.py -k dgpo",
+    ),
+    Fault(
         name="a missing score counts as zero",
         file="rl/advantage.py",
         right="        self.scored = torch.isfinite(scores)  # [N]",
@@ -217,11 +238,11 @@ def plant(fault: Fault, folder: Path) -> None:
     (folder / ".import-root" / "flowsteer").symlink_to("..")
 
 
-def caught(fault: Fault) -> tuple[bool, str]:
-    """Whether a test fails with the fault, and which one (or how the tests ended)."""
+def caught(fault: Fault, planted: bool = True) -> tuple[bool, str]:
+    """Whether a test fails with the fault, and which one (or how the tests ended). Not ``planted``: without the fault."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        plant(fault, folder)
+        plant(fault if planted else replace(fault, wrong=fault.right), folder)
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(folder / ".import-root")}
         selection, _, keyword = fault.tests.partition(" -k ")
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *selection.split()]
@@ -241,6 +262,12 @@ def main(
         raise typer.Exit(2)
     table = Table("fault", "in", "caught by")
     survived = 0
+    for tests in dict.fromkeys(fault.tests for fault in chosen):
+        with console.status(f"without a fault: {tests}"):
+            failed, how = caught(next(fault for fault in chosen if fault.tests == tests), planted=False)
+        if failed:
+            console.print(f"{tests} fails without any fault: {how}")
+            raise typer.Exit(2)
     for fault in chosen:
         with console.status(fault.name):
             noticed, how = caught(fault)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from toy import GROUP, STEPS, ToyRun, comparison
 
 from flowsteer.rewards.types import Scores
+from flowsteer.rl.advantage import combined_advantage, group_advantage
 from flowsteer.rl.agreement import GradientAgreement, evenly_chosen
 from flowsteer.rl.algorithms.diffusion_nft import nft_loss
 from flowsteer.rl.compare import TooFewScores, compare
@@ -302,6 +303,46 @@ def test_comparisons_come_back_in_the_order_of_the_batches() -> None:
     turned, _ = compare(rollouts[::-1], scored(*totals[::-1]), lambda x: x, **settings)
     assert all(torch.equal(a.advantage, b.advantage) for a, b in zip(straight, turned[::-1]))
     assert straight[2].advantage.tolist() == totals[2]
+
+
+def two_rewards() -> tuple[list[Rollout], list[Scores]]:
+    """Three groups: both rewards speak, of very different scales; one group is tied in both."""
+    rollouts = ToyRun(flow_grpo()).rollouts()
+    parts = [
+        {"large": 1000.0 * torch.arange(8.0), "small": -(torch.arange(8.0) ** 2)},
+        {"large": torch.full((8,), 3.0), "small": torch.full((8,), 0.3)},
+        {"large": torch.arange(8.0).flip(0), "small": torch.ones(8)},
+    ]
+    return rollouts, [Scores(total=p["large"] + 2 * p["small"], parts=p) for p in parts]
+
+
+@pytest.mark.parametrize("combine", ["rewards", "advantages", "gdpo"])
+def test_several_rewards_are_compared_as_the_configuration_says(combine: Any) -> None:
+    rollouts, scores = two_rewards()
+    weights = {"large": 1.0, "small": 2.0, "only reported": 0.0}
+    settings: dict[str, Any] = {"deviation": "group", "clip": None, "min_scored": 1.0}
+    found, _ = compare(rollouts, scores, lambda x: x, weights=weights, combine=combine, **settings)
+    group = torch.cat([rollout.group for rollout in rollouts])
+    columns = {name: torch.cat([score.parts[name] for score in scores]) for name in ("large", "small")}
+    if combine == "rewards":
+        expected = group_advantage(columns["large"] + 2 * columns["small"], group, clip=None)
+    else:
+        pair = {"large": 1.0, "small": 2.0}
+        expected = combined_advantage(columns, pair, group, clip=None, over_step=combine == "gdpo")
+    assert torch.equal(torch.cat([comparison.advantage for comparison in found]), expected)
+    assert found[1].advantage.tolist() == [0.0] * 8  # tied in both: exactly nothing, also after GDPO's second step
+    assert torch.equal(found[0].score, scores[0].total)
+
+
+def test_only_the_best_and_the_worst_count_when_asked() -> None:
+    rollouts, scores = two_rewards()
+    settings: dict[str, Any] = {"deviation": "group", "clip": None, "min_scored": 1.0, "weights": {}}
+    (first, *_), _ = compare(rollouts, scores, lambda x: x, best_and_worst=4, **settings)
+    (whole, *_), _ = compare(rollouts, scores, lambda x: x, **settings)
+    order = scores[0].total.argsort()
+    assert torch.equal(torch.nonzero(first.weight).flatten(), order[[0, 1, -2, -1]].sort().values)
+    assert torch.equal(first.advantage, whole.advantage)  # computed on all
+    assert float(first.weight.max()) == pytest.approx(2.0)  # half of all samples count: twice as much
 
 
 def test_too_few_scores_say_how_many_and_why() -> None:

@@ -55,14 +55,19 @@ def branches(pipeline: Any, indices: list[int], branching: Branching, **options:
     return list(sample_branches(pipeline, rows_of(pipeline), branching, **settings))
 
 
-def test_every_pool_leaves_the_anchor_and_ends_where_sampling_with_that_one_step_ends(pipeline: FlowPipeline) -> None:
+@pytest.mark.parametrize("solver", ["euler", "dpmpp_2m"])
+def test_every_pool_leaves_the_anchor_and_ends_where_sampling_with_that_one_step_ends(
+    pipeline: FlowPipeline, solver: str
+) -> None:
     """G2RPO's singular stochastic sampling: a pool is a group with shared noise and a single stochastic step."""
-    found = branches(pipeline, [0, 2], Branching())
+    found = branches(pipeline, [0, 2], Branching(), solver=solver)
     assert [branch.trajectory.indices for branch in found] == [(0,), (2,)]
     assert [branch.sigma for branch in found] == [0.0, 0.0]
     for branch, index in zip(found, (0, 2)):
         levels = [LEVEL if i == index else 0.0 for i in range(STEPS)]
-        final, trajectory = sample(pipeline, rows_of(pipeline), seeds=SEEDS, initial_seeds=INITIAL, noise_levels=levels)
+        final, trajectory = sample(
+            pipeline, rows_of(pipeline), seeds=SEEDS, initial_seeds=INITIAL, noise_levels=levels, solver=solver
+        )
         assert trajectory is not None
         torch.testing.assert_close(branch.latents, final, rtol=0, atol=ROWS)
         torch.testing.assert_close(branch.trajectory.next_latents, trajectory.next_latents, rtol=0, atol=ROWS)

@@ -114,7 +114,8 @@ def test_overrides_that_cannot_be_read(override, message):
         (
             {"algorithm": {"name": "diffusion_nft", "clip_range": 0.1}},
             "algorithm.clip_range: unknown key for name=diffusion_nft; allowed here: "
-            "beta, kl_coef, name, noise_levels_per_sample, old_decay_max, old_decay_slope, updates_per_rollout",
+            "beta, end_level, first_level, kl_coef, name, noise_levels_per_sample, old_decay_max, old_decay_slope, "
+            "updates_per_rollout",
         ),
         (
             {"rollout": {"plan": {"name": "window", "sise": 2}}},
@@ -352,10 +353,23 @@ def test_what_can_teach_nothing_or_has_no_effect_is_refused():
         ({"rollout": {"branching": {}, "tail_fraction": 0.5}}, "no rollout.branching"),
         (
             {"algorithm": {"name": "awm"}, "rollout": {"plan": {"name": "none"}, "tail_fraction": 0.5}},
-            "it needs a plan with such steps",
+            "it needs a window or single steps as a plan",
         ),
         ({"rollout": {"train_guidance_scale": 1.0}}, "trains the very steps that were drawn, with their guidance"),
-        ({"rollout": {"kernel": {"keep_budget": True}}}, "constant has no decay_rate and no budget to keep"),
+        ({"rollout": {"kernel": {"keep_budget": True}}}, "decay=constant has no keep_budget; leave"),
+        ({"rollout": {"kernel": {"decay": "linear", "decay_rate": 3.0}}}, "decay=linear has no decay_rate; leave"),
+        ({"rollout": {"tail_fraction": 0.5, "plan": {"name": "all"}}}, "it needs a window or single steps as a plan"),
+        ({"advantage": {"best_and_worst": 16}}, "best_and_worst=16 leaves nothing out of groups of 16"),
+        (
+            {"algorithm": {"name": "flow_grpo", "transitions_per_sample": 1}, "rollout": {"branching": {}}},
+            "trains every pool, each of one step; leave algorithm.transitions_per_sample out",
+        ),
+        ({"algorithm": {"name": "weighted_sft", "temperature": 2.0}}, "weights=best has no temperature"),
+        (
+            {"algorithm": {"name": "dgpo", "clip_range": None, "old_decay_max": 0.5}},
+            "reference=reference has no old policy; leave old_decay",
+        ),
+        ({"algorithm": {"name": "awm", "old_coef": 0.0, "old_decay_max": 0.5}}, "old_coef=0 has no old policy"),
         (
             {"rollout": {"plan": {"name": "window", "strategy": "linear_decay", "decay_rate": 0.5}}},
             "strategy=linear_decay has no decay_rate; leave them out",

@@ -146,12 +146,29 @@ def test_the_log_ratio_of_guard_is_noise_times_shift_and_has_mean_zero() -> None
     assert max(plain) < -4
 
 
-def test_guard_divides_each_step_by_its_length() -> None:
-    run = moved(VARIANTS["grpo_guard"] | {"algorithm": {"name": "grpo_guard", "clip_range": 10.0}})
-    for batch in transition_batches(run.drawn[:1], [comparison([1.0] * GROUP)], step=0):  # type: ignore[attr-defined]
+def test_guard_divides_each_step_by_its_length_and_its_bias_has_a_gradient() -> None:
+    run = ToyRun(VARIANTS["grpo_guard"] | {"algorithm": {"name": "grpo_guard", "clip_range": 10.0}})
+    run.toy.power = 2.0  # steps of many lengths
+    (rollout, *_) = run.rollouts()
+    with torch.no_grad():
+        run.toy.network.bias += 0.5
+    sigma = rollout.conditioning.schedule.sigma
+    lengths = []
+    for batch in transition_batches([rollout], [comparison([1.0] * GROUP)], step=0):
         loss, metrics = run.algorithm.loss(run.policy, batch)
         total, count = metrics["ratio"]
-        assert float(loss) == pytest.approx(-float(total) / count / 0.2, rel=1e-5)  # five equal steps
+        lengths.append(float(sigma[batch.index] - sigma[batch.index + 1]))
+        assert loss.item() == pytest.approx(-float(total) / count / lengths[-1], rel=1e-5)
+        # d ratio / d mean = ratio z / D, for log ratio = <z (mean - mean_old)>: nothing of the bias's own is left
+        trajectory, k = batch.trajectory, batch.transition
+        assert trajectory.mean is not None
+        current = gaussian(run.policy, batch, "flow_sde")
+        noise = (batch.next_latents - trajectory.mean[:, k]) / current.std
+        ratio = torch.exp((noise * (current.mean - trajectory.mean[:, k])).mean(1))
+        expected = torch.autograd.grad(-ratio.mean() / lengths[-1], run.toy.network.bias)[0]
+        ours = torch.autograd.grad(loss, run.toy.network.bias)[0]
+        torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-6)
+    assert max(lengths) > 2 * min(lengths)
 
 
 # --- DGPO ---------------------------------------------------------------------------------------------------------------
@@ -355,8 +372,10 @@ def test_the_anchor_of_awm_holds_it_near_the_old_policy() -> None:
         with torch.no_grad(), run.policy.using(name):
             anchor = run.policy.velocity(noised, batch.index, batch.conditioning)
         distance = matching_loss(run.policy.velocity(noised, batch.index, batch.conditioning), anchor).mean()
-        assert float(loss) == pytest.approx(3.0 * float(distance), rel=1e-5)
-        assert float(distance) > 0
+        assert loss.item() == pytest.approx(3.0 * distance.item(), rel=1e-5)
+        ours, true = (torch.autograd.grad(value, run.toy.network.bias)[0] for value in (loss, 3.0 * distance))
+        torch.testing.assert_close(ours, true)
+        assert true.abs().max() > 0
 
 
 # --- fine-tuning on better samples ----------------------------------------------------------------------------------------
@@ -367,6 +386,8 @@ def test_weights_of_samples_by_hand() -> None:
     made = comparison([1.0, 1.0, -2.0, 0.0, 0.0, 0.0, 0.5, -0.5], weight=[1.0] * 7 + [0.0])
     assert sample_weights(group, made, "best", 1.0).tolist() == pytest.approx([1.5, 1.5, 0, 0, 0, 0, 1, 0])
     assert sample_weights(group, made, "positive", 1.0).tolist() == [1, 1, 0, 0, 0, 0, 0.5, 0]
+    cold = sample_weights(group, made, "exponential", 1e-3)  # no overflow: the best share, as with `best`
+    assert cold.tolist() == pytest.approx([1.5, 1.5, 0, 0, 0, 0, 1, 0])
     first = 3 * torch.softmax(torch.tensor([1.0, 1.0, -2.0]) / 2, 0)
     assert sample_weights(group, made, "exponential", 2.0).tolist() == pytest.approx([*first.tolist(), 0, 0, 0, 1, 0])
 

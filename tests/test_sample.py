@@ -12,11 +12,11 @@ from torch import Tensor
 from flowsteer.rollout import kernels
 from flowsteer.rollout.noise import initial_noise, mix, stream_noise
 from flowsteer.rollout.pipeline import Conditioning, FlowPipeline
-from flowsteer.rollout.plan import all_steps, no_steps, window
+from flowsteer.rollout.plan import all_steps, compressed_path, no_steps, window
 from flowsteer.rollout.prompts import Prompts, sample_seeds
 from flowsteer.rollout.sample import sample
 from flowsteer.rollout.solvers import SOLVERS, History, remember
-from flowsteer.rollout.types import Trajectory
+from flowsteer.rollout.types import Schedule, Trajectory
 from flowsteer.rollout.worker import RolloutWorker
 
 STEPS, GUIDED = 4, 4.0
@@ -190,6 +190,34 @@ def test_only_stochastic_steps_are_stored(pipeline: FlowPipeline, solver: str) -
             velocity = pipeline.velocity(current, index, rows)
             current, history = SOLVERS[solver](velocity, current, rows.schedule, index, history)
     assert torch.equal(current, latents)
+
+
+@pytest.mark.parametrize("start", range(5))
+@pytest.mark.parametrize("fraction", [0.2, 0.4, 1.0])
+def test_mixgrpo_flash_at_every_place_of_the_window(pipeline: FlowPipeline, start: int, fraction: float) -> None:
+    """By hand, with the levels that are visited written out: to sigma 0, with the window's predictions as history."""
+    steps, size = 7, 2
+    rows = pipeline.prepare(["a red circle", "a cat"], num_inference_steps=steps, guidance_scale=1.0)
+    levels = tuple(0.7 if start <= index < start + size else 0.0 for index in range(steps))
+    last, seeds = start + size - 1, torch.tensor([1, 2])
+    path = compressed_path(steps, last, fraction)
+    drawn = sample(pipeline, rows, seeds=seeds, noise_levels=levels, path=path, solver="dpmpp_2m")
+
+    sigma = [float(rows.schedule.sigma[index]) for index in path] + [0.0]
+    walk = Schedule(sigma=torch.tensor(sigma), alpha=1 - torch.tensor(sigma), timesteps=torch.zeros(len(path)))
+    x, history = initial_noise(seeds, rows.latent_shape), None
+    with torch.no_grad():
+        for place, index in enumerate(path):
+            velocity = pipeline.velocity(x, index, rows)
+            following, after = SOLVERS["dpmpp_2m"](velocity, x, walk, place, history)
+            if levels[index]:
+                step = kernels.flow_sde(velocity, x, rows.schedule, index, levels[index])
+                following = step.mean + step.std * stream_noise(seeds, index, rows.latent_shape)
+            x, history = following, after
+    assert sigma[-1] == 0
+    assert len(path) == steps or fraction < 1
+    torch.testing.assert_close(drawn[0], x, rtol=0, atol=ROWS)
+    assert trajectory_of(drawn).indices == (start, start + 1)
 
 
 # --- noise --------------------------------------------------------------------------------------------------------------

@@ -38,6 +38,7 @@ class Toy:
     """A hand-written pipeline: four latents, a linear velocity, "images" that are the latents themselves."""
 
     def __init__(self) -> None:
+        self.power = 1.0  # of the noise levels; 1: equal steps
         self.network = nn.Linear(6, 4)
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
@@ -49,7 +50,7 @@ class Toy:
         return {"network": self.network}
 
     def prepare(self, prompts: list[str], *, num_inference_steps: int, **guidance: Any) -> ToyRows:
-        sigma = torch.linspace(1, 0, num_inference_steps + 1)
+        sigma = torch.linspace(1, 0, num_inference_steps + 1) ** self.power
         schedule = Schedule(sigma=sigma, alpha=1 - sigma, timesteps=1000 * sigma[:-1])
         return ToyRows(schedule, torch.tensor([float(len(prompt)) / 10 for prompt in prompts]))
 

@@ -57,7 +57,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "algorithm": {"name": "diffusion_nft", "noise_levels_per_sample": 2, "kl_coef": 1e-3, "old_decay_slope": 0.1},
         **NONE,
     },
-    "awm": {"algorithm": {"name": "awm", "noise_levels_per_sample": 2, "old_decay_slope": 0.1}, **NONE},
+    "awm": {"algorithm": {"name": "awm", "noise_levels_per_sample": 2}, **NONE},
     "awm off-policy": {
         "algorithm": {"name": "awm", "noise_levels_per_sample": 2, "clip_range": 0.1, "weighting": "sigma"},
         **NONE,

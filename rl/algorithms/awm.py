@@ -16,22 +16,21 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from flowsteer.rl.forward import ForwardBatch, NoiseLevels, forward_batches, matching_loss, prediction_of
 from flowsteer.rl.transitions import clipped_objective, loss_metrics, ratio_metrics
-from flowsteer.rl.types import Comparison, Metrics, PolicyView, Requirements
+from flowsteer.rl.types import AlgorithmSettings, Comparison, Metrics, PolicyView, Requirements
 from flowsteer.rollout.types import Rollout
 
 Weighting = Literal["uniform", "sigma", "sigma_squared", "huber", "general_huber"]
 HUBER_POWER = 0.25  # p of the published generalised Huber function
 
 
-class AWMConfig(BaseModel):
+class AWMConfig(AlgorithmSettings):
     """AWM's hyper-parameters; the defaults are the published ones for Stable Diffusion 3.5."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     needs: ClassVar[Requirements] = Requirements(transitions=False, clipped_advantage=True)
 
     name: Literal["awm"] = "awm"
@@ -49,7 +48,11 @@ class AWMConfig(BaseModel):
     first_level: Annotated[int, Field(ge=0)] = 0
     end_level: PositiveInt | None = None
     """Denoising indices to train at, ``first_level <= index < end_level``; null leaves out the last one."""
-    updates_per_rollout: PositiveInt = 1
+
+    def idle(self) -> Iterator[str]:
+        """The old policy's schedule, where nothing asks for it."""
+        if self.clip_range is None and not self.old_coef and self.changed("old_decay_slope", "old_decay_max"):
+            yield "awm without clip_range and with old_coef=0 has no old policy; leave old_decay_* out"
 
 
 class AWM:

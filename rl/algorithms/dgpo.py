@@ -10,7 +10,8 @@ is one over processes.
 
 As in the published code: samples whose error has left exp(d_old - d) = 1 +- clip_range in the direction in which they are
 pushed get no more gradient; the reference is the start of training, or the old policy (TDM-R1's dynamic reference). Difference:
-noise is redrawn for every noise level and training step, as there, but by seed. Left out: the KL to a guided reference.
+noise is redrawn for every noise level and training step, as there, but by seed; the old policy follows once in a training
+step. Left out: the KL to a guided reference, rollouts by a moving average late in training.
 
 Letters: B samples, N samples of all processes, X latent shape of one sample.
 """
@@ -22,20 +23,19 @@ from dataclasses import replace
 from typing import Annotated, ClassVar, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from flowsteer.rl.forward import ForwardBatch, NoiseLevels, forward_batches, matching_loss, prediction_of
 from flowsteer.rl.transitions import loss_metrics
-from flowsteer.rl.types import Comparison, Metrics, PolicyView, Requirements
+from flowsteer.rl.types import AlgorithmSettings, Comparison, Metrics, PolicyView, Requirements
 from flowsteer.rollout.noise import mix
 from flowsteer.rollout.types import Rollout
 
 
-class DGPOConfig(BaseModel):
+class DGPOConfig(AlgorithmSettings):
     """DGPO's hyper-parameters; the defaults are the published ones for Stable Diffusion 3.5 with guided rollouts."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     needs: ClassVar[Requirements] = Requirements(transitions=False, groups_in_a_pass=True)
 
     name: Literal["dgpo"] = "dgpo"
@@ -53,7 +53,15 @@ class DGPOConfig(BaseModel):
     first_level: Annotated[int, Field(ge=0)] = 0
     end_level: PositiveInt | None = None
     """Denoising indices to train at, ``first_level <= index < end_level``; null leaves out the last one."""
-    updates_per_rollout: PositiveInt = 1
+
+    def idle(self) -> Iterator[str]:
+        """The old policy's schedule, where nothing asks for it."""
+        if (
+            self.clip_range is None
+            and self.reference == "reference"
+            and self.changed("old_decay_slope", "old_decay_max")
+        ):
+            yield "dgpo without clip_range and with reference=reference has no old policy; leave old_decay_* out"
 
 
 class DGPO:

@@ -18,19 +18,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from flowsteer.rl.forward import ForwardBatch, NoiseLevels, forward_batches, matching_loss, prediction_of
 from flowsteer.rl.pairs import best_and_worst, preference_loss
-from flowsteer.rl.types import Comparison, Metrics, PolicyView, Requirements
+from flowsteer.rl.types import AlgorithmSettings, Comparison, Metrics, PolicyView, Requirements
 from flowsteer.rollout.types import Rollout
 
 
-class DiffusionDPOConfig(BaseModel):
+class DiffusionDPOConfig(AlgorithmSettings):
     """Diffusion-DPO's hyper-parameters."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     needs: ClassVar[Requirements] = Requirements(transitions=False, groups_in_a_batch=True)
 
     name: Literal["diffusion_dpo"] = "diffusion_dpo"
@@ -42,7 +41,6 @@ class DiffusionDPOConfig(BaseModel):
     first_level: Annotated[int, Field(ge=0)] = 0
     end_level: PositiveInt | None = None
     """Denoising indices to train at, ``first_level <= index < end_level``; null leaves out the last one."""
-    updates_per_rollout: PositiveInt = 1
 
 
 class DiffusionDPO:

@@ -18,33 +18,34 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, ClassVar, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from flowsteer.rl.forward import ForwardBatch, NoiseLevels, forward_batches, matching_loss, prediction_of
 from flowsteer.rl.transitions import loss_metrics
-from flowsteer.rl.types import Comparison, Metrics, PolicyView, Requirements
+from flowsteer.rl.types import AlgorithmSettings, Comparison, Metrics, PolicyView, Requirements
 from flowsteer.rollout.kernels import denoised
 from flowsteer.rollout.types import Rollout, flat_mean
 
 
-class DiffusionNFTConfig(BaseModel):
+class DiffusionNFTConfig(AlgorithmSettings):
     """DiffusionNFT's hyper-parameters; the defaults are the published ones for Stable Diffusion 3.5."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     needs: ClassVar[Requirements] = Requirements(transitions=False, clipped_advantage=True)
 
     name: Literal["diffusion_nft"] = "diffusion_nft"
     beta: PositiveFloat = 1.0
     """b, how far the implicit policies reach: small values take long steps."""
     noise_levels_per_sample: PositiveInt = 9
-    """How many of the sampler's noise levels each rollout batch is trained at; at most all but the last."""
+    """How many of the sampler's noise levels each rollout batch is trained at."""
+    first_level: Annotated[int, Field(ge=0)] = 0
+    end_level: PositiveInt | None = None
+    """Denoising indices to train at, ``first_level <= index < end_level``; null leaves out the last one."""
     kl_coef: NonNegativeFloat = 1e-4
     """Weight of the squared distance of the prediction to the reference's."""
     old_decay_slope: NonNegativeFloat = 1e-3
     old_decay_max: Annotated[float, Field(ge=0, le=1)] = 0.5
     """After n updates the old policy keeps min(slope * n, max) of itself and takes the rest from the current one."""
-    updates_per_rollout: PositiveInt = 1
 
 
 class DiffusionNFT:
@@ -70,8 +71,12 @@ class DiffusionNFT:
         kl_coef: float,
         old_decay_slope: float,
         old_decay_max: float,
+        first_level: int,
+        end_level: int | None,
     ) -> None:
-        self.levels = NoiseLevels(num_inference_steps, count=noise_levels_per_sample, seed=seed)
+        self.levels = NoiseLevels(
+            num_inference_steps, count=noise_levels_per_sample, first=first_level, end=end_level, seed=seed
+        )
         self.passes_per_batch = noise_levels_per_sample
         self.advantage_clip = advantage_clip
         self.beta = beta

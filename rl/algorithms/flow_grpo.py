@@ -26,7 +26,7 @@ from collections.abc import Iterator, Sequence
 from typing import ClassVar, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from flowsteer.rl.transitions import (
@@ -37,15 +37,14 @@ from flowsteer.rl.transitions import (
     ratio_metrics,
     transition_batches,
 )
-from flowsteer.rl.types import Comparison, Metrics, PolicyView, Requirements
+from flowsteer.rl.types import AlgorithmSettings, Comparison, Metrics, PolicyView, Requirements
 from flowsteer.rollout import kernels
 from flowsteer.rollout.types import Rollout
 
 
-class FlowGRPOConfig(BaseModel):
+class FlowGRPOConfig(AlgorithmSettings):
     """Flow-GRPO's hyper-parameters; the defaults are the paper's for Stable Diffusion 3.5."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     needs: ClassVar[Requirements] = Requirements(transitions=True)
 
     name: Literal["flow_grpo"] = "flow_grpo"

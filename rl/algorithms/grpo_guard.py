@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from typing import ClassVar, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from flowsteer.rl.transitions import (
@@ -28,15 +28,14 @@ from flowsteer.rl.transitions import (
     ratio_metrics,
     transition_batches,
 )
-from flowsteer.rl.types import Comparison, Metrics, PolicyView, Requirements, schedule_of
+from flowsteer.rl.types import AlgorithmSettings, Comparison, Metrics, PolicyView, Requirements, schedule_of
 from flowsteer.rollout import kernels
 from flowsteer.rollout.types import Rollout
 
 
-class GRPOGuardConfig(BaseModel):
+class GRPOGuardConfig(AlgorithmSettings):
     """GRPO-Guard's hyper-parameters."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     needs: ClassVar[Requirements] = Requirements(transitions=True, means=True, gaussian_log_prob=True)
 
     name: Literal["grpo_guard"] = "grpo_guard"

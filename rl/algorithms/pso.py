@@ -18,26 +18,24 @@ from collections.abc import Iterator, Sequence
 from typing import ClassVar, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt
+from pydantic import PositiveFloat
 from torch import Tensor
 
 from flowsteer.rl.pairs import best_and_worst, preference_loss
 from flowsteer.rl.transitions import TransitionBatch, gaussian, transition_batches
-from flowsteer.rl.types import Comparison, Metrics, PolicyView, Requirements
+from flowsteer.rl.types import AlgorithmSettings, Comparison, Metrics, PolicyView, Requirements
 from flowsteer.rollout import kernels
 from flowsteer.rollout.types import Rollout
 
 
-class PSOConfig(BaseModel):
+class PSOConfig(AlgorithmSettings):
     """PSO's hyper-parameters; the defaults are the published ones for SDXL-Turbo."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     needs: ClassVar[Requirements] = Requirements(transitions=True, groups_in_a_batch=True)
 
     name: Literal["pso"] = "pso"
     beta: PositiveFloat = 50.0
     """How sharply preferences are fitted, in units of the mean log ratio; of one latent dimension, not of all."""
-    updates_per_rollout: PositiveInt = 1
 
 
 class PSO:

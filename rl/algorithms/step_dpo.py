@@ -23,20 +23,19 @@ from collections.abc import Iterator, Sequence
 from typing import Annotated, ClassVar, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat
 from torch import Tensor
 
 from flowsteer.rl.pairs import best_and_worst, preference_loss
 from flowsteer.rl.transitions import TransitionBatch, state_gaussian, transition_batches
-from flowsteer.rl.types import Comparison, Metrics, PolicyView, Requirements
+from flowsteer.rl.types import AlgorithmSettings, Comparison, Metrics, PolicyView, Requirements
 from flowsteer.rollout.kernels import LogProbWeight
 from flowsteer.rollout.types import Rollout, flat_mean
 
 
-class StepDPOConfig(BaseModel):
+class StepDPOConfig(AlgorithmSettings):
     """Step-aware DPO's hyper-parameters; the defaults are the published ones for Stable Diffusion 1.5."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     needs: ClassVar[Requirements] = Requirements(transitions=True, pools=True, groups_in_a_batch=True)
 
     name: Literal["step_dpo"] = "step_dpo"
@@ -44,7 +43,6 @@ class StepDPOConfig(BaseModel):
     """How sharply preferences are fitted, in units of the mean log ratio; of one latent dimension, not of all."""
     threshold: Annotated[float, Field(ge=0, lt=1)] = 0.3
     """Pairs count whose probability of preference, softmax of both scores, differs by more than this."""
-    updates_per_rollout: PositiveInt = 1
 
 
 class StepDPO:

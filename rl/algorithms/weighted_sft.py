@@ -4,7 +4,7 @@ The loss is the ordinary matching error of each sample, weighted by how good it 
 
 - ``best``: the best sample of each group counts, the others do not (RAFT, arXiv 2304.06767; Flow-GRPO's online SFT);
 - ``positive``: samples above their group's mean count by their advantage;
-- ``exponential``: a softmax of advantage / temperature over the group (reward-weighted regression, arXiv 2302.12192).
+- ``exponential``: a softmax of advantage / temperature over the group (reward-weighted regression, Peters and Schaal 2007).
 
 Nothing is pushed away from, so these move slowly and safely; the yardstick of all the others. Differences from Flow-GRPO's
 script: several best samples of a group share its weight, and a group of equal scores teaches nothing. Left out: its weighting
@@ -19,21 +19,20 @@ from collections.abc import Iterator, Sequence
 from typing import Annotated, ClassVar, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from flowsteer.rl.forward import ForwardBatch, NoiseLevels, forward_batches, matching_loss, prediction_of
 from flowsteer.rl.transitions import loss_metrics
-from flowsteer.rl.types import Comparison, Metrics, PolicyView, Requirements
+from flowsteer.rl.types import AlgorithmSettings, Comparison, Metrics, PolicyView, Requirements
 from flowsteer.rollout.types import Rollout
 
 SampleWeights = Literal["best", "positive", "exponential"]
 
 
-class WeightedSFTConfig(BaseModel):
+class WeightedSFTConfig(AlgorithmSettings):
     """Which samples count, and how far the prediction may go."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     needs: ClassVar[Requirements] = Requirements(transitions=False, groups_in_a_batch=True)
 
     name: Literal["weighted_sft"] = "weighted_sft"
@@ -46,7 +45,11 @@ class WeightedSFTConfig(BaseModel):
     first_level: Annotated[int, Field(ge=0)] = 0
     end_level: PositiveInt | None = None
     """Denoising indices to train at, ``first_level <= index < end_level``; null leaves out the last one."""
-    updates_per_rollout: PositiveInt = 1
+
+    def idle(self) -> Iterator[str]:
+        """The temperature, where no weight is exponential."""
+        if self.weights != "exponential" and self.changed("temperature"):
+            yield f"weighted_sft with weights={self.weights} has no temperature; leave it out"
 
 
 class WeightedSFT:
@@ -125,6 +128,7 @@ def sample_weights(group: Tensor, comparison: Comparison, kind: SampleWeights, t
         best = torch.where(same, advantage[None], -torch.inf).amax(1)
         raw = ((advantage == best) & (advantage > 0)).float()
     else:
-        raw = torch.exp(advantage / temperature)
+        highest = torch.where(same, advantage[None], -torch.inf).amax(1).nan_to_num(neginf=0.0)
+        raw = torch.exp(((advantage - highest) / temperature).clamp(max=0))  # of those that count, the best has 1
     shares = counts * raw * same.sum(1) / (same * raw[None]).sum(1).clamp(min=1e-30)
     return shares * (same & (advantage[None] != 0)).any(1)
