@@ -110,6 +110,29 @@ def test_two_processes_under_zero_2_are_one_and_resume_bit_for_bit(
     assert_equal_runs(launch.run(config, processes=2, resume=True), two)
 
 
+def test_a_group_of_dgpo_may_lie_on_two_processes(runs: Runs) -> None:
+    """Batches of half a group on each of two processes, against whole groups on one: the sum over the group is the same."""
+    overrides = {"num_steps": 2, **VARIANTS["dgpo"]}
+    whole = runs("dgpo in whole groups", **overrides)
+    halves = runs("dgpo in halves", processes=2, **overrides, **{"rollout.batch_size": 2})
+    mine, other = lines(whole, without=(AGREEMENT,)), lines(halves, without=(AGREEMENT,))
+    for one, two in zip(mine, other):
+        for key in one:  # passes over two rows and over four: other kernels, other roundings than those of sums alone
+            assert one[key] == pytest.approx(two[key], rel=2e-4, abs=1e-6), key
+    left, right = weights(whole), weights(halves)
+    assert max(float((left[key] - right[key]).abs().max()) for key in left) < 1e-5
+    assert max(float(value.abs().max()) for key, value in left.items() if "lora_B" in key) > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_three_policies_under_zero_3_are_plain(runs: Runs, kind: str) -> None:
+    """DGPO with its KL asks the current, the old and the reference policy in every pass."""
+    overrides = {"num_steps": 2, **VARIANTS["dgpo old"]} | ({"model.lora": None} if kind == "full" else {})
+    assert_close_runs(
+        runs(f"three {kind}", **overrides), runs(f"three {kind} 3", **overrides, **{"engine.zero_stage": 3})
+    )
+
+
 def test_two_processes_are_one_over_several_updates(runs: Runs) -> None:
     one, two = runs("flow_grpo"), runs("flow_grpo_two", processes=2)
     assert_close_runs(one, two)
