@@ -83,24 +83,40 @@ class Line:
     outcomes: list[Outcome] = field(default_factory=list)
 
 
+# With the dense reward every step of the trajectory has a say, so log densities have their Gaussian weight; steps are smaller.
+GAUSSIAN = "rollout.kernel.log_prob_weight=gaussian"
+FEWER = "rollout.prompts_per_step=12"
+FEWER_FORWARD = "rollout.prompts_per_step=16"
+
 ENTRIES: dict[str, Entry] = {
-    "Flow-GRPO, SDE": Entry("embedded_flow_grpo_sde_composition"),
-    "Flow-GRPO, CPS": Entry("embedded_flow_grpo_cps_composition"),
-    "Flow-GRPO-Fast": Entry("embedded_flow_grpo_fast_composition"),
-    "MixGRPO": Entry("embedded_mixgrpo_composition"),
-    "MixGRPO-Flash": Entry("embedded_mixgrpo_flash_composition"),
-    "DanceGRPO": Entry("embedded_dance_grpo_composition"),
-    "G2RPO": Entry("embedded_g2rpo_composition"),
-    "GRPO-Guard": Entry("embedded_grpo_guard_composition"),
-    "step-aware DPO": Entry("embedded_step_dpo_composition"),
-    "PSO": Entry("embedded_pso_composition"),
-    "DGPO": Entry("embedded_dgpo_composition"),
-    "DiffusionNFT": Entry("embedded_nft_composition"),
-    "AWM": Entry("embedded_awm_composition"),
-    "Diffusion-DPO, online": Entry("embedded_diffusion_dpo_composition"),
-    "Diffusion-DPO, offline": Entry("embedded_diffusion_dpo_composition", ("algorithm.refresh_every=null",)),
-    "RAFT": Entry("embedded_raft_composition"),
-    "reward-weighted regression": Entry("embedded_raft_composition", ("algorithm.weights=exponential",)),
+    "Flow-GRPO, SDE": Entry("embedded_flow_grpo_sde_composition", dense=(GAUSSIAN, FEWER)),
+    "Flow-GRPO, CPS": Entry("embedded_flow_grpo_cps_composition", dense=(FEWER,)),
+    "Flow-GRPO-Fast": Entry("embedded_flow_grpo_fast_composition", dense=(FEWER,)),
+    "MixGRPO": Entry("embedded_mixgrpo_composition", dense=(GAUSSIAN, FEWER)),
+    "MixGRPO-Flash": Entry("embedded_mixgrpo_flash_composition", dense=(GAUSSIAN, FEWER)),
+    "DanceGRPO": Entry("embedded_dance_grpo_composition", dense=(GAUSSIAN, FEWER)),
+    "G2RPO": Entry("embedded_g2rpo_composition", dense=(GAUSSIAN,)),
+    "GRPO-Guard": Entry("embedded_grpo_guard_composition", dense=(FEWER,)),
+    "step-aware DPO": Entry("embedded_step_dpo_composition", dense=(GAUSSIAN, "algorithm.beta=10.0")),
+    "PSO": Entry("embedded_pso_composition", dense=(GAUSSIAN, "algorithm.beta=10.0")),
+    "DGPO": Entry("embedded_dgpo_composition", dense=("algorithm.beta=10.0", FEWER_FORWARD)),
+    "DiffusionNFT": Entry("embedded_nft_composition", dense=("optimizer.learning_rate=6.0e-4", FEWER_FORWARD)),
+    "AWM": Entry("embedded_awm_composition", dense=("optimizer.learning_rate=6.0e-4", FEWER_FORWARD)),
+    "Diffusion-DPO, online": Entry(
+        "embedded_diffusion_dpo_composition",
+        dense=("algorithm.beta=500.0", "optimizer.learning_rate=6.0e-4", FEWER_FORWARD),
+    ),
+    "Diffusion-DPO, offline": Entry(
+        "embedded_diffusion_dpo_composition",
+        ("algorithm.refresh_every=null",),
+        ("algorithm.beta=500.0", "optimizer.learning_rate=6.0e-4", FEWER_FORWARD),
+    ),
+    "RAFT": Entry("embedded_raft_composition", dense=("optimizer.learning_rate=6.0e-4", FEWER_FORWARD)),
+    "reward-weighted regression": Entry(
+        "embedded_raft_composition",
+        ("algorithm.weights=exponential",),
+        ("optimizer.learning_rate=6.0e-4", FEWER_FORWARD),
+    ),
 }
 
 
@@ -174,14 +190,14 @@ def one_thread() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error"}
 
 
-def train_one(name: str, reward: Reward, steps: int, seed: int, folder: Path) -> Path:
+def train_one(name: str, reward: Reward, steps: int, seed: int, folder: Path, captions: int) -> Path:
     """One run in a process of its own; a finished one is left as it is. Raises RuntimeError with the end of its output."""
     files = sorted((folder / "evaluations").glob("step_*.json"))
     if files and files[-1].stem == f"step_{steps:06d}":
         return folder
     entry = ENTRIES[name]
     more = [f"num_steps={steps}", f"seed={seed}", f"output={folder}", "trackers=[]"]
-    more += ["evaluation.num_prompts=264", "evaluation.num_seeds=4"]
+    more += [f"evaluation.num_prompts={captions}", "evaluation.num_seeds=4"]
     command = [
         sys.executable,
         "-m",
@@ -270,6 +286,7 @@ def main(
     ] = 5.0,
     budget: Annotated[list[str] | None, typer.Option(help="passes or minutes; both unless given.")] = None,
     parallel: Annotated[int, typer.Option(min=1, help="Runs at a time, one thread each.")] = 2,
+    captions: Annotated[int, typer.Option(min=2, help="Reserved captions to evaluate, four seeds each.")] = 264,
     root: Annotated[Path, typer.Option(help="Folder for the runs.")] = Path("runs/compare"),
     write: Annotated[bool, typer.Option("--write", help="Put the tables into docs/algorithms.md.")] = False,
     only_probe: Annotated[bool, typer.Option("--probe", hidden=True)] = False,
@@ -297,7 +314,7 @@ def main(
                     jobs = []
                     for seed in range(seeds):
                         folder = root / of / f"{file_name(name)}_{steps}" / f"seed_{seed}"
-                        jobs.append(pool.submit(train_one, name, of, steps, seed, folder))
+                        jobs.append(pool.submit(train_one, name, of, steps, seed, folder, captions))
                         jobs[-1].add_done_callback(lambda _, task=task: bar.advance(task))
                     plans.append(
                         (line, lambda jobs=jobs, of=of, probed=probed: [outcome(j.result(), of, probed) for j in jobs])

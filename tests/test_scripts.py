@@ -65,3 +65,30 @@ def test_the_benchmark_measures_both_acts() -> None:
         cells = [cell.strip() for cell in row.strip("│ ").split("│")]
         assert cells[1] == act
         assert float(cells[-1]) > 0.5  # the overhead; what it is on a quiet machine is in docs/benchmarks.md
+
+
+def test_algorithms_are_compared_and_a_finished_run_is_not_repeated(tmp_path: Path) -> None:
+    arguments = ["scripts/compare_algorithms.py", "DGPO", "--reward", "dense", "--budget", "passes", "--passes", "5"]
+    arguments += ["--seeds", "2", "--captions", "6", "--root", str(tmp_path)]
+    times = []
+    for _ in range(2):
+        done = subprocess.run(
+            [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
+        )
+        assert done.returncode in (0, 1), (
+            done.stdout + done.stderr[-4000:]
+        )  # 1: no gain beyond the interval, in two steps
+        assert "| DGPO |" in done.stdout
+        times.append({file: file.stat().st_mtime for file in tmp_path.rglob("metrics.jsonl")})
+    assert len(times[0]) == 2
+    assert times[0] == times[1]
+
+
+def test_every_line_of_the_comparison_can_run() -> None:
+    program = "import runpy; from flowsteer.rl.config import load_config\n"
+    program += "import sys; sys.path.insert(0, 'scripts'); made = runpy.run_path('scripts/compare_algorithms.py')\n"
+    program += "for entry in made['ENTRIES'].values():\n"
+    program += "    for reward in ('composition', 'dense'):\n"
+    program += "        load_config(entry.config, made['settings_of'](entry, reward)).check(1)\n"
+    program += "print(len(made['ENTRIES']))"
+    assert int(script("-c", program)) >= 17
