@@ -21,7 +21,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "algorithm": {"name": "flow_grpo", "clip_range": 0.05, "transitions_per_sample": 2},
         "rollout.kernel": {"name": "dance_sde", "noise_level": 0.7, "decay": "linear", "keep_budget": False},
         "rollout.shared_noise": True,
-        "advantage.best_and_worst": 4,
+        "advantage.best_and_worst": 2,
     },
     "mix_grpo flash": {
         "algorithm": {"name": "flow_grpo", "clip_range": 0.05},
