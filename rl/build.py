@@ -165,7 +165,7 @@ def start(config: Config, *, resume: bool = False, quiet: bool = False) -> Run:
     folder = Path(config.output)
     open_run(folder, config, resume=resume)
     plan = build_plan(config.rollout.plan, config)
-    build_branching(config)
+    build_branching(config)  # its faults, like all others, before anything is written
     engine = build_engine(config)  # before the rewards: a model of theirs then lands on this process's device
     algorithm = build_algorithm(config, plan, engine)
     prompts = read_prompts(config.prompts.train)

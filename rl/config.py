@@ -28,6 +28,7 @@ from pydantic import (
 )
 
 from flowsteer.rl.algorithms import AlgorithmConfig
+from flowsteer.rl.types import changed
 from flowsteer.rollout.prompts import check_divisible
 
 logger = logging.getLogger(__name__)
@@ -37,11 +38,6 @@ class Section(BaseModel):
     """A part of the configuration: frozen, and strict about its keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-def changed(section: BaseModel) -> set[str]:
-    """The keys whose values are not the defaults: a saved configuration has all keys."""
-    return {name for name, field in type(section).model_fields.items() if getattr(section, name) != field.default}
 
 
 class LoRAConfig(Section):

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flowsteer.rl.types import Comparison, Metrics, PolicyView, schedule_of
+from flowsteer.rl.types import Comparison, PolicyView, schedule_of
 from flowsteer.rollout import kernels
 from flowsteer.rollout.noise import mix
 from flowsteer.rollout.types import Rollout, Trajectory
@@ -81,7 +81,8 @@ def transition_batches(
 
 def gaussian(policy: PolicyView, batch: TransitionBatch, kernel: str) -> kernels.Gaussian:
     """The step under the active policy, mean [B, *X]. One network pass over the states serves all samples that left them."""
-    return spread(state_gaussian(policy, batch, kernel), batch)
+    of_states, shared = state_gaussian(policy, batch, kernel), batch.trajectory.shared
+    return of_states if shared is None else replace(of_states, mean=of_states.mean[shared.state])
 
 
 def state_gaussian(policy: PolicyView, batch: TransitionBatch, kernel: str) -> kernels.Gaussian:
@@ -97,37 +98,8 @@ def state_gaussian(policy: PolicyView, batch: TransitionBatch, kernel: str) -> k
     )
 
 
-def spread(of_states: kernels.Gaussian, batch: TransitionBatch) -> kernels.Gaussian:
-    """From the states [S, *X] to the samples that left them [B, *X]."""
-    shared = batch.trajectory.shared
-    return of_states if shared is None else replace(of_states, mean=of_states.mean[shared.state])
-
-
-def clipped_objective(log_ratio: Tensor, advantage: Tensor, clip_range: float) -> tuple[Tensor, Tensor]:
-    """PPO's pessimistic clipped loss per sample, and the ratio (arXiv 1707.06347, equation 7; all [B])."""
-    ratio = torch.exp(log_ratio)
-    clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
-    return torch.maximum(-advantage * ratio, -advantage * clipped), ratio
-
-
-def ratio_metrics(log_ratio: Tensor, weight: Tensor, clip_range: float) -> Metrics:
-    """What to report of [B] log ratios.
-
-    ``ratio``: mean. ``ratio_deviation``: mean absolute log ratio. ``clip_fraction``: of samples beyond the clip range.
-    """
-    log_ratio, count = log_ratio.detach(), float(weight.sum())
-    ratio = torch.exp(log_ratio)
-    return {
-        "ratio": ((ratio * weight).sum(), count),
-        "ratio_deviation": ((log_ratio.abs() * weight).sum(), count),
-        "clip_fraction": ((((ratio - 1).abs() > clip_range) * weight).sum(), count),
-    }
-
-
-def loss_metrics(loss: Tensor, weight: Tensor, **per_sample: Tensor) -> Metrics:
-    """The batch's loss, and means over the samples that carry a comparison, of values [B]."""
-    count = float(weight.sum())
-    return {
-        "loss": (loss.detach() * len(weight), float(len(weight))),
-        **{name: ((value.detach() * weight).sum(), count) for name, value in per_sample.items()},
-    }
+def kl_to_reference(policy: PolicyView, batch: TransitionBatch, kernel: str, current: kernels.Gaussian) -> Tensor:
+    """The KL of the current policy's step to the reference's, [B]; its gradient is the current policy's."""
+    with torch.no_grad(), policy.using("reference"):
+        reference = gaussian(policy, batch, kernel)
+    return kernels.kl(current, reference)

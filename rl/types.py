@@ -48,6 +48,11 @@ class Requirements:
     """The clip of the advantage, which is part of the loss."""
 
 
+def changed(section: BaseModel) -> set[str]:
+    """The keys whose values are not the defaults: a saved configuration has all keys."""
+    return {name for name, field in type(section).model_fields.items() if getattr(section, name) != field.default}
+
+
 class AlgorithmSettings(BaseModel):
     """What the configurations of all algorithms have."""
 
@@ -56,10 +61,6 @@ class AlgorithmSettings(BaseModel):
 
     updates_per_rollout: PositiveInt = 1
     """Optimiser updates that a training step's samples are shared among."""
-
-    def changed(self, *names: str) -> bool:
-        """Whether any of these settings has another value than the default."""
-        return any(getattr(self, name) != type(self).model_fields[name].default for name in names)
 
     def idle(self) -> Iterator[str]:
         """One sentence for every setting that would do nothing."""

@@ -206,7 +206,8 @@ def compressed_path(num_steps: int, last: int, fraction: float) -> tuple[int, ..
     evenly spaced over the schedule's own levels (the published code places them between these, and spends one network call
     less: its last point is not a step). Where ``last`` is T - 1 nothing is left to compress.
     """
-    _check_fraction(fraction)
+    if not 0 < fraction <= 1:
+        raise ValueError(f"the part of the last steps that is taken lies in (0, 1], got {fraction}")
     rest = num_steps - 1 - last
     count = min(max(int(fraction * (num_steps - last)), 1), rest) if fraction < 1 else rest
     return (*range(last + 1), *(last + 1 + place * rest // count for place in range(count)))
@@ -234,11 +235,6 @@ def linear_durations(starts: Sequence[int], iterations: int, min_iterations: int
 def exponential_durations(starts: Sequence[int], iterations: int, decay_start: int, rate: float) -> tuple[int, ...]:
     """MixGRPO's progressive-exponential window: ceil(iterations exp(-rate max(0, start - decay_start))) at each place."""
     return tuple(math.ceil(iterations * math.exp(-rate * max(0, start - decay_start))) for start in starts)
-
-
-def _check_fraction(fraction: float) -> None:
-    if not 0 < fraction <= 1:
-        raise ValueError(f"the part of the last steps that is taken lies in (0, 1], got {fraction}")
 
 
 def _check_count(num_steps: int) -> None:

@@ -76,7 +76,6 @@ class Line:
     """One algorithm at one budget: its seeds, and how they were made."""
 
     entry: str
-    config: str
     reward: str
     budget: str
     command: str
@@ -309,7 +308,7 @@ def main(
                 for kind in budget or budgets:
                     each = probed.passes if kind == "passes" else probed.seconds
                     steps = max(round(budgets[kind] / each), 2)
-                    line = Line(name, ENTRIES[name].config, of, kind, command_of(ENTRIES[name], of, steps))
+                    line = Line(name, of, kind, command_of(ENTRIES[name], of, steps))
                     task = bar.add_task(f"{of}, {kind}: {name}", total=seeds)
                     jobs = []
                     for seed in range(seeds):

@@ -73,14 +73,14 @@ FAULTS = (
     ),
     Fault(
         name="swapped sign of the advantage",
-        file="rl/transitions.py",
+        file="rl/losses.py",
         right="    return torch.maximum(-advantage * ratio, -advantage * clipped), ratio",
         wrong="    return torch.maximum(advantage * ratio, advantage * clipped), ratio",
         tests="tests/test_algorithms.py tests/test_every_algorithm.py",
     ),
     Fault(
         name="optimistic clipping",
-        file="rl/transitions.py",
+        file="rl/losses.py",
         right="    return torch.maximum(-advantage * ratio, -advantage * clipped), ratio",
         wrong="    return torch.minimum(-advantage * ratio, -advantage * clipped), ratio",
         tests="tests/test_algorithms.py",
@@ -94,9 +94,9 @@ FAULTS = (
     ),
     Fault(
         name="KL under no_grad",
-        file="rl/algorithms/flow_grpo.py",
-        right="            kl = kernels.kl(current, reference)",
-        wrong="                kl = kernels.kl(current, reference)",
+        file="rl/transitions.py",
+        right="    return kernels.kl(current, reference)",
+        wrong="        return kernels.kl(current, reference)",
         tests="tests/test_algorithms.py",
     ),
     Fault(

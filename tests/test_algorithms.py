@@ -17,7 +17,7 @@ from flowsteer.rl.advantage import combined_advantage, group_advantage
 from flowsteer.rl.agreement import GradientAgreement, evenly_chosen
 from flowsteer.rl.algorithms.diffusion_nft import nft_loss
 from flowsteer.rl.compare import TooFewScores, compare
-from flowsteer.rl.transitions import clipped_objective
+from flowsteer.rl.losses import clipped_objective
 from flowsteer.rollout.kernels import denoised
 from flowsteer.rollout.types import Rollout, Schedule
 

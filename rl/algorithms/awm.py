@@ -20,8 +20,8 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from flowsteer.rl.forward import ForwardBatch, NoiseLevels, forward_batches, matching_loss, prediction_of
-from flowsteer.rl.transitions import clipped_objective, loss_metrics, ratio_metrics
-from flowsteer.rl.types import AlgorithmSettings, Comparison, Metrics, PolicyView, Requirements
+from flowsteer.rl.losses import clipped_objective, loss_metrics, ratio_metrics
+from flowsteer.rl.types import AlgorithmSettings, Comparison, Metrics, PolicyView, Requirements, changed
 from flowsteer.rollout.types import Rollout
 
 Weighting = Literal["uniform", "sigma", "sigma_squared", "huber", "general_huber"]
@@ -51,7 +51,7 @@ class AWMConfig(AlgorithmSettings):
 
     def idle(self) -> Iterator[str]:
         """The old policy's schedule, where nothing asks for it."""
-        if self.clip_range is None and not self.old_coef and self.changed("old_decay_slope", "old_decay_max"):
+        if self.clip_range is None and not self.old_coef and changed(self) & {"old_decay_slope", "old_decay_max"}:
             yield "awm without clip_range and with old_coef=0 has no old policy; leave old_decay_* out"
 
 
@@ -144,6 +144,5 @@ def penalty(error: Tensor, sigma: float, weighting: Weighting) -> Tensor:
         return sigma * error
     if weighting == "sigma_squared":
         return sigma**2 * error
-    power, floor = (0.5, 1e-10) if weighting == "huber" else (HUBER_POWER, 1e-10)
-    scale = sigma if weighting == "huber" else sigma / power
-    return scale * ((error + floor) ** power - floor**power)
+    power, scale = (0.5, sigma) if weighting == "huber" else (HUBER_POWER, sigma / HUBER_POWER)
+    return scale * ((error + 1e-10) ** power - 1e-10**power)

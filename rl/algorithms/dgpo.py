@@ -9,9 +9,9 @@ The samples of a group may lie on several processes, as long as they are trained
 is one over processes.
 
 As in the published code: samples whose error has left exp(d_old - d) = 1 +- clip_range in the direction in which they are
-pushed get no more gradient; the reference is the start of training, or the old policy (TDM-R1's dynamic reference). Difference:
-noise is redrawn for every noise level and training step, as there, but by seed; the old policy follows once in a training
-step. Left out: the KL to a guided reference, rollouts by a moving average late in training.
+pushed get no more gradient; the reference is the start of training, or the old policy (TDM-R1's dynamic reference); noise is
+drawn anew for every noise level and training step. Difference: the old policy follows once in a training step, not at every
+update. Left out: the KL to a guided reference, rollouts by a moving average late in training.
 
 Letters: B samples, N samples of all processes, X latent shape of one sample.
 """
@@ -27,8 +27,8 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from flowsteer.rl.forward import ForwardBatch, NoiseLevels, forward_batches, matching_loss, prediction_of
-from flowsteer.rl.transitions import loss_metrics
-from flowsteer.rl.types import AlgorithmSettings, Comparison, Metrics, PolicyView, Requirements
+from flowsteer.rl.losses import loss_metrics
+from flowsteer.rl.types import AlgorithmSettings, Comparison, Metrics, PolicyView, Requirements, changed
 from flowsteer.rollout.noise import mix
 from flowsteer.rollout.types import Rollout
 
@@ -59,7 +59,7 @@ class DGPOConfig(AlgorithmSettings):
         if (
             self.clip_range is None
             and self.reference == "reference"
-            and self.changed("old_decay_slope", "old_decay_max")
+            and changed(self) & {"old_decay_slope", "old_decay_max"}
         ):
             yield "dgpo without clip_range and with reference=reference has no old policy; leave old_decay_* out"
 

@@ -22,7 +22,7 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from flowsteer.rl.forward import ForwardBatch, NoiseLevels, forward_batches, matching_loss, prediction_of
-from flowsteer.rl.transitions import loss_metrics
+from flowsteer.rl.losses import loss_metrics
 from flowsteer.rl.types import AlgorithmSettings, Comparison, Metrics, PolicyView, Requirements
 from flowsteer.rollout.kernels import denoised
 from flowsteer.rollout.types import Rollout, flat_mean

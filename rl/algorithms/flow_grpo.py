@@ -29,14 +29,8 @@ import torch
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
 
-from flowsteer.rl.transitions import (
-    TransitionBatch,
-    clipped_objective,
-    gaussian,
-    loss_metrics,
-    ratio_metrics,
-    transition_batches,
-)
+from flowsteer.rl.losses import clipped_objective, loss_metrics, ratio_metrics
+from flowsteer.rl.transitions import TransitionBatch, gaussian, kl_to_reference, transition_batches
 from flowsteer.rl.types import AlgorithmSettings, Comparison, Metrics, PolicyView, Requirements
 from flowsteer.rollout import kernels
 from flowsteer.rollout.types import Rollout
@@ -118,9 +112,7 @@ class FlowGRPO:
         per_sample, _ = clipped_objective(log_ratio, batch.comparison.advantage.to(log_prob.device), self.clip_range)
         kl = torch.zeros_like(per_sample)
         if self.kl_coef:
-            with torch.no_grad(), policy.using("reference"):
-                reference = gaussian(policy, batch, self.kernel)
-            kl = kernels.kl(current, reference)
+            kl = kl_to_reference(policy, batch, self.kernel, current)
         weight = batch.comparison.weight.to(log_prob.device)
         loss = ((per_sample + self.kl_coef * kl) * weight).mean()
         distance = {"kl": kl} if self.kl_coef else {}

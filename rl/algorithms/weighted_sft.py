@@ -23,8 +23,8 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from flowsteer.rl.forward import ForwardBatch, NoiseLevels, forward_batches, matching_loss, prediction_of
-from flowsteer.rl.transitions import loss_metrics
-from flowsteer.rl.types import AlgorithmSettings, Comparison, Metrics, PolicyView, Requirements
+from flowsteer.rl.losses import loss_metrics
+from flowsteer.rl.types import AlgorithmSettings, Comparison, Metrics, PolicyView, Requirements, changed
 from flowsteer.rollout.types import Rollout
 
 SampleWeights = Literal["best", "positive", "exponential"]
@@ -48,7 +48,7 @@ class WeightedSFTConfig(AlgorithmSettings):
 
     def idle(self) -> Iterator[str]:
         """The temperature, where no weight is exponential."""
-        if self.weights != "exponential" and self.changed("temperature"):
+        if self.weights != "exponential" and "temperature" in changed(self):
             yield f"weighted_sft with weights={self.weights} has no temperature; leave it out"
 
 
