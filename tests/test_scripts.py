@@ -68,7 +68,18 @@ def test_the_benchmark_measures_both_acts() -> None:
 
 
 def test_algorithms_are_compared_and_a_finished_run_is_not_repeated(tmp_path: Path) -> None:
-    arguments = ["scripts/compare_algorithms.py", "DGPO", "--reward", "dense", "--budget", "passes", "--passes", "5"]
+    arguments = [
+        "scripts/compare_algorithms.py",
+        "DGPO",
+        "--reward",
+        "dense",
+        "--passes",
+        "1",
+        "--minutes",
+        "0.01",
+        "--steps",
+        "2",
+    ]
     arguments += ["--seeds", "2", "--captions", "6", "--root", str(tmp_path)]
     times = []
     for _ in range(2):
