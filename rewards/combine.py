@@ -5,6 +5,8 @@ A failed score is missing, never zero; a reward that breaks its contract ends th
 ===============================================  =====================================================================
 the reward gives ``None`` for a sample           that score is missing
 the reward raises for a batch                    each image is scored alone; those that still raise are missing
+a groupwise reward raises for a group            all scores of that group are missing
+a connection fails or a deadline passes          all scores of that batch are missing
 an image holds NaN or inf                        it is shown to no reward; its scores are missing
 another number of scores, NaN, inf, no number    ValueError with the reward's name
 ===============================================  =====================================================================
@@ -17,7 +19,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -86,9 +88,22 @@ class RewardSet:
         self.weights: dict[str, float] = {name: weight for name, _, weight in entries}
         self.normalise: dict[str, Normalise] = {name: normalise.get(name, Normalise()) for name in names}
 
-    @torch.no_grad()
+    @property
+    def groupwise(self) -> tuple[str, ...]:
+        """Names of the rewards that compare the images of a group."""
+        return tuple(name for name, reward in self.rewards.items() if is_groupwise(reward))
+
+    @property
+    def fingerprints(self) -> dict[str, dict[str, Any]]:
+        """What each reward's scores depend on besides its options, as far as it says so."""
+        return {name: dict(getattr(reward, "fingerprint", None) or {}) for name, reward in self.rewards.items()}
+
     def score(
-        self, images: Tensor, prompts: Sequence[str], columns: Mapping[str, Sequence[Any]] | None = None
+        self,
+        images: Tensor,
+        prompts: Sequence[str],
+        columns: Mapping[str, Sequence[Any]] | None = None,
+        group: Sequence[int] | None = None,
     ) -> Scores:
         """Score one rollout batch.
 
@@ -96,6 +111,7 @@ class RewardSet:
             images: float [B, 3, H, W] or [B, T, 3, H, W] in [0, 1]; rounded once to 8 bits, before all rewards.
             prompts: B texts.
             columns: the prompt file's other columns, B values each.
+            group: which samples a groupwise reward compares, B numbers; None: those of equal prompts.
 
         Returns:
             Scores: ``total`` is the weighted sum of the rewards' normalised scores, missing where that of a reward with a
@@ -105,24 +121,28 @@ class RewardSet:
         Raises:
             ValueError: images, prompts and columns do not fit together, or a reward breaks its contract.
         """
-        columns = columns or {}
-        _check_batch(images, prompts, columns)
-        size = len(images)
-        broken = ~torch.isfinite(images).flatten(1).all(1)  # [B]
-        rows: list[int] = torch.nonzero(~broken).flatten().tolist()
-        pixels = to_uint8(images[rows] if len(rows) < size else images)
-        batch = _Batch(
-            pixels=pixels,
-            prompts=[prompts[row] for row in rows],
-            columns={name: [values[row] for row in rows] for name, values in columns.items()},
-        )
+        batch = Batch.of(images, prompts, columns or {}, group)
+        return self.combine(batch, {name: self.ask(name, batch) for name in self.rewards})
+
+    @torch.no_grad()
+    def ask(self, name: str, batch: Batch) -> Answer:
+        """What one of the rewards says of a batch. Raises ValueError when it breaks its contract."""
+        reward = self.rewards[name]
+        if not is_groupwise(reward):
+            return _ask(name, reward, batch)
+        answers = {place: _ask(name, reward, batch.some(places)) for place, places in batch.groups().items()}
+        return _join(answers, batch)
+
+    def combine(self, batch: Batch, answers: Mapping[str, Answer]) -> Scores:
+        """The scores of a batch, from what each of the rewards said of it."""
+        rows, size = batch.rows, batch.size
         reasons: dict[int, list[str]] = {
-            row: ["the image holds NaN or inf"] for row in torch.nonzero(broken).flatten().tolist()
+            row: ["the image holds NaN or inf"] for row in sorted(set(range(size)) - set(rows))
         }
         parts: dict[str, Tensor] = {}
         total = torch.zeros(size, dtype=torch.float64)
-        for name, reward in self.rewards.items():
-            answer = _ask(name, reward, batch)
+        for name in self.rewards:
+            answer = answers[name]
             own = _spread(answer.parts[SCORE], rows, size)
             own = (own - self.normalise[name].offset) * self.normalise[name].scale
             if torch.isinf(own.float()).any():
@@ -140,6 +160,11 @@ class RewardSet:
             parts=parts,
             failures={row: "; ".join(texts) for row, texts in sorted(reasons.items())},
         )
+
+
+def is_groupwise(reward: Reward) -> bool:
+    """Whether each call of a reward gets the images of one group, to compare them: its class says ``groupwise = True``."""
+    return getattr(reward, "groupwise", False) is True
 
 
 def to_uint8(images: Tensor) -> np.ndarray:
@@ -162,22 +187,57 @@ def to_uint8(images: Tensor) -> np.ndarray:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Batch:
-    """What a reward is shown."""
+class Batch:
+    """What the rewards are shown: the samples of a rollout batch whose images hold numbers only, R of B."""
 
-    pixels: np.ndarray  # uint8 [B, H, W, 3] or [B, T, H, W, 3]
-    prompts: list[str]  # B
-    columns: dict[str, list[Any]]  # B each
+    size: int  # B
+    rows: list[int]  # R, their places in the rollout batch
+    pixels: np.ndarray  # uint8 [R, H, W, 3] or [R, T, H, W, 3]
+    prompts: list[str]  # R
+    columns: dict[str, list[Any]]  # R each
+    group: list[int]  # R
+
+    @classmethod
+    def of(
+        cls,
+        images: Tensor,
+        prompts: Sequence[str],
+        columns: Mapping[str, Sequence[Any]],
+        group: Sequence[int] | None = None,
+    ) -> Batch:
+        """The arguments are `RewardSet.score`'s. Raises ValueError when they do not fit together."""
+        _check_batch(images, prompts, columns, group)
+        whole = torch.isfinite(images).flatten(1).all(1)  # [B]
+        rows: list[int] = torch.nonzero(whole).flatten().tolist()
+        numbers = [list(prompts).index(prompt) for prompt in prompts] if group is None else [int(own) for own in group]
+        return cls(
+            size=len(images),
+            rows=rows,
+            pixels=to_uint8(images[rows] if len(rows) < len(images) else images),
+            prompts=[prompts[row] for row in rows],
+            columns={name: [values[row] for row in rows] for name, values in columns.items()},
+            group=[numbers[row] for row in rows],
+        )
 
     def __len__(self) -> int:
         return len(self.prompts)
 
-    def one(self, place: int) -> _Batch:
-        """The batch that has only this sample."""
-        return _Batch(
-            pixels=self.pixels[place : place + 1],
-            prompts=[self.prompts[place]],
-            columns={name: [values[place]] for name, values in self.columns.items()},
+    def groups(self) -> dict[int, list[int]]:
+        """The places [R] of each group's samples, in order of appearance."""
+        places: dict[int, list[int]] = {}
+        for place, own in enumerate(self.group):
+            places.setdefault(own, []).append(place)
+        return places
+
+    def some(self, places: Sequence[int]) -> Batch:
+        """The batch that has only these samples."""
+        return Batch(
+            size=len(places),
+            rows=list(range(len(places))),
+            pixels=self.pixels[list(places)],
+            prompts=[self.prompts[place] for place in places],
+            columns={name: [values[place] for place in places] for name, values in self.columns.items()},
+            group=[self.group[place] for place in places],
         )
 
     def shown_to(self, reward: Reward) -> Any:
@@ -188,10 +248,10 @@ class _Batch:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Answer:
-    """What a reward said of a batch."""
+class Answer:
+    """What a reward said of a batch of R samples."""
 
-    parts: dict[str, list[float]]  # name -> B, NaN where missing; "score" is always there
+    parts: dict[str, list[float]]  # name -> R, NaN where missing; "score" is always there
     failures: dict[int, str] = field(default_factory=dict)  # place -> why its score is missing
 
 
@@ -203,9 +263,13 @@ def _check_images(images: Tensor) -> None:
         )
 
 
-def _check_batch(images: Tensor, prompts: Sequence[str], columns: Mapping[str, Sequence[Any]]) -> None:
+def _check_batch(
+    images: Tensor, prompts: Sequence[str], columns: Mapping[str, Sequence[Any]], group: Sequence[int] | None
+) -> None:
     _check_images(images)
     size = len(images)
+    if group is not None and len(group) != size:
+        raise ValueError(f"{size} images need {size} group numbers, got {len(group)}")
     if len(prompts) != size:
         raise ValueError(f"{size} images need {size} prompts, got {len(prompts)}")
     for name, values in columns.items():
@@ -215,48 +279,55 @@ def _check_batch(images: Tensor, prompts: Sequence[str], columns: Mapping[str, S
             raise ValueError(f"column {name!r} has {len(values)} values for {size} images")
 
 
-def _ask(name: str, reward: Reward, batch: _Batch) -> _Answer:
-    """The reward's answer for the batch; where it raises, its answers image by image."""
+def _ask(name: str, reward: Reward, batch: Batch) -> Answer:
+    """The reward's answer for the batch; where it raises, its answers image by image, or none of a group."""
     if not len(batch):
-        return _Answer(parts={SCORE: []})
+        return Answer(parts={SCORE: []})
     try:
         given = batch.shown_to(reward)
     except Exception as error:  # whatever a plug-in raises, the run goes on without those scores
         logger.warning("reward %r failed on a batch of %d: %s", name, len(batch), _text(error))
-        return _ask_one_by_one(name, reward, batch, error)
-    return _read(name, given, len(batch))
+        # a connection that is down is no image's fault, and no image of a group can be judged alone
+        if is_groupwise(reward) or len(batch) == 1 or isinstance(error, ConnectionError | TimeoutError):
+            return failed(error, len(batch))
+        answers = {place: _ask_alone(name, reward, batch.some([place])) for place in range(len(batch))}
+        return _join(answers, replace(batch, group=list(range(len(batch)))))
+    return read_answer(name, given, len(batch))
 
 
-def _ask_one_by_one(name: str, reward: Reward, batch: _Batch, first: Exception) -> _Answer:
-    """Find the images that the reward fails on. A connection that is down is no image's fault: then all are missing."""
-    answers: list[_Answer] = []
-    for place in range(len(batch)):
-        if len(batch) == 1 or isinstance(first, ConnectionError | TimeoutError):
-            answers.append(_failed(first))
-            continue
-        alone = batch.one(place)
-        try:
-            given = alone.shown_to(reward)
-        except Exception as error:  # this image's score is missing, with the reason
-            answers.append(_failed(error))
-            continue
-        answers.append(_read(name, given, 1))
-    names = dict.fromkeys(part for answer in answers for part in answer.parts)
-    return _Answer(
-        parts={part: [answer.parts.get(part, [math.nan])[0] for answer in answers] for part in names},
-        failures={place: reason for place, answer in enumerate(answers) for reason in answer.failures.values()},
-    )
+def _ask_alone(name: str, reward: Reward, batch: Batch) -> Answer:
+    """The answer for the only image of a batch; missing, with the reason, where the reward raises."""
+    try:
+        given = batch.shown_to(reward)
+    except Exception as error:
+        return failed(error, 1)
+    return read_answer(name, given, 1)
 
 
-def _failed(error: Exception) -> _Answer:
-    return _Answer(parts={SCORE: [math.nan]}, failures={0: f"raised {_text(error)}"})
+def _join(answers: Mapping[int, Answer], batch: Batch) -> Answer:
+    """The answers for the groups of a batch, by group, as one; a part that some do not have is missing there."""
+    parts: dict[str, list[float]] = {SCORE: [math.nan] * len(batch)}
+    failures: dict[int, str] = {}
+    for group, places in batch.groups().items():
+        answer = answers[group]
+        for part, values in answer.parts.items():
+            column = parts.setdefault(part, [math.nan] * len(batch))
+            for place, value in zip(places, values):
+                column[place] = value
+        failures |= {places[own]: reason for own, reason in answer.failures.items()}
+    return Answer(parts=parts, failures=dict(sorted(failures.items())))
+
+
+def failed(error: Exception, size: int) -> Answer:
+    """No score for any of ``size`` samples, because of an error."""
+    return Answer(parts={SCORE: [math.nan] * size}, failures=dict.fromkeys(range(size), f"raised {_text(error)}"))
 
 
 def _text(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def _read(name: str, given: Any, size: int) -> _Answer:
+def read_answer(name: str, given: Any, size: int) -> Answer:
     """Hold an answer to the contract: B finite numbers or None, for the score and for each part."""
     parts = dict(given) if isinstance(given, Mapping) else {SCORE: given}
     if SCORE not in parts:
@@ -265,7 +336,7 @@ def _read(name: str, given: Any, size: int) -> _Answer:
         part: _numbers(name if part == SCORE else f"{name}/{part}", values, size) for part, values in parts.items()
     }
     missing = [place for place, value in enumerate(numbers[SCORE]) if math.isnan(value)]
-    return _Answer(parts=numbers, failures=dict.fromkeys(missing, "gave no score (None)"))
+    return Answer(parts=numbers, failures=dict.fromkeys(missing, "gave no score (None)"))
 
 
 def _numbers(name: str, values: Values, size: int) -> list[float]:
@@ -305,4 +376,4 @@ def _spread(values: list[float], rows: list[int], size: int) -> Tensor:
     return spread
 
 
-__all__ = ["Normalise", "RewardSet", "to_uint8"]
+__all__ = ["Answer", "Batch", "Normalise", "RewardSet", "failed", "is_groupwise", "read_answer", "to_uint8"]

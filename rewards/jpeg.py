@@ -20,6 +20,9 @@ class JPEGIncompressibility:
         quality: of the JPEG, 1 to 95.
     """
 
+    uses_prompt = False
+    video = True
+
     def __init__(self, quality: int = 95) -> None:
         if not 1 <= quality <= 95:
             raise ValueError(f"quality must be from 1 to 95, got {quality}; above 95 a JPEG grows without gain")
@@ -45,6 +48,9 @@ class JPEGCompressibility:
     Args:
         quality: of the JPEG, 1 to 95.
     """
+
+    uses_prompt = False
+    video = True
 
     def __init__(self, quality: int = 95) -> None:
         self._incompressibility = JPEGIncompressibility(quality)

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from flowsteer.rewards.batching import check_images
 from flowsteer.rewards.types import Values
 
 SMALL_SIDE = 64  # pixels; see OCRReward
@@ -59,6 +60,7 @@ class OCRReward:
 
     def __call__(self, images: np.ndarray, prompts: Sequence[str], **columns: Sequence[Any]) -> Mapping[str, Values]:
         """uint8 [B, H, W, 3] or [B, T, H, W, 3] in RGB to ``score`` and ``exact``, B each."""
+        check_images("ocr", images, prompts)
         scores = [self._score(image, prompt) for image, prompt in zip(images, prompts)]
         return {"score": [score for score, _ in scores], "exact": [exact for _, exact in scores]}
 

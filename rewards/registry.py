@@ -76,6 +76,11 @@ def load_reward(name: str, **options: Any) -> Reward:
     return _as_reward(name, reward)
 
 
+def target_of(name: str) -> str:
+    """``package.module:attribute`` of a reward. Raises ValueError where there is none of that name."""
+    return name if ":" in name else _entry_point(name).value
+
+
 def _points() -> list[EntryPoint]:
     """The group's entry points, each once: a project installed from the current folder is seen twice."""
     return list({(point.name, point.value): point for point in entry_points(group=GROUP)}.values())

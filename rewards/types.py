@@ -23,6 +23,16 @@ class Reward(Protocol):
     ``images`` is uint8 [B, H, W, 3] in RGB (video: [B, T, H, W, 3]); ``prompts`` has B entries; ``columns`` are the other
     columns of the prompt file, B entries each. The answer is a sequence of B numbers, or a mapping of named parts, of
     which ``"score"`` is the one that counts. A reward must not raise for one bad image: it says ``None`` for that one.
+
+    What a class may say of its objects besides, all of it optional:
+
+    - ``groupwise = True``: it compares. Each call gets the images of exactly one group, all of the same prompt, and gives
+      each a number relative to the others, or ``None`` to all where they are too few.
+    - ``video = True``: it takes videos, which `flowsteer rewards certify` then asks for.
+    - ``uses_prompt = False``: the prompt plays no part, so `flowsteer rewards certify` does not ask for it.
+    - ``fingerprint``: a mapping of names to texts and numbers on which scores depend (weights' hash, preprocessing, versions);
+      it is kept with a run.
+    - ``close()``: called at the end of a run.
     """
 
     def __call__(

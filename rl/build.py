@@ -14,15 +14,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from flowsteer.rewards.combine import Normalise, RewardSet
+from flowsteer.rewards.environments import locate
+from flowsteer.rewards.hosts.child import WorkerReward
+from flowsteer.rewards.hosts.remote import HTTPReward
 from flowsteer.rewards.registry import load_reward
+from flowsteer.rewards.types import Reward
 from flowsteer.rl.algorithms import ALGORITHMS
 from flowsteer.rl.checkpoint import Checkpoints, fingerprint, open_run, write_whole
 from flowsteer.rl.compare import TooFewScores, compare
-from flowsteer.rl.config import Config, PlanConfig, save_config
+from flowsteer.rl.config import Config, PlanConfig, RewardConfig, save_config
 from flowsteer.rl.engine import Engine, OptimizerSettings
 from flowsteer.rl.evaluate import Evaluation, evaluate, save_grid
 from flowsteer.rl.export import export_lora, export_weights
@@ -110,6 +115,7 @@ class Run:
                 device=self.engine.device,
                 process_index=self.engine.process_index,
                 num_processes=self.engine.num_processes,
+                timeout_s=self.scorer.timeout_s,
                 gather=self.engine.gather,
                 progress=progress,
             )
@@ -171,17 +177,26 @@ def start(config: Config, *, resume: bool = False, quiet: bool = False) -> Run:
     prompts = read_prompts(config.prompts.train)
     evaluation_prompts = read_prompts(config.evaluation.prompts) if config.evaluation else None
     rewards = build_rewards(config)
+    check_groupwise(rewards, config)
     pipeline = build_pipeline(config, engine.device)
     model = fingerprint(dict(pipeline.denoisers))
     plan = _checked_plan(config, pipeline, plan, prompts)
     policy = build_policy(config, pipeline, algorithm)
     engine.prepare(policy, build_optimizer_settings(config), passes_per_batch=algorithm.passes_per_batch)
 
-    checkpoints = Checkpoints(folder, engine, model=model, prompts=prompts.fingerprint(), keep=config.keep)
+    checkpoints = Checkpoints(
+        folder,
+        engine,
+        model=model,
+        prompts=prompts.fingerprint(),
+        rewards=without(rewards.fingerprints, "platform"),
+        keep=config.keep,
+    )
     first = checkpoints.restore() if resume else 0
     if engine.is_main:
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(folder / "config.json", config.model_dump_json(indent=1))
+        write_whole(folder / "rewards.json", json.dumps(rewards.fingerprints, indent=1))
         save_config(config, folder / "config.yaml")
         for table in (folder / "evaluations").glob("step_*.json"):  # of weights that are not there any more
             if int(table.stem.split("_")[1]) > first:
@@ -202,7 +217,7 @@ def start(config: Config, *, resume: bool = False, quiet: bool = False) -> Run:
         policy=policy,
         engine=engine,
         worker=build_worker(config, pipeline, prompts, plan, engine),
-        scorer=StepScorer(rewards),
+        scorer=StepScorer(rewards, timeout_s=config.engine.timeout_s / 2),
         algorithm=algorithm,
         meter=Meter(),
         log=log,
@@ -267,11 +282,51 @@ def build_algorithm(config: Config, plan: Plan, engine: Engine) -> Algorithm:
 def build_rewards(config: Config) -> RewardSet:
     """The rewards by their entry points."""
     return RewardSet(
-        [(name, load_reward(name, **section.options), section.weight) for name, section in config.rewards.items()],
+        [(name, build_reward(name, section), section.weight) for name, section in config.rewards.items()],
         normalise={
             name: Normalise(scale=section.scale, offset=section.offset) for name, section in config.rewards.items()
         },
     )
+
+
+def build_reward(name: str, section: RewardConfig) -> Reward:
+    """A reward in this process, in one of its own, or on another machine."""
+    host = section.host
+    if host is None:
+        return load_reward(name, **section.options)
+    times = {
+        "name": name,
+        "start_timeout_s": host.start_timeout_s,
+        "deadline_s": host.deadline_s,
+        "deadline_per_image_s": host.deadline_per_image_s,
+    }
+    target, python = host.target or name, host.python
+    if host.environment is not None:
+        python, target = locate(host.environment, target)
+    try:
+        if host.url is not None:
+            return HTTPReward(host.url, token_file=host.token_file, **times)
+        return WorkerReward(
+            target, python=str(python), options=section.options, max_restarts=host.max_restarts, **times
+        )
+    except (ConnectionError, TimeoutError) as error:
+        raise ValueError(f"the reward {name!r} does not start: {error}") from error
+
+
+def without(fingerprints: dict[str, dict[str, Any]], key: str) -> dict[str, dict[str, Any]]:
+    """A run may go on on another machine, as long as what scores depend on is the same."""
+    return {name: {own: value for own, value in said.items() if own != key} for name, said in fingerprints.items()}
+
+
+def check_groupwise(rewards: RewardSet, config: Config) -> None:
+    """Rewards that compare the images of a group must be shown whole groups. Raises ValueError."""
+    rollout = config.rollout
+    if rewards.groupwise and rollout.batch_size % rollout.group_size:
+        raise ValueError(
+            f"the reward {rewards.groupwise[0]!r} compares the images of a group, but a rollout batch of "
+            f"rollout.batch_size={rollout.batch_size} cuts groups of rollout.group_size={rollout.group_size} apart; set "
+            f"rollout.batch_size to a multiple of {rollout.group_size}"
+        )
 
 
 def build_engine(config: Config) -> Engine:

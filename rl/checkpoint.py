@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import nn
 from flowsteer.rl.config import Config
 from flowsteer.rl.engine import Engine
 
-FORMAT = 1
+FORMAT = 2
 
 _FREE_TO_CHANGE = {
     "output", "num_steps", "save_every", "keep", "trackers", "evaluation", "engine.timeout_s", "advantage.min_scored",
@@ -34,15 +35,24 @@ class Checkpoints:
         engine: whose state is kept.
         model: fingerprint of the base weights, from `fingerprint`.
         prompts: fingerprint of the training prompts.
+        rewards: what the scores depend on, from `RewardSet.fingerprints`.
         keep: how many stay on disk.
     """
 
-    def __init__(self, folder: Path, engine: Engine, *, model: str, prompts: str, keep: int) -> None:
+    def __init__(
+        self, folder: Path, engine: Engine, *, model: str, prompts: str, rewards: Mapping[str, Any], keep: int
+    ) -> None:
         self.root = folder / "checkpoints"
         self.engine = engine
-        self.model = model
-        self.prompts = prompts
         self.keep = keep
+        self._belongs_to = {
+            "format": FORMAT,
+            "num_processes": engine.num_processes,
+            "zero_stage": engine.zero_stage,
+            "model": model,
+            "prompts": prompts,
+            "rewards": dict(rewards),
+        }
 
     def save(self, step: int) -> Path:
         """Keep the state after ``step`` training steps. Every process calls it; the folder appears whole or not at all."""
@@ -54,15 +64,7 @@ class Checkpoints:
         self.engine.save(temporary)
         self.engine.wait()
         if self.engine.is_main:
-            about = {
-                "format": FORMAT,
-                "step": step,
-                "num_updates": self.engine.num_updates,
-                "num_processes": self.engine.num_processes,
-                "zero_stage": self.engine.zero_stage,
-                "model": self.model,
-                "prompts": self.prompts,
-            }
+            about = {"step": step, "num_updates": self.engine.num_updates, **self._belongs_to}
             (temporary / "checkpoint.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
             for file in temporary.iterdir():
                 _sync(file)
@@ -83,24 +85,19 @@ class Checkpoints:
     def restore(self) -> int:
         """Load the newest checkpoint, if there is one; returns the training step to go on with.
 
-        Raises ValueError for a checkpoint of another model, other prompts, another number of processes or another ZeRO stage.
+        Raises ValueError for a checkpoint of another model, other prompts, rewards whose scores may differ, another number of
+        processes or another ZeRO stage.
         """
         steps = self.steps()
         if not steps:
             return 0
         folder = self.root / f"step_{steps[-1]:06d}"
         about = json.loads((folder / "checkpoint.json").read_text(encoding="utf-8"))
-        here = {
-            "format": FORMAT,
-            "model": self.model,
-            "prompts": self.prompts,
-            "num_processes": self.engine.num_processes,
-            "zero_stage": self.engine.zero_stage,
-        }
-        for key, value in here.items():
-            if about[key] != value:
+        then, now = _flat({key: about.get(key) for key in self._belongs_to}), _flat(self._belongs_to)
+        for key in sorted(then.keys() | now.keys()):
+            if then.get(key) != now.get(key):
                 raise ValueError(
-                    f"{folder} was written with {key.replace('_', ' ')} {about[key]}, this run has {value}; "
+                    f"{folder} was written with {key.replace('_', ' ')} {then.get(key)}, this run has {now.get(key)}; "
                     "resume with what the run was started with, or start a new one in another output folder"
                 )
         self.engine.restore(folder)

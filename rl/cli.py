@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from flowsteer.rl.cli_rewards import app as rewards_app
 from flowsteer.rl.options import (
     CallOption,
     DeviceOption,
@@ -45,7 +46,6 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
-rewards_app = typer.Typer(help="The installed rewards.", no_args_is_help=True)
 app.add_typer(rewards_app, name="rewards")
 console = Console()
 
@@ -334,22 +334,6 @@ def report(run: Annotated[Path, typer.Argument(help="Folder of a run, finished o
     from flowsteer.rl.report import write_report
 
     console.print(Text(f"report: {write_report(run)}"), soft_wrap=True)
-
-
-@rewards_app.command("list")
-def rewards_list() -> None:
-    """List the installed rewards: their names, what they score, the package that brings them.
-
-    A function or class of your own is a reward too, as `package.module:attribute`.
-
-    **Example**: `flowsteer rewards list`
-    """
-    from flowsteer.rewards.registry import list_rewards
-
-    table = Table("name", "what it scores", "package")
-    for entry in list_rewards():
-        table.add_row(*map(Text, (entry.name, entry.doc, entry.distribution)))
-    console.print(table)
 
 
 def _number(value: float) -> float | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
@@ -25,6 +26,10 @@ from flowsteer.rollout.types import Rollout
 Combine = Literal["rewards", "advantages", "gdpo"]
 
 logger = logging.getLogger(__name__)
+
+
+BIAS_WORTH_A_WARNING = 1.0  # deviations
+FEW = 4  # samples that say nothing about a mean
 
 
 class TooFewScores(ValueError):
@@ -72,9 +77,11 @@ def compare(
 
     scored = float((~total.isnan()).double().mean())  # in float32, 18 of 20 would be less than 0.9
     reasons = [reason for s in scores for reason in s.failures.values()]
-    common = max(set(reasons), key=reasons.count) if reasons else "no failure on this process"
-    if reasons:
-        logger.warning("%d samples have no score; the most frequent reason: %s", len(reasons), common)
+    kinds = Counter(reasons).most_common(3)
+    common = kinds[0][0] if kinds else "no failure on this process"
+    if kinds:
+        listed = "; ".join(f"{count} times: {reason}" for reason, count in kinds)
+        logger.warning("%d samples of this process have no score; %s", len(reasons), listed)
     if scored < min_scored:
         raise TooFewScores(
             f"only {scored:.1%} of the samples have a score, advantage.min_scored asks for {min_scored:.1%}; "
@@ -104,9 +111,32 @@ def compare(
         for rows in (place[rollout.sample] for rollout in rollouts)
     ]
     statistics = reward_statistics(total, group)
+    biases = {name: missing_bias(total, table[:, column]) for column, name in enumerate(parts, start=1)}
+    known = {name: bias for name, bias in biases.items() if bias is not None}
+    if known:
+        name = max(known, key=lambda name: abs(known[name]))
+        statistics["missing_bias"] = known[name]
+        if abs(known[name]) > BIAS_WORTH_A_WARNING:
+            logger.warning(
+                "samples without a score are not like the others: their %s is %+.1f deviations from the rest; what cannot "
+                "be scored is then selected for or against",
+                name, known[name],
+            )  # fmt: skip
     for column, name in enumerate(parts, start=1):
         values = table[:, column]
         values = values[~values.isnan()]
         if len(values):
             statistics[f"reward/{name}"] = float(values.mean())
     return comparisons, statistics
+
+
+def missing_bias(total: Tensor, part: Tensor) -> float | None:
+    """Does failure go together with quality? How far the mean of a part [N] over the samples without a total [N] is from that
+    over the others, in deviations of the part; None where either are fewer than `FEW` or all are equal.
+    """
+    known = ~part.isnan()
+    lost, kept = part[known & total.isnan()].double(), part[known & ~total.isnan()].double()
+    if min(len(lost), len(kept)) < FEW:
+        return None
+    deviation = float(torch.cat([lost, kept]).std(correction=0))
+    return float(lost.mean() - kept.mean()) / deviation if deviation > 0 else None

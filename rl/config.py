@@ -25,6 +25,7 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     ValidationError,
+    model_validator,
 )
 
 from flowsteer.rl.algorithms import AlgorithmConfig
@@ -170,6 +171,39 @@ class RolloutConfig(Section):
     """Guidance in training where the algorithm noises final latents again; null is that of sampling."""
 
 
+class HostConfig(Section):
+    """Where a reward runs, if not in this process; exactly one of ``environment``, ``python`` and ``url`` says where."""
+
+    environment: str | None = None
+    """A managed environment (`flowsteer rewards env list`)."""
+    python: str | None = None
+    """The interpreter of an environment of your own."""
+    url: str | None = None
+    """A reward on another machine, where `flowsteer rewards serve` runs."""
+    target: str | None = None
+    """What runs there: a scorer of the managed environment; of an interpreter, ``module:attribute`` or
+    ``path/to/file.py:attribute``. By default the reward's name. A server has one already."""
+    token_file: str | None = None
+    """The server's token; null takes it from the environment variable FLOWSTEER_REWARD_TOKEN."""
+    start_timeout_s: PositiveFloat = 600.0
+    deadline_s: PositiveFloat = 30.0
+    deadline_per_image_s: NonNegativeFloat = 2.0
+    """A batch of B images is waited for ``deadline_s + deadline_per_image_s * B`` seconds; then its scores are missing."""
+    max_restarts: Annotated[int, Field(ge=0)] = 3
+    """Of a process that died or got stuck, within an hour."""
+
+    @model_validator(mode="after")
+    def _one_place(self) -> HostConfig:
+        given = [name for name in ("environment", "python", "url") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"a host is one of environment, python and url; {' and '.join(given) or 'none'} is given")
+        idle = {"url": ("target", "max_restarts")}.get(given[0], ("token_file",))
+        for name in idle:
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} does nothing for a host that is given by {given[0]}; leave it out")
+        return self
+
+
 class RewardConfig(Section):
     """One reward: ``weight * scale * (score - offset)``."""
 
@@ -178,6 +212,14 @@ class RewardConfig(Section):
     offset: float = 0.0
     options: dict[str, Any] = {}
     """Arguments of the reward's constructor."""
+    host: HostConfig | None = None
+    """Where it runs; null is this process."""
+
+    @model_validator(mode="after")
+    def _options_are_elsewhere(self) -> RewardConfig:
+        if self.host is not None and self.host.url is not None and self.options:
+            raise ValueError("the options of a served reward are given where it is served; leave options out")
+        return self
 
 
 class AdvantageConfig(Section):

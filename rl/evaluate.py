@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from flowsteer.rewards.combine import RewardSet
+from flowsteer.rewards.hosts.inprocess import Scorer
 from flowsteer.rl.metrics import all_names
 from flowsteer.rollout.pipeline import Pipeline, UnlikeConditioning
 from flowsteer.rollout.prompts import Prompts
@@ -63,6 +64,7 @@ def evaluate(
     device: torch.device | str,
     process_index: int = 0,
     num_processes: int = 1,
+    timeout_s: float | None = None,
     gather: Callable[[Tensor], Tensor] = lambda values: values,
     progress: Callable[[int], object] = lambda done: None,
 ) -> Evaluation:
@@ -70,13 +72,13 @@ def evaluate(
 
     Seed s of prompt p is ``num_seeds * p + s``, given to ``torch.Generator().manual_seed``: plain diffusers draws the same
     pictures, but for pipelines that pack their latents (FLUX, Qwen-Image), which draw before they pack. Processes share the
-    prompts; each gets the whole result.
+    prompts; each gets the whole result. Scores that are not there ``timeout_s`` seconds after they are waited for are missing.
     """
     count = min(num_prompts, len(prompts))
     chosen = [place * len(prompts) // count for place in range(count)]
-    jobs = [(p, s) for p in range(count) for s in range(num_seeds)]
-    mine = jobs[process_index::num_processes]
-    padded = mine + [jobs[0]] * (math.ceil(len(jobs) / num_processes) - len(mine))  # equal work, equal collectives
+    mine = list(range(count))[process_index::num_processes]
+    mine += [0] * (math.ceil(count / num_processes) - len(mine))  # equal work, equal collectives
+    together = max(batch_size // num_seeds, 1)  # prompts: a reward that compares sees all pictures of each
 
     def draw(batch: Sequence[tuple[int, int]]) -> Tensor:
         """Pictures [B, 3, H, W] of (prompt, seed) pairs."""
@@ -99,27 +101,30 @@ def evaluate(
         )
         return pipeline.decode(latents, conditioning).float().cpu()
 
-    scored: list[dict[str, Tensor]] = []  # for each batch, name -> [B]
-    pictures: list[Tensor] = []
-    for start in range(0, len(padded), batch_size):
-        batch = padded[start : start + batch_size]
-        images = draw(batch)
-        extra = {name: [values[chosen[p]] for p, _ in batch] for name, values in prompts.columns.items()}
-        scores = rewards.score(images, [prompts.texts[chosen[p]] for p, _ in batch], extra)
-        scored.append({"total": scores.total, **scores.parts})
-        pictures.append(images)
-        progress(start + len(batch))
+    pending, pictures, jobs = [], [], []
+    with Scorer(rewards) as scorer:
+        for start in range(0, len(mine), together):
+            own = [(p, s) for p in mine[start : start + together] for s in range(num_seeds)]
+            images = torch.cat([draw(own[first : first + batch_size]) for first in range(0, len(own), batch_size)])
+            extra = {name: [values[chosen[p]] for p, _ in own] for name, values in prompts.columns.items()}
+            texts = [prompts.texts[chosen[p]] for p, _ in own]
+            pending.append(scorer.submit(images, texts, extra, group=[p for p, _ in own]))
+            pictures.append(images)
+            jobs += own
+            progress(len(jobs))
+        results = [scores.result(timeout_s) for scores in pending]
 
-    order = gather(torch.tensor([num_seeds * p + s for p, s in padded]))
+    scored = [{"total": scores.total, **scores.parts} for scores in results]  # for each batch, name -> [B]
+    order = gather(torch.tensor([num_seeds * p + s for p, s in jobs]))
     names = all_names({name for batch in scored for name in batch}, gather)
     columns = [
         torch.cat([batch.get(name, torch.full_like(batch["total"], math.nan)) for batch in scored]) for name in names
     ]
     table = gather(torch.stack(columns, dim=1))  # [jobs, parts]
-    whole = torch.full((len(jobs), len(names)), float("nan"))
+    whole = torch.full((count * num_seeds, len(names)), float("nan"))
     whole[order] = table
     images = gather(torch.cat(pictures))
-    first = torch.empty((len(jobs), *images.shape[1:]))
+    first = torch.empty((count * num_seeds, *images.shape[1:]))
     first[order] = images
     return Evaluation(
         prompts=tuple(prompts.texts[row] for row in chosen),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 from flowsteer.rewards.combine import RewardSet
 from flowsteer.rewards.hosts.inprocess import PendingScores, Scorer
 from flowsteer.rewards.types import Scores
@@ -13,22 +15,34 @@ class StepScorer:
 
     Args:
         rewards: what a sample is worth.
+        timeout_s: how long the scores of a step are waited for after its last sample was drawn.
     """
 
-    def __init__(self, rewards: RewardSet) -> None:
+    def __init__(self, rewards: RewardSet, *, timeout_s: float | None = None) -> None:
         self.rewards = rewards
+        self.timeout_s = timeout_s
         self._scorer = Scorer(rewards)
         self._pending: list[PendingScores] = []
 
     def submit(self, rollout: Rollout) -> None:
         """Begin to score a rollout batch; returns at once."""
-        self._pending.append(self._scorer.submit(rollout.images, rollout.prompts, rollout.columns))
+        self._pending.append(
+            self._scorer.submit(rollout.images, rollout.prompts, rollout.columns, rollout.group.tolist())
+        )
 
     def collect(self) -> list[Scores]:
-        """Wait for everything that was submitted, in that order. Raises ValueError for a reward that breaks its contract."""
+        """Wait for everything that was submitted, in that order. Scores that are not there in time are missing.
+
+        Raises ValueError for a reward that breaks its contract.
+        """
         pending, self._pending = self._pending, []
-        return [scores.result() for scores in pending]
+        end = None if self.timeout_s is None else time.monotonic() + self.timeout_s
+        return [scores.result(None if end is None else max(end - time.monotonic(), 0.0)) for scores in pending]
 
     def close(self) -> None:
-        """End the thread."""
+        """End the threads, and the rewards that want to be closed."""
         self._scorer.close()
+        for reward in self.rewards.rewards.values():
+            close = getattr(reward, "close", None)
+            if callable(close):
+                close()

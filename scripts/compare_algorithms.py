@@ -86,7 +86,9 @@ ENTRIES: dict[str, Entry] = {
     "step-aware DPO": Entry("embedded_step_dpo_composition", dense=(GAUSSIAN, "algorithm.beta=10.0", *FEWER)),
     "PSO": Entry("embedded_pso_composition", dense=(GAUSSIAN, "algorithm.beta=10.0", *FEWER)),
     "DGPO": Entry("embedded_dgpo_composition", dense=("algorithm.beta=10.0", *FEWER_FORWARD)),
-    "DiffusionNFT": Entry("embedded_nft_composition", dense=("optimizer.learning_rate=6.0e-4", *FEWER_FORWARD)),
+    "DiffusionNFT": Entry(
+        "embedded_nft_composition", ("num_steps=20",), ("optimizer.learning_rate=6.0e-4", *FEWER_FORWARD)
+    ),
     "DiffusionNFT, all weights": Entry("embedded_nft_full_composition", dense=FEWER_FORWARD),
     "AWM": Entry("embedded_awm_composition", dense=FEWER_FORWARD),
     "Diffusion-DPO, online": Entry(

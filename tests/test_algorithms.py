@@ -16,7 +16,7 @@ from flowsteer.rewards.types import Scores
 from flowsteer.rl.advantage import combined_advantage, group_advantage
 from flowsteer.rl.agreement import GradientAgreement, evenly_chosen
 from flowsteer.rl.algorithms.diffusion_nft import nft_loss
-from flowsteer.rl.compare import TooFewScores, compare
+from flowsteer.rl.compare import TooFewScores, compare, missing_bias
 from flowsteer.rl.losses import clipped_objective
 from flowsteer.rollout.kernels import denoised
 from flowsteer.rollout.types import Rollout, Schedule
@@ -292,6 +292,25 @@ def test_missing_scores_have_no_weight_and_the_mean_weight_is_one() -> None:
     assert comparisons[1].advantage.tolist() == [0] * 8
     assert comparisons[2].advantage.tolist() == [value - 3.5 for value in range(8)]
     assert statistics["reward/theirs"] == pytest.approx(2 * statistics["reward_mean"])
+
+
+def test_failure_that_goes_together_with_quality_is_measured() -> None:
+    """Missing: 1, 1, 3, 3 of the other reward; scored: 5, 5, 7, 7. Mean 2 against 6, deviation sqrt(5) about 4."""
+    total = torch.tensor([NAN] * 4 + [0.0] * 4 + [NAN])
+    part = torch.tensor([1.0, 1, 3, 3, 5, 5, 7, 7, NAN])
+    assert missing_bias(total, part) == pytest.approx(-4 / 5**0.5)
+    assert missing_bias(total[1:], part[1:]) is None  # three of one kind are too few
+    assert missing_bias(total, torch.ones(9)) is None
+
+
+def test_the_step_reports_it(caplog: pytest.LogCaptureFixture) -> None:
+    rollouts = ToyRun(flow_grpo()).rollouts()
+    totals = [[NAN] * 4 + [float(value) for value in range(4)]] * len(rollouts)
+    parts = {"theirs": torch.tensor([0.0] * 4 + [1.0] * 4)}
+    scores = [Scores(total=torch.tensor(total), parts=parts) for total in totals]
+    _, statistics = compare(rollouts, scores, lambda x: x, deviation="none", clip=None, min_scored=0.2, weights={})
+    assert statistics["missing_bias"] == pytest.approx(-2.0)
+    assert "their theirs is -2.0 deviations from the rest" in caplog.text
 
 
 def test_comparisons_come_back_in_the_order_of_the_batches() -> None:

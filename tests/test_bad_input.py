@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -27,7 +28,9 @@ from flowsteer.rl.train import train
 REWARDS = '''
 """Rewards that break in one way each."""
 
-calls, fails_from = 0, None
+import threading
+
+calls, fails_from, release = 0, None, threading.Event()
 
 
 def bright(images, prompts, **columns):
@@ -54,6 +57,21 @@ def served(images, prompts, **columns):
     if fails_from is not None and calls > fails_from:
         raise ConnectionError("the server is down")
     return bright(images, prompts)
+
+
+def gets_stuck(images, prompts, **columns):
+    global calls
+    calls += 1
+    if calls > 4:
+        release.wait(60)
+    return bright(images, prompts)
+
+
+class Ranks:
+    groupwise = True
+
+    def __call__(self, images, prompts, **columns):
+        return [float(rank) for rank in images.reshape(len(images), -1).mean(1).argsort().argsort()]
 '''
 
 
@@ -337,6 +355,30 @@ def test_too_few_scores_stop_the_run_and_it_goes_on_later(tmp_path, make_config,
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
     assert any(value.any() for key, value in ours.items() if "lora_B" in key), "something was learned"
+
+
+def test_a_reward_that_gets_stuck_ends_the_run_in_time_with_everything_saved(tmp_path, make_config, rewards):
+    name = f"{rewards.__name__}:gets_stuck"
+    rewards.calls = 0
+    run = start(parse_config(make_config(tmp_path / "run", rewards={name: {}}, **{"engine.timeout_s": 6})), quiet=True)
+    began = time.monotonic()
+    with pytest.raises(TooFewScores, match=rf"'{name}' raised RewardTimeout: .* '{name}' may be stuck"):
+        train(run)
+    assert time.monotonic() - began < 60
+    rewards.release.set()
+    run.close()
+    assert run.checkpoints.steps() == [1]
+
+
+def test_a_reward_that_compares_needs_whole_groups_in_a_batch(tmp_path, make_config, rewards):
+    name = f"{rewards.__name__}:Ranks"
+    config = make_config(tmp_path / "run", rewards={name: {}}, **{"rollout.batch_size": 2})
+    with pytest.raises(ValueError, match=r"batch_size=2 cuts groups of rollout.group_size=4 apart; .* a multiple of 4"):
+        start(parse_config(config), quiet=True)
+    assert not (tmp_path / "run").exists()
+    run = finished(make_config(tmp_path / "run", rewards={name: {}}, num_steps=1))
+    (line,) = read_metrics(run.folder / "metrics.jsonl")
+    assert line["reward_mean"] == 1.5  # the ranks 0 to 3 in every group
 
 
 def test_less_can_be_asked_of_the_scores_when_going_on(again, make_config):

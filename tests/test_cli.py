@@ -92,6 +92,8 @@ def trained(run_file) -> tuple[Path, Done]:
 def test_every_command_is_known_here():
     assert {" ".join(path) for path in commands()} == {
         "train", "evaluate", "export", "sample", "score", "check-model", "show-loop", "report", "rewards list",
+        "rewards certify", "rewards serve", "rewards env list", "rewards env create", "rewards env check",
+        "rewards env remove",
     }  # fmt: skip
 
 
@@ -191,6 +193,7 @@ def test_train(trained, run_file):
     names = {path.name for path in folder.iterdir()}
     assert names == {
         "config.json", "config.yaml", "metrics.jsonl", "evaluations", "checkpoints", "export", "report.html",
+        "rewards.json",
     }  # fmt: skip
     assert load_config(folder / "config.yaml") == load_config(run_file)
     assert [line["step"] for line in read_metrics(folder / "metrics.jsonl")] == [0, 1]
@@ -395,3 +398,48 @@ def test_too_few_scores_say_how_to_go_on(run_file, tmp_path, plugin):
     assert "only 0.0% of the samples have a score" in message
     assert message.endswith("The state before this step is saved: once the reward works again, go on with --resume")
     assert (tmp_path / "run" / "checkpoints" / "step_000000").is_dir()
+
+
+# --- rewards
+
+
+def test_certify(tmp_path):
+    """A sound reward's page and its golden scores; another quality's scores are refused by them."""
+    golden = tmp_path / "golden.json"
+    done = command("rewards", "certify", "jpeg_compressibility", "--write-golden", golden)
+    assert done.code == 0, done.err
+    assert "reward 'jpeg_compressibility': certified" in done.out
+    assert command("rewards", "certify", "jpeg_compressibility", "--golden", golden).code == 0
+    done = command("rewards", "certify", "jpeg_compressibility", "-o", "quality=50", "--golden", golden)
+    assert done.code == 1
+    assert "REFUSED by: golden scores" in done.out
+
+
+def test_certify_pictures_of_one_s_own(tmp_path):
+    rng = np.random.default_rng(0)
+    for name, level in (("dark", 40), ("dim", 90), ("light", 160), ("bright", 250)):
+        Image.fromarray(rng.integers(0, level, (24, 24, 3), dtype=np.uint8)).save(tmp_path / f"a_{name}_thing.png")
+    done = command("rewards", "certify", "jpeg_compressibility", "--images", tmp_path)
+    assert done.code == 0, done.out
+    assert "4 images of 24x24" in done.out
+    assert "there is no folder" in refusal("rewards", "certify", "jpeg_compressibility", "--images", tmp_path / "no")
+    done = command("rewards", "certify", "jpeg_compressibility", "-o", "qualty=5")
+    assert done.code == 1
+    assert "has no option 'qualty'" in " ".join(done.out.split())
+
+
+def test_environments_are_listed_built_and_removed(tmp_path, monkeypatch):
+    monkeypatch.setenv("FLOWSTEER_CACHE", str(tmp_path))
+    monkeypatch.setenv("COLUMNS", "250")
+    assert "originals" in command("rewards", "env", "list").out
+    recipe = tmp_path / "empty.toml"
+    recipe.write_text('about = "nothing"\npython = ["3.8", "3.99"]\nsmoke = "import json"\n', encoding="utf-8")
+    assert "is not built" in refusal("rewards", "env", "check", recipe)
+    assert command("rewards", "env", "create", recipe).code == 0
+    assert "it runs: import json" in command("rewards", "env", "check", recipe).out
+    recipe.write_text('about = "nothing"\npython = ["3.8", "3.99"]\nsmoke = "import jsom"\n', encoding="utf-8")
+    done = command("rewards", "env", "create", recipe)
+    assert done.code == 2
+    assert "No module named 'jsom'" in done.err
+    assert "removed" in command("rewards", "env", "remove", recipe).out
+    assert "nothing is built" in refusal("rewards", "env", "remove", recipe)

@@ -51,6 +51,26 @@ def test_mean_and_interval_by_hand():
     assert half == pytest.approx(1.96 * math.sqrt(7 / 3))
 
 
+class Above:
+    """Groupwise: how much brighter an image is than the mean of its group."""
+
+    groupwise = True
+
+    def __call__(self, images, prompts, **columns):
+        assert len(set(prompts)) == 1
+        assert len(images) == 3, "all seeds of a prompt"
+        levels = images.reshape(len(images), -1).mean(1)
+        return (levels - levels.mean()).tolist()
+
+
+@pytest.mark.parametrize("batch_size", [2, 7, 18])
+def test_a_reward_that_compares_sees_all_seeds_of_a_prompt(at_once, batch_size):
+    table = run(rewards=RewardSet([("above", Above(), 1.0)]), batch_size=batch_size).parts["above"]
+    levels = 255 * at_once.parts["bright"]
+    torch.testing.assert_close(table, levels - levels.mean(1, keepdim=True), rtol=0, atol=1e-2)
+    assert table.abs().max() > 1
+
+
 def test_missing_scores_are_left_out():
     """A prompt counts by the seeds that it has; one without any does not count."""
     nan = math.nan
@@ -102,7 +122,8 @@ def same(one: Evaluation, other: Evaluation) -> None:
 def test_batches_do_not_matter(at_once, batch_size):
     done = []
     same(run(batch_size=batch_size, progress=done.append), at_once)
-    assert done == [min(end, 18) for end in range(batch_size, 18 + batch_size, batch_size)]
+    whole = max(batch_size // 3, 1) * 3  # prompts with all their seeds, as many as fit
+    assert done == list(range(whole, 19, whole))
 
 
 @pytest.mark.parametrize("processes", [2, 4])

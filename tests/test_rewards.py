@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -428,19 +429,85 @@ class TestScorer:
             with pytest.raises(ValueError, match="gave 0 scores, expected 2"):
                 pending.result()
 
-    def test_a_time_limit(self):
+    def test_a_reward_that_is_stuck_leaves_scores_missing_and_keeps_nobody(self):
         release = threading.Event()
 
-        def slow(images, prompts, **columns):
-            release.wait(10)
+        def stuck(images, prompts, **columns):
+            release.wait(30)
             return [1.0]
 
-        with Scorer(RewardSet([("slow", slow, 1.0)])) as scorer:
-            pending = scorer.submit(random_images(1), ["a"])
-            with pytest.raises(TimeoutError):
-                pending.result(0.01)
+        rewards = RewardSet([("quick", mean_level, 1.0), ("stuck", stuck, 1.0)])
+        with Scorer(rewards) as scorer:
+            images = random_images(1)
+            began = time.monotonic()
+            scores = scorer.submit(images, ["a"]).result(0.2)
+            assert time.monotonic() - began < 5
+            assert scores.missing.tolist() == [True]
+            assert "'stuck' raised RewardTimeout" in scores.failures[0]
+            assert scores.parts["quick"].item() == pytest.approx(mean_level(to_uint8(images), [])[0], rel=1e-6)
+            later = scorer.submit(images, ["a"])
             release.set()
-            assert pending.result(10).total.item() == 1
+            assert not later.result(10).missing.any()
+
+    def test_several_rewards_score_at_once(self):
+        both = threading.Barrier(2, timeout=10)
+
+        def waits_for_the_other(images, prompts, **columns):
+            both.wait()
+            return [1.0] * len(images)
+
+        rewards = RewardSet([("one", waits_for_the_other, 1.0), ("other", waits_for_the_other, 1.0)])
+        with Scorer(rewards) as scorer:
+            assert scorer.submit(random_images(2), ["a", "b"]).result(20).total.tolist() == [2, 2]
+
+
+class Ranks:
+    """Groupwise: each image's place in its group by mean level; it raises where a group's images are all black."""
+
+    groupwise = True
+
+    def __init__(self):
+        self.calls = []
+
+    def __call__(self, images, prompts, **columns):
+        assert len(set(prompts)) == 1
+        self.calls.append((prompts[0], len(images), columns))
+        if not images.any():
+            raise RuntimeError("nothing to see")
+        levels = images.reshape(len(images), -1).mean(1)
+        ranks = levels.argsort().argsort().tolist()
+        return {"score": ranks if len(images) > 1 else [None], "level": levels.tolist()}
+
+
+class TestGroupwise:
+    def test_each_call_gets_one_group_and_scores_find_their_places(self):
+        reward = Ranks()
+        images = torch.linspace(0.1, 0.9, 6).view(6, 1, 1, 1).expand(6, 3, 4, 4)[[3, 0, 5, 1, 4, 2]]
+        group = [7, 9, 7, 9, 9, 7]  # levels 3 5 2 and 0 1 4
+        prompts = ["a" if own == 7 else "b" for own in group]
+        rewards = RewardSet([("ranks", reward, 1.0)])
+        assert rewards.groupwise == ("ranks",)
+        scores = rewards.score(images, prompts, {"n": range(6)}, group)
+        assert scores.total.tolist() == [1, 0, 2, 1, 2, 0]
+        assert [(prompt, size) for prompt, size, _ in reward.calls] == [("a", 3), ("b", 3)]
+        assert reward.calls[0][2] == {"n": [0, 2, 5]}
+        by_prompt = rewards.score(images, prompts, {})  # without group numbers, equal prompts are a group
+        assert by_prompt.total.tolist() == scores.total.tolist()
+
+    def test_a_failure_is_of_its_group_and_a_broken_image_of_nobody(self):
+        images = torch.linspace(0.1, 0.9, 5).view(5, 1, 1, 1).repeat(1, 3, 4, 4)
+        images[:2] = 0
+        images[4] = torch.nan
+        scores = RewardSet([("ranks", Ranks(), 1.0)]).score(images, list("aabbb"), {}, [0, 0, 1, 1, 1])
+        assert scores.missing.tolist() == [True, True, False, False, True]
+        assert scores.total[2:4].tolist() == [0, 1]
+        assert "RuntimeError: nothing to see" in scores.failures[1]
+        assert "NaN" in scores.failures[4]
+        assert scores.parts["ranks/level"].isnan().tolist() == [True, True, False, False, True]
+
+    def test_groups_need_a_number_for_each_image(self):
+        with pytest.raises(ValueError, match="2 images need 2 group numbers, got 1"):
+            RewardSet([("ranks", Ranks(), 1.0)]).score(torch.zeros(2, 3, 4, 4), ["a", "a"], {}, [0])
 
 
 class TestJPEG:

@@ -1,57 +1,90 @@
-"""Scoring in this process, on a thread of its own: one batch is scored while the next one is sampled."""
+"""Scoring beside sampling: every reward has a thread of its own, so one batch is scored while the next one is sampled."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+import queue
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, wait
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from flowsteer.rewards.combine import RewardSet
+from flowsteer.rewards.combine import Answer, Batch, RewardSet, failed
 from flowsteer.rewards.types import Scores
+
+STUCK_AFTER_S = 60.0  # how long the end of a run waits for a batch that is being scored
+
+
+class RewardTimeout(TimeoutError):
+    """A reward did not answer in time; it may be stuck for good."""
 
 
 class PendingScores:
     """Scores that are being made."""
 
-    def __init__(self, future: Future[Scores]) -> None:
-        self._future = future
+    def __init__(self, rewards: RewardSet, batch: Future[Batch], answers: Mapping[str, Future[Answer]]) -> None:
+        self._rewards = rewards
+        self._batch = batch
+        self._answers = answers
 
     def done(self) -> bool:
         """Whether `result` would return at once."""
-        return self._future.done()
+        return all(future.done() for future in self._answers.values())
 
     def result(self, timeout: float | None = None) -> Scores:
-        """Wait for the scores. Raises what scoring raised, or TimeoutError after ``timeout`` seconds."""
-        return self._future.result(timeout)
+        """Wait for the scores, at most ``timeout`` seconds: those of a reward that is not ready by then are missing.
+
+        Raises what scoring raised.
+        """
+        end = None if timeout is None else time.monotonic() + timeout
+        batch, answers = self._batch.result(), {}
+        for name, future in self._answers.items():
+            wait([future], timeout=None if end is None else max(end - time.monotonic(), 0.0))
+            late = RewardTimeout(f"no answer in the time that the run gives its rewards; {name!r} may be stuck")
+            answers[name] = future.result() if future.done() else failed(late, len(batch))
+        return self._rewards.combine(batch, answers)
 
 
 class Scorer:
-    """Scores batches one after another on one thread, in the order in which they were submitted.
+    """Scores batches in the order in which they were submitted, each reward on one thread of its own.
 
-    One thread, so that a reward need not be safe for several and sees its batches in the same order in every run.
-    Use it as a context manager, or call `close`.
+    One thread, so that a reward need not be safe for several and sees its batches in the same order in every run; of its own,
+    so that a slow reward in another process does not keep the others waiting. Use it as a context manager, or call `close`.
     """
 
     def __init__(self, rewards: RewardSet) -> None:
         self.rewards = rewards
         # Which accelerator is the current one is a setting of each thread; a new thread would use the first.
         device = torch.accelerator.current_device_index() if torch.accelerator.is_available() else None
-        self._pool = ThreadPoolExecutor(1, "flowsteer-rewards", initializer=_use_device, initargs=(device,))
+        self._threads = {name: _Thread(name, device) for name in ("to-pixels", *rewards.rewards)}
 
     def submit(
-        self, images: Tensor, prompts: Sequence[str], columns: Mapping[str, Sequence[Any]] | None = None
+        self,
+        images: Tensor,
+        prompts: Sequence[str],
+        columns: Mapping[str, Sequence[Any]] | None = None,
+        group: Sequence[int] | None = None,
     ) -> PendingScores:
         """Begin to score a batch; the arguments are `RewardSet.score`'s, copied: the caller may go on to use them."""
         kept = images.detach().to("cpu", copy=True)
         kept_columns = {name: tuple(values) for name, values in (columns or {}).items()}
-        return PendingScores(self._pool.submit(self.rewards.score, kept, tuple(prompts), kept_columns))
+        kept_group = None if group is None else tuple(group)
+        batch = self._threads["to-pixels"].submit(Batch.of, kept, tuple(prompts), kept_columns, kept_group)
+        answers = {name: self._threads[name].submit(self._ask, name, batch) for name in self.rewards.rewards}
+        return PendingScores(self.rewards, batch, answers)
+
+    def _ask(self, name: str, batch: Future[Batch]) -> Answer:
+        return self.rewards.ask(name, batch.result())
 
     def close(self) -> None:
-        """Finish the batch that is being scored, drop those that wait, end the thread."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        """Finish the batches that are being scored, drop those that wait, end the threads; one that is stuck is left behind."""
+        for thread in self._threads.values():
+            thread.close()
+        for thread in self._threads.values():
+            thread.join(STUCK_AFTER_S)
 
     def __enter__(self) -> Scorer:
         return self
@@ -60,6 +93,36 @@ class Scorer:
         self.close()
 
 
-def _use_device(index: int | None) -> None:
-    if index is not None:
-        torch.accelerator.set_device_index(index)
+class _Thread:
+    """Calls one after another on a thread that does not keep the program alive: a reward that is stuck may not either."""
+
+    def __init__(self, name: str, device: int | None) -> None:
+        self._calls: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = queue.SimpleQueue()
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, args=(device,), name=f"flowsteer-rewards-{name}", daemon=True)
+        self._thread.start()
+
+    def submit(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        self._calls.put((future, lambda: function(*arguments)))
+        return future
+
+    def close(self) -> None:
+        self._closed = True
+        self._calls.put(None)
+
+    def join(self, timeout: float) -> None:
+        self._thread.join(timeout)
+
+    def _run(self, device: int | None) -> None:
+        if device is not None:
+            torch.accelerator.set_device_index(device)
+        while (item := self._calls.get()) is not None:
+            future, call = item
+            if self._closed:
+                future.cancel()
+                continue
+            try:
+                future.set_result(call())
+            except BaseException as error:  # handed on to whoever waits for it
+                future.set_exception(error)

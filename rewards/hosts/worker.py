@@ -1,0 +1,370 @@
+"""The far side of a reward that lives elsewhere: loads one scorer and answers for it, over a socket or over HTTP.
+
+    python worker.py run TARGET --fd 5              # started by flowsteer.rewards.hosts.child.WorkerReward
+    python worker.py serve TARGET --port 8700       # asked by flowsteer.rewards.hosts.remote.HTTPReward
+
+Run by its path with the python of another environment, so this one file needs the standard library alone (Python 3.8 to
+3.13) and imports nothing of ours. TARGET is ``module:attribute`` or ``path/to/file.py:attribute``: a class, whose arguments
+are the JSON object ``--options``, or a function. It is called as every reward, ``(images, prompts, **columns)``, one call
+at a time. ``images`` is a numpy array, uint8 [B, H, W, 3] or [B, T, H, W, 3]; where numpy is not installed a memoryview of
+that shape. It answers B numbers or None, or a mapping of such parts, of which "score" is the one that counts. Optional
+attributes of the scorer: ``fingerprint`` (what else decides its scores: weights' hash, preprocessing), ``version``,
+``groupwise``, ``uses_prompt``.
+
+The protocol is described in ``wire.py``. Over HTTP: GET /v1/hello and POST /v1/score with the frame as the body, answered
+by JSON, both with ``Authorization: Bearer TOKEN``; there is no encryption, so beyond this machine put it behind a tunnel.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import hashlib
+import hmac
+import importlib
+import importlib.util
+import inspect
+import json
+import math
+import os
+import platform
+import select
+import signal
+import socket
+import struct
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Mapping
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib import metadata
+from typing import Any
+
+try:
+    import numpy
+except ImportError:
+    numpy = None
+
+PROTO_RANGE = (1, 1)  # lowest and highest that this file speaks
+MAGIC = b"FSR1"
+PREFIX = struct.Struct("!4sIQ")  # magic, bytes of the header, bytes of the body
+MAX_HEADER_BYTES = 16 * 2**20
+MAX_BODY_BYTES = 2**30  # default of --max-body-bytes
+MAX_ERROR_CHARACTERS = 4000
+LAYOUTS = {4: "NHWC", 5: "NTHWC"}
+PACKAGES = ("torch", "torchvision", "transformers", "numpy", "pillow")  # whose versions change scores
+TOKEN_VARIABLE = "FLOWSTEER_REWARD_TOKEN"
+HTTP_IDLE_S = 60  # a peer that sends nothing for so long is dropped
+
+
+class Refused(Exception):
+    """A request that the protocol does not have."""
+
+
+def read_frame(
+    read_into: Callable[[memoryview], int | None], max_body_bytes: int, length: int | None = None
+) -> tuple[dict[str, Any], bytearray]:
+    """Header and body of the next frame, of ``length`` bytes in all where that is known. Raises EOFError, Refused."""
+    magic, header_bytes, body_bytes = PREFIX.unpack(_read(read_into, PREFIX.size))
+    if magic != MAGIC:
+        raise Refused(f"this is no frame: it begins with {magic!r}")
+    if header_bytes > MAX_HEADER_BYTES or body_bytes > max_body_bytes:
+        raise Refused(
+            f"a frame with a header of {header_bytes} bytes and a body of {body_bytes} is larger than the allowed "
+            f"{MAX_HEADER_BYTES} and {max_body_bytes}"
+        )
+    if length is not None and length != PREFIX.size + header_bytes + body_bytes:
+        raise Refused(f"Content-Length is {length}, the frame has {PREFIX.size + header_bytes + body_bytes} bytes")
+    try:
+        header = json.loads(_read(read_into, header_bytes))
+    except (ValueError, RecursionError) as error:
+        raise Refused(f"the header is no JSON: {error}") from error
+    if not isinstance(header, dict):
+        raise Refused("the header is no JSON object")
+    return header, _read(read_into, body_bytes)
+
+
+def _read(read_into: Callable[[memoryview], int | None], size: int) -> bytearray:
+    data = bytearray(size)
+    view = memoryview(data)
+    while view:
+        received = read_into(view)
+        if not received:
+            raise EOFError
+        view = view[received:]
+    return data
+
+
+def to_json(answer: Mapping[str, Any]) -> bytes:
+    """As ASCII: lone surrogates in a text pass, and NaN does not."""
+    return json.dumps(answer, allow_nan=False).encode()
+
+
+class Answerer:
+    """Answers requests with one scorer, one at a time."""
+
+    def __init__(self, target: str, options: dict[str, Any], max_body_bytes: int) -> None:
+        found: Any = load_target(target)
+        is_class = inspect.isclass(found)
+        scorer: Any = found(**options) if is_class else found
+        self._score = scorer if is_class else functools.partial(found, **options)
+        self._lock = threading.Lock()
+        self.max_body_bytes = max_body_bytes
+        fingerprint = {
+            "target": target,
+            "version": getattr(scorer, "version", None) or source_hash(found),
+            "options": json.dumps(options, sort_keys=True),
+            **package_versions(),
+            **getattr(scorer, "fingerprint", {}),
+        }
+        # before the platform is added: a server that moves to another machine is still the same scorer
+        text = json.dumps(fingerprint, allow_nan=False, sort_keys=True)
+        self.identity = hashlib.sha256(text.encode()).hexdigest()
+        self.hello = {
+            "op": "hello",
+            "proto": PROTO_RANGE,
+            "fingerprint": dict(fingerprint, platform=platform.platform()),
+            "identity": self.identity,
+            "max_body_bytes": max_body_bytes,
+            "groupwise": bool(getattr(scorer, "groupwise", False)),
+            "uses_prompt": bool(getattr(scorer, "uses_prompt", True)),
+        }
+
+    def answer(self, header: Mapping[str, Any], body: bytearray) -> dict[str, Any]:
+        """The answer to a frame. What the scorer raises is an answer too. Raises Refused."""
+        if header.get("op") == "hello":
+            return self.hello
+        check_request(header, len(body))
+        size = header["shape"][0]
+        reply: dict[str, Any] = {"id": header.get("id")}
+        try:
+            with self._lock:
+                given = self._score(as_images(body, header["shape"]), header["prompts"], **header["columns"])
+            parts, errors = read_parts(given, size)
+        except Exception as error:  # whatever it is, the other side is told, and this process lives on
+            traceback.print_exc()
+            return dict(reply, op="error", error=f"{type(error).__name__}: {error}"[:MAX_ERROR_CHARACTERS])
+        return dict(reply, op="scores", parts=parts, errors=errors, identity=self.identity)
+
+
+def load_target(target: str) -> Any:
+    """What stands at ``module:attribute`` (installed, or in the current folder) or ``file.py:attribute``."""
+    place, _, attribute = target.rpartition(":")
+    if not place or not attribute:
+        raise ValueError(f"{target!r} is no place of a scorer; write module:attribute or path/to/file.py:attribute")
+    if place.endswith(".py"):
+        sys.path.append(os.path.dirname(os.path.abspath(place)))  # it may import its neighbours
+        name = "scorer_" + os.path.splitext(os.path.basename(place))[0]  # hides no package of the file's name
+        spec = importlib.util.spec_from_file_location(name, place)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        spec.loader.exec_module(module)
+    else:
+        sys.path.append(os.getcwd())
+        module = importlib.import_module(place)
+    return functools.reduce(getattr, attribute.split("."), module)
+
+
+def source_hash(found: Any) -> str | None:
+    """The hash of the file that the scorer is written in, which stands for a version."""
+    try:
+        path = inspect.getsourcefile(found)
+    except TypeError:  # built-in, or an object
+        path = None
+    if path is None:
+        return None
+    with open(path, "rb") as file:
+        return "sha256:" + hashlib.sha256(file.read()).hexdigest()
+
+
+def package_versions() -> dict[str, str]:
+    """Of what besides the scorer's own code decides its scores."""
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def check_request(header: Mapping[str, Any], body_bytes: int) -> None:
+    """Hold a request to the protocol before a scorer sees it."""
+    if header.get("op") != "score":
+        raise Refused("there is no request {!r}; there are hello and score".format(header.get("op")))
+    proto, (low, high) = header.get("proto"), PROTO_RANGE
+    if type(proto) is not int or not low <= proto <= high:
+        raise Refused(f"this side speaks the protocol {low} to {high}, the other side {proto!r}")
+    shape, prompts, columns = header.get("shape"), header.get("prompts"), header.get("columns")
+    if not isinstance(shape, list) or not all(type(size) is int and size >= 0 for size in shape):
+        raise Refused(f"the shape {shape!r} is no list of sizes")
+    layout = (header.get("dtype"), header.get("layout"), shape[-1:])
+    if layout != ("uint8", LAYOUTS.get(len(shape)), [3]) or math.prod(shape) != body_bytes:
+        raise Refused("{} {} of the shape {} in {} bytes are no images".format(*layout[:2], shape, body_bytes))
+    if not isinstance(columns, dict):
+        raise Refused("columns are no JSON object")
+    for name, values in [("prompts", prompts), *columns.items()]:
+        if not isinstance(values, list) or len(values) != shape[0]:
+            raise Refused(f"{name} is no list of {shape[0]} values")
+
+
+def as_images(body: bytearray, shape: list[int]) -> Any:
+    """The body as uint8 of that shape, without a copy."""
+    if numpy is not None:
+        return numpy.frombuffer(body, dtype=numpy.uint8).reshape(shape)
+    return memoryview(body).cast("B", shape) if body else memoryview(body)
+
+
+def read_parts(given: Any, size: int) -> tuple[dict[str, list[float | None]], dict[str, str]]:
+    """A scorer's answer as numbers or None by part; and by row, what was there in place of a finite number."""
+    if not isinstance(given, Mapping):
+        given = {"score": given}
+    if "score" not in given:
+        raise ValueError(f"the scorer gave the parts {list(given)}; one of them must be called 'score'")
+    parts: dict[str, list[float | None]] = {}
+    errors: dict[str, str] = {}
+    for name, values in given.items():
+        if isinstance(values, (str, bytes, Mapping)):
+            raise ValueError(f"the scorer gave a {type(values).__name__} for {name!r}, expected {size} numbers")
+        values = list(values)
+        if len(values) != size:
+            raise ValueError(f"the scorer gave {len(values)} values for {name!r}, expected {size}, one per image")
+        parts[name] = []
+        for row, value in enumerate(values):
+            if isinstance(value, (str, bytes)):
+                raise ValueError(f"the scorer gave {value!r} for image {row}, expected a number or None")
+            number = None if value is None else float(value)
+            if number is not None and not math.isfinite(number):
+                errors[str(row)] = f"{name} is {number}"
+                number = None
+            parts[name].append(number)
+    return parts, errors
+
+
+def run(answerer: Answerer, connection: socket.socket) -> None:
+    """Answer frames until the other side closes. A frame that is none ends the process: what follows it means nothing."""
+    while True:
+        try:
+            header, body = read_frame(connection.recv_into, answerer.max_body_bytes)
+        except EOFError:
+            return
+        text = to_json(answerer.answer(header, body))
+        del header, body  # not held while waiting for the next
+        connection.sendall(PREFIX.pack(MAGIC, len(text), 0) + text)
+
+
+def end_with_parent(connection: socket.socket) -> None:
+    """End this process group as soon as the other end of the socket is gone, also in the middle of a batch.
+
+    Not Linux's parent-death signal: it goes off when the *thread* that started us ends, and spares the scorer's children.
+    """
+    poll = select.poll()
+    poll.register(connection, 0)  # only what is always reported: hang-up and errors
+    poll.poll()
+    os.killpg(os.getpgrp(), signal.SIGKILL)
+
+
+class Server(ThreadingHTTPServer):
+    """A thread for each connection; as many may wait as a large run has processes."""
+
+    request_queue_size = 128
+
+
+def make_handler(answerer: Answerer, token: str) -> type:
+    """The class whose instances answer one HTTP request each."""
+    expected = b"Bearer " + token.encode()
+
+    class Handler(BaseHTTPRequestHandler):
+        timeout = HTTP_IDLE_S
+
+        def do_GET(self) -> None:
+            if self.allowed("/v1/hello"):
+                self.reply(200, answerer.hello)
+
+        def do_POST(self) -> None:
+            if not self.allowed("/v1/score"):
+                return
+            length = self.headers.get("Content-Length", "")
+            if not length.isdecimal() or len(length) > 18:
+                return self.refuse(411, "Content-Length must say how long the frame is")
+            if int(length) > PREFIX.size + MAX_HEADER_BYTES + answerer.max_body_bytes:
+                return self.refuse(413, f"{length} bytes are too many; bodies have up to {answerer.max_body_bytes}")
+            try:
+                header, body = read_frame(self.rfile.readinto, answerer.max_body_bytes, int(length))
+                answer = answerer.answer(header, body)
+            except EOFError:
+                return None
+            except Refused as error:
+                return self.refuse(400, str(error))
+            self.reply(200, answer)
+
+        def allowed(self, path: str) -> bool:
+            """The token comes first: a stranger learns nothing, and nothing that it sends is read."""
+            given = self.headers.get("Authorization", "").encode("latin-1")
+            if not hmac.compare_digest(given, expected):
+                self.refuse(401, "the token is wrong")
+                return False
+            if self.path != path:
+                self.refuse(404, "there are GET /v1/hello and POST /v1/score")
+                return False
+            return True
+
+        def refuse(self, status: int, text: str) -> None:
+            self.reply(status, {"op": "refused", "error": text})
+
+        def reply(self, status: int, answer: Mapping[str, Any]) -> None:
+            text = to_json(answer)
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(text)))
+            self.end_headers()
+            self.wfile.write(text)
+
+    return Handler
+
+
+def read_token(path: str | None) -> str:
+    """From a file or the environment. Raises ValueError where it is empty."""
+    if path is not None:
+        with open(path, encoding="utf-8") as file:
+            token = file.read().strip()
+    else:
+        token = os.environ.get(TOKEN_VARIABLE, "").strip()
+    if not token:
+        raise ValueError(f"a server needs a token: write one into a file (--token-file) or into {TOKEN_VARIABLE}")
+    return token
+
+
+def main() -> None:
+    """Load the scorer that the command line names, and answer for it."""
+    parser = argparse.ArgumentParser(description="Load one scorer and answer for it.")
+    parser.add_argument("mode", choices=["run", "serve"])
+    parser.add_argument("target", help="module:attribute or path/to/file.py:attribute")
+    parser.add_argument("--options", type=json.loads, default={}, help="a JSON object of constructor arguments")
+    parser.add_argument("--max-body-bytes", type=int, default=MAX_BODY_BYTES)
+    parser.add_argument("--fd", type=int, help="run: the number of an open socket")
+    parser.add_argument("--host", default="127.0.0.1", help="serve: the address to listen on")
+    parser.add_argument("--port", type=int, default=8700, help="serve: 0 for any that is free")
+    parser.add_argument("--token-file", help=f"serve: else the token is in {TOKEN_VARIABLE}")
+    args = parser.parse_args()
+    folder = os.path.dirname(os.path.realpath(__file__))  # a scorer's imports must not find our modules
+    sys.path[:] = [path for path in sys.path if os.path.realpath(path) != folder]
+    if args.mode == "run":
+        if args.fd is None:
+            parser.error("run needs --fd")
+        connection = socket.socket(fileno=args.fd)
+        connection.set_inheritable(False)
+        threading.Thread(target=end_with_parent, args=[connection], daemon=True).start()
+        run(Answerer(args.target, args.options, args.max_body_bytes), connection)
+    else:
+        token = read_token(args.token_file)
+        handler = make_handler(Answerer(args.target, args.options, args.max_body_bytes), token)
+        server = Server((args.host, args.port), handler)
+        print("listening on http://{}:{}".format(*server.server_address[:2]), file=sys.stderr, flush=True)
+        server.serve_forever()
+
+
+if __name__ == "__main__":
+    main()
