@@ -67,6 +67,16 @@ def test_the_benchmark_measures_both_acts() -> None:
         assert float(cells[-1]) > 0.5  # the overhead; what it is on a quiet machine is in docs/benchmarks.md
 
 
+def test_the_benchmark_of_rewards_measures_all_three() -> None:
+    overrides = [f"--override={setting}" for setting in SMALL]
+    text = script("scripts/benchmark_rewards.py", "--repeats", "1", *overrides)
+    for what in ("worker", "slow reward"):
+        (row,) = [line for line in text.splitlines() if f" {what} " in line]
+        cells = [cell.strip() for cell in row.strip("│ ").split("│")]
+        assert float(cells[3]) > 0.3  # what it is on a quiet machine is in docs/benchmarks.md
+    assert " ms " in text
+
+
 def test_algorithms_are_compared_and_a_finished_run_is_not_repeated(tmp_path: Path) -> None:
     arguments = [
         "scripts/compare_algorithms.py",
