@@ -16,6 +16,8 @@ Letters: B samples, T frames.
 
 from __future__ import annotations
 
+import contextlib
+import json
 import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -52,6 +54,20 @@ class Normalise:
             )
 
 
+def check_names_and_weights(rewards: Sequence[tuple[str, float]]) -> None:
+    """Raise ValueError for names or weights that no set of rewards can have; asked before anything heavy is loaded."""
+    names = [name for name, _ in rewards]
+    for name, weight in rewards:
+        if not name or "/" in name or names.count(name) > 1:
+            raise ValueError(f"the reward name {name!r} must be its own, not empty, and without '/'; got {names}")
+        if name == "total":
+            raise ValueError("the reward name 'total' stands for the weighted sum; choose another")
+        if not math.isfinite(weight):
+            raise ValueError(f"reward {name!r} has the weight {weight}; it must be a finite number")
+    if not any(weight for _, weight in rewards):
+        raise ValueError(f"of the rewards {names}, at least one needs a weight that is not 0")
+
+
 class RewardSet:
     """The rewards of a run with their weights.
 
@@ -68,18 +84,11 @@ class RewardSet:
         self, rewards: Iterable[tuple[str, Reward, float]], *, normalise: Mapping[str, Normalise] | None = None
     ) -> None:
         entries = list(rewards)
+        check_names_and_weights([(name, weight) for name, _, weight in entries])
         names = [name for name, _, _ in entries]
-        for name, reward, weight in entries:
-            if not name or "/" in name or names.count(name) > 1:
-                raise ValueError(f"the reward name {name!r} must be its own, not empty, and without '/'; got {names}")
-            if name == "total":
-                raise ValueError("the reward name 'total' stands for the weighted sum; choose another")
+        for name, reward, _ in entries:
             if not callable(reward):
                 raise ValueError(f"reward {name!r} is a {type(reward).__name__}, which cannot be called")
-            if not math.isfinite(weight):
-                raise ValueError(f"reward {name!r} has the weight {weight}; it must be a finite number")
-        if not any(weight for _, _, weight in entries):
-            raise ValueError(f"of the rewards {names}, at least one needs a weight that is not 0")
         normalise = dict(normalise or {})
         unknown = sorted(set(normalise) - set(names))
         if unknown:
@@ -95,8 +104,20 @@ class RewardSet:
 
     @property
     def fingerprints(self) -> dict[str, dict[str, Any]]:
-        """What each reward's scores depend on besides its options, as far as it says so."""
-        return {name: dict(getattr(reward, "fingerprint", None) or {}) for name, reward in self.rewards.items()}
+        """What each reward's scores depend on besides its options, as far as it says so; as JSON would give it back.
+
+        Raises ValueError for one that JSON cannot hold.
+        """
+        said = {}
+        for name, reward in self.rewards.items():
+            try:
+                text = json.dumps(dict(getattr(reward, "fingerprint", None) or {}), allow_nan=False)
+            except (TypeError, ValueError) as error:
+                raise ValueError(
+                    f"the fingerprint of reward {name!r} must map names to texts and finite numbers: {error}"
+                ) from error
+            said[name] = json.loads(text)
+        return said
 
     def score(
         self,
@@ -130,8 +151,15 @@ class RewardSet:
         reward = self.rewards[name]
         if not is_groupwise(reward):
             return _ask(name, reward, batch)
-        answers = {place: _ask(name, reward, batch.some(places)) for place, places in batch.groups().items()}
-        return _join(answers, batch)
+        return _join(_ask_each(name, reward, batch), batch)
+
+    def close(self) -> None:
+        """Close the rewards that want to be, all of them, also where one raises."""
+        with contextlib.ExitStack() as closing:
+            for reward in self.rewards.values():
+                close = getattr(reward, "close", None)
+                if callable(close):
+                    closing.callback(close)
 
     def combine(self, batch: Batch, answers: Mapping[str, Answer]) -> Scores:
         """The scores of a batch, from what each of the rewards said of it."""
@@ -155,6 +183,9 @@ class RewardSet:
                 total = total + self.weights[name] * own
                 for place, reason in answer.failures.items():
                     reasons.setdefault(rows[place], []).append(f"reward {name!r} {reason}")
+            elif answer.failures:  # nothing is missing for want of a reward that only reports, so only the log says it
+                some = next(iter(answer.failures.values()))
+                logger.warning("reward %r, of weight 0, gave no score of %d: it %s", name, len(answer.failures), some)
         return Scores(
             total=total.float(),
             parts=parts,
@@ -209,7 +240,8 @@ class Batch:
         _check_batch(images, prompts, columns, group)
         whole = torch.isfinite(images).flatten(1).all(1)  # [B]
         rows: list[int] = torch.nonzero(whole).flatten().tolist()
-        numbers = [list(prompts).index(prompt) for prompt in prompts] if group is None else [int(own) for own in group]
+        known = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompts))}
+        numbers = [known[prompt] for prompt in prompts] if group is None else [int(own) for own in group]
         return cls(
             size=len(images),
             rows=rows,
@@ -290,18 +322,27 @@ def _ask(name: str, reward: Reward, batch: Batch) -> Answer:
         # a connection that is down is no image's fault, and no image of a group can be judged alone
         if is_groupwise(reward) or len(batch) == 1 or isinstance(error, ConnectionError | TimeoutError):
             return failed(error, len(batch))
-        answers = {place: _ask_alone(name, reward, batch.some([place])) for place in range(len(batch))}
-        return _join(answers, replace(batch, group=list(range(len(batch)))))
+        alone = replace(batch, group=list(range(len(batch))))
+        return _join(_ask_each(name, reward, alone), alone)
     return read_answer(name, given, len(batch))
 
 
-def _ask_alone(name: str, reward: Reward, batch: Batch) -> Answer:
-    """The answer for the only image of a batch; missing, with the reason, where the reward raises."""
-    try:
-        given = batch.shown_to(reward)
-    except Exception as error:
-        return failed(error, 1)
-    return read_answer(name, given, 1)
+def _ask_each(name: str, reward: Reward, batch: Batch) -> dict[int, Answer]:
+    """The answers for the groups of a batch, asked one after another; all others are missing once a connection is down."""
+    answers: dict[int, Answer] = {}
+    down: Exception | None = None
+    for group, places in batch.groups().items():
+        own = batch.some(places)
+        try:
+            if down is not None:
+                raise down
+            given = own.shown_to(reward)
+        except Exception as error:  # whatever a plug-in raises
+            down = error if isinstance(error, ConnectionError | TimeoutError) else None
+            answers[group] = failed(error, len(own))
+        else:
+            answers[group] = read_answer(name, given, len(own))
+    return answers
 
 
 def _join(answers: Mapping[int, Answer], batch: Batch) -> Answer:
@@ -376,4 +417,14 @@ def _spread(values: list[float], rows: list[int], size: int) -> Tensor:
     return spread
 
 
-__all__ = ["Answer", "Batch", "Normalise", "RewardSet", "failed", "is_groupwise", "read_answer", "to_uint8"]
+__all__ = [
+    "Answer",
+    "Batch",
+    "Normalise",
+    "RewardSet",
+    "check_names_and_weights",
+    "failed",
+    "is_groupwise",
+    "read_answer",
+    "to_uint8",
+]

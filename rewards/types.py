@@ -24,6 +24,8 @@ class Reward(Protocol):
     columns of the prompt file, B entries each. The answer is a sequence of B numbers, or a mapping of named parts, of
     which ``"score"`` is the one that counts. A reward must not raise for one bad image: it says ``None`` for that one.
 
+    A run asks a reward from one thread at a time, but not always from the same one.
+
     What a class may say of its objects besides, all of it optional:
 
     - ``groupwise = True``: it compares. Each call gets the images of exactly one group, all of the same prompt, and gives

@@ -5,12 +5,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import json
 import logging
+import os
 import signal
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +20,7 @@ from typing import Any
 
 import torch
 
-from flowsteer.rewards.combine import Normalise, RewardSet
+from flowsteer.rewards.combine import Normalise, RewardSet, check_names_and_weights
 from flowsteer.rewards.environments import locate
 from flowsteer.rewards.hosts.child import WorkerReward
 from flowsteer.rewards.hosts.remote import HTTPReward
@@ -157,10 +159,9 @@ class Run:
     def close(self) -> None:
         """Let go of threads, files, processes and SIGTERM."""
         signal.signal(signal.SIGTERM, self._sigterm_before or signal.SIG_DFL)
-        self.scorer.close()
-        self.log.close()
-        self.screen.close()
-        self.engine.close()
+        with ExitStack() as closing:  # each of them, also where another fails; the last one first
+            for part in (self.engine, self.screen, self.log, self.scorer):
+                closing.callback(part.close)
 
 
 def start(config: Config, *, resume: bool = False, quiet: bool = False) -> Run:
@@ -176,56 +177,56 @@ def start(config: Config, *, resume: bool = False, quiet: bool = False) -> Run:
     algorithm = build_algorithm(config, plan, engine)
     prompts = read_prompts(config.prompts.train)
     evaluation_prompts = read_prompts(config.evaluation.prompts) if config.evaluation else None
-    rewards = build_rewards(config)
-    check_groupwise(rewards, config)
-    pipeline = build_pipeline(config, engine.device)
-    model = fingerprint(dict(pipeline.denoisers))
-    plan = _checked_plan(config, pipeline, plan, prompts)
-    policy = build_policy(config, pipeline, algorithm)
-    engine.prepare(policy, build_optimizer_settings(config), passes_per_batch=algorithm.passes_per_batch)
-
-    checkpoints = Checkpoints(
-        folder,
-        engine,
-        model=model,
-        prompts=prompts.fingerprint(),
-        rewards=without(rewards.fingerprints, "platform"),
-        keep=config.keep,
-    )
-    first = checkpoints.restore() if resume else 0
-    if engine.is_main:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / "config.json", config.model_dump_json(indent=1))
-        write_whole(folder / "rewards.json", json.dumps(rewards.fingerprints, indent=1))
-        save_config(config, folder / "config.yaml")
-        for table in (folder / "evaluations").glob("step_*.json"):  # of weights that are not there any more
-            if int(table.stem.split("_")[1]) > first:
-                table.unlink()
-    engine.wait()
-    log = Log(
-        folder,
-        trackers=config.trackers,
-        start=first,
-        is_main=engine.is_main,
-        config=json.loads(config.model_dump_json()),
-    )
-    screen = Screen(quiet=quiet or not engine.is_main, start=first, num_steps=config.num_steps)
-    screen.opening(derived(config, policy, engine, prompts), missing_trackers=log.missing_trackers)
-    return Run(
-        config=config,
-        folder=folder,
-        policy=policy,
-        engine=engine,
-        worker=build_worker(config, pipeline, prompts, plan, engine),
-        scorer=StepScorer(rewards, timeout_s=config.engine.timeout_s / 2),
-        algorithm=algorithm,
-        meter=Meter(),
-        log=log,
-        screen=screen,
-        checkpoints=checkpoints,
-        evaluation_prompts=evaluation_prompts,
-        start=first,
-    )
+    with ExitStack() as undo:  # a reward may be a process, which must not stay behind when anything below fails
+        rewards = build_rewards(config, engine.device)
+        undo.callback(rewards.close)
+        check_groupwise(rewards, config)
+        depends_on = without(rewards.fingerprints, "platform")
+        check_alike(depends_on, engine.gather)
+        pipeline = build_pipeline(config, engine.device)
+        model = fingerprint(dict(pipeline.denoisers))
+        plan = _checked_plan(config, pipeline, plan, prompts)
+        policy = build_policy(config, pipeline, algorithm)
+        engine.prepare(policy, build_optimizer_settings(config), passes_per_batch=algorithm.passes_per_batch)
+        checkpoints = Checkpoints(
+            folder, engine, model=model, prompts=prompts.fingerprint(), rewards=depends_on, keep=config.keep
+        )
+        first = checkpoints.restore() if resume else 0
+        if engine.is_main:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_whole(folder / "config.json", config.model_dump_json(indent=1))
+            write_whole(folder / "rewards.json", json.dumps(rewards.fingerprints, indent=1))
+            save_config(config, folder / "config.yaml")
+            for table in (folder / "evaluations").glob("step_*.json"):  # of weights that are not there any more
+                if int(table.stem.split("_")[1]) > first:
+                    table.unlink()
+        engine.wait()
+        log = Log(
+            folder,
+            trackers=config.trackers,
+            start=first,
+            is_main=engine.is_main,
+            config=json.loads(config.model_dump_json()),
+        )
+        screen = Screen(quiet=quiet or not engine.is_main, start=first, num_steps=config.num_steps)
+        screen.opening(derived(config, policy, engine, prompts), missing_trackers=log.missing_trackers)
+        run = Run(
+            config=config,
+            folder=folder,
+            policy=policy,
+            engine=engine,
+            worker=build_worker(config, pipeline, prompts, plan, engine),
+            scorer=StepScorer(rewards, timeout_s=config.engine.timeout_s / 2),
+            algorithm=algorithm,
+            meter=Meter(),
+            log=log,
+            screen=screen,
+            checkpoints=checkpoints,
+            evaluation_prompts=evaluation_prompts,
+            start=first,
+        )
+        undo.pop_all()
+    return run
 
 
 def build_plan(section: PlanConfig, config: Config) -> Plan:
@@ -279,17 +280,24 @@ def build_algorithm(config: Config, plan: Plan, engine: Engine) -> Algorithm:
     return chosen(**{name: settings[name] for name in asked})
 
 
-def build_rewards(config: Config) -> RewardSet:
-    """The rewards by their entry points."""
-    return RewardSet(
-        [(name, build_reward(name, section), section.weight) for name, section in config.rewards.items()],
-        normalise={
+def build_rewards(config: Config, device: torch.device) -> RewardSet:
+    """The rewards by their entry points, or where their hosts say. Closes what was started when one of them fails."""
+    check_names_and_weights([(name, section.weight) for name, section in config.rewards.items()])
+    with ExitStack() as undo:
+        entries = []
+        for name, section in config.rewards.items():
+            reward = build_reward(name, section, device)
+            undo.callback(getattr(reward, "close", lambda: None))
+            entries.append((name, reward, section.weight))
+        constants = {
             name: Normalise(scale=section.scale, offset=section.offset) for name, section in config.rewards.items()
-        },
-    )
+        }
+        rewards = RewardSet(entries, normalise=constants)
+        undo.pop_all()
+    return rewards
 
 
-def build_reward(name: str, section: RewardConfig) -> Reward:
+def build_reward(name: str, section: RewardConfig, device: torch.device) -> Reward:
     """A reward in this process, in one of its own, or on another machine."""
     host = section.host
     if host is None:
@@ -307,10 +315,36 @@ def build_reward(name: str, section: RewardConfig) -> Reward:
         if host.url is not None:
             return HTTPReward(host.url, token_file=host.token_file, **times)
         return WorkerReward(
-            target, python=str(python), options=section.options, max_restarts=host.max_restarts, **times
+            target,
+            python=str(python),
+            options=section.options,
+            env=visible_device(device, os.environ),
+            max_restarts=host.max_restarts,
+            max_body_bytes=host.max_body_bytes,
+            **times,
         )
     except (ConnectionError, TimeoutError) as error:
         raise ValueError(f"the reward {name!r} does not start: {error}") from error
+
+
+def visible_device(device: torch.device, environment: Mapping[str, str]) -> dict[str, str]:
+    """What makes a worker's only accelerator the one of this process: each process has a worker and a device of its own."""
+    if device.type != "cuda":
+        return {"CUDA_VISIBLE_DEVICES": ""}
+    index = device.index or 0
+    visible = environment.get("CUDA_VISIBLE_DEVICES")
+    return {"CUDA_VISIBLE_DEVICES": visible.split(",")[index].strip() if visible else str(index)}
+
+
+def check_alike(fingerprints: Mapping[str, Any], gather: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """All processes must score alike, or groups would be compared across unlike judges. Raises ValueError on each of them."""
+    text = json.dumps(fingerprints, sort_keys=True)
+    number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
+    if len(gather(torch.tensor([number])).unique()) > 1:
+        raise ValueError(
+            "the processes' rewards differ in what their scores depend on (weights, packages, preprocessing); make the nodes "
+            f"alike. On this process: {text}"
+        )
 
 
 def without(fingerprints: dict[str, dict[str, Any]], key: str) -> dict[str, dict[str, Any]]:

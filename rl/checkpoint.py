@@ -25,6 +25,9 @@ _FREE_TO_CHANGE = {
     "output", "num_steps", "save_every", "keep", "trackers", "evaluation", "engine.timeout_s", "advantage.min_scored",
     "model.path", "prompts.train",  # where they lie; what they hold is compared by `Checkpoints.restore`
 }  # fmt: skip
+_FREE_OF_A_HOST = {  # a reward may move and be given more time; which one it is, its fingerprint says
+    "url", "python", "token_file", "start_timeout_s", "deadline_s", "deadline_per_image_s", "max_restarts", "max_body_bytes",
+}  # fmt: skip
 
 
 class Checkpoints:
@@ -128,6 +131,7 @@ def open_run(folder: Path, config: Config, *, resume: bool) -> None:
         for key in sorted(before.keys() | now.keys())
         if before.get(key) != now.get(key)
         and not any(key == free or key.startswith(f"{free}.") for free in _FREE_TO_CHANGE)
+        and not (key.startswith("rewards.") and key.split(".")[-2] == "host" and key.split(".")[-1] in _FREE_OF_A_HOST)
     ]
     if changed:
         raise ValueError(f"the run in {folder} was started with other settings:\n  " + "\n  ".join(changed))

@@ -10,6 +10,7 @@ import logging
 import os
 import sys
 import traceback
+from contextlib import closing
 from pathlib import Path
 from typing import Annotated
 
@@ -125,6 +126,9 @@ def evaluate(
     guidance_scale: GuidanceOption = None,
     negative_prompt: NegativeOption = None,
     batch_size: BatchOption = 64,
+    timeout_s: Annotated[
+        float, typer.Option(min=0, help="After the last picture, so long scores are waited for.")
+    ] = 900.0,
     output: Annotated[
         Path | None, typer.Option(help="JSON file to write the table to; the pictures go beside it as PNG.")
     ] = None,
@@ -144,8 +148,7 @@ def evaluate(
         refuse_existing(output, output.with_suffix(".png"))
     chosen = choose(run=run, model=model, lora=lora, height=height, width=width, call=call, dtype=dtype, device=device)
     texts = read_prompts(prompts or chosen.evaluation.prompts)
-    rewards = chosen.rewards(reward)
-    with console.status("loading") as status:
+    with closing(chosen.rewards(reward)) as rewards, console.status("loading") as status:
         result = run_evaluation(
             chosen.load(),
             texts,
@@ -158,6 +161,7 @@ def evaluate(
             batch_size=batch_size,
             dtype=DTYPES[chosen.dtype],
             device=chosen.device,
+            timeout_s=timeout_s,
             progress=lambda done: status.update(f"{done} images"),
         )
     summary = result.summary()

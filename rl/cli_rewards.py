@@ -58,7 +58,7 @@ def certify(
     images: Annotated[
         Path | None,
         typer.Option(
-            help="Folder of images, each with its prompt in a `.txt` of the same name; default: built-in ones."
+            help="Folder of images, their prompts in its `metadata.jsonl` or file names; default: built-in ones."
         ),
     ] = None,
     environment: Annotated[
@@ -125,6 +125,7 @@ def serve(
     ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on; the default is this machine only.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 for any that is free.")] = 8700,
+    max_body_bytes: Annotated[int, typer.Option(min=1, help="Of the pixels of a batch.")] = 2**30,
     token_file: Annotated[
         Path | None, typer.Option(help="File with the token that callers must give; default $FLOWSTEER_REWARD_TOKEN.")
     ] = None,
@@ -150,7 +151,7 @@ def serve(
 
         python, target = map(str, locate(environment, name))
     command = [python, str(WORKER_FILE), "serve", target, "--host", host, "--port", str(port)]
-    command += ["--options", json.dumps(parse_overrides(option or []))]
+    command += ["--max-body-bytes", str(max_body_bytes), "--options", json.dumps(parse_overrides(option or []))]
     command += ["--token-file", str(token_file)] if token_file is not None else []
     os.execv(python, command)  # its output, its signals and its end are this command's
 

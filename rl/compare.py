@@ -111,16 +111,16 @@ def compare(
         for rows in (place[rollout.sample] for rollout in rollouts)
     ]
     statistics = reward_statistics(total, group)
-    biases = {name: missing_bias(total, table[:, column]) for column, name in enumerate(parts, start=1)}
-    known = {name: bias for name, bias in biases.items() if bias is not None}
-    if known:
-        name = max(known, key=lambda name: abs(known[name]))
-        statistics["missing_bias"] = known[name]
-        if abs(known[name]) > BIAS_WORTH_A_WARNING:
+    measured = ((name, missing_bias(total, table[:, column])) for column, name in enumerate(parts, start=1))
+    biases = {name: bias for name, bias in measured if bias is not None}
+    if biases:
+        name = max(biases, key=lambda name: abs(biases[name]))
+        statistics["missing_bias"] = biases[name]
+        if abs(biases[name]) > BIAS_WORTH_A_WARNING:
             logger.warning(
                 "samples without a score are not like the others: their %s is %+.1f deviations from the rest; what cannot "
                 "be scored is then selected for or against",
-                name, known[name],
+                name, biases[name],
             )  # fmt: skip
     for column, name in enumerate(parts, start=1):
         values = table[:, column]

@@ -191,13 +191,15 @@ class HostConfig(Section):
     """A batch of B images is waited for ``deadline_s + deadline_per_image_s * B`` seconds; then its scores are missing."""
     max_restarts: Annotated[int, Field(ge=0)] = 3
     """Of a process that died or got stuck, within an hour."""
+    max_body_bytes: PositiveInt = 2**30
+    """Of the pixels of a batch; a server has its own limit."""
 
     @model_validator(mode="after")
     def _one_place(self) -> HostConfig:
         given = [name for name in ("environment", "python", "url") if getattr(self, name) is not None]
         if len(given) != 1:
             raise ValueError(f"a host is one of environment, python and url; {' and '.join(given) or 'none'} is given")
-        idle = {"url": ("target", "max_restarts")}.get(given[0], ("token_file",))
+        idle = {"url": ("target", "max_restarts", "max_body_bytes")}.get(given[0], ("token_file",))
         for name in idle:
             if getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(f"{name} does nothing for a host that is given by {given[0]}; leave it out")

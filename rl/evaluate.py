@@ -6,6 +6,7 @@ Letters: P prompts, S noise seeds of each.
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,11 +18,13 @@ from PIL import Image
 from torch import Tensor
 
 from flowsteer.rewards.combine import RewardSet
-from flowsteer.rewards.hosts.inprocess import Scorer
+from flowsteer.rewards.hosts.inprocess import Scorer, collect
 from flowsteer.rl.metrics import all_names
 from flowsteer.rollout.pipeline import Pipeline, UnlikeConditioning
 from flowsteer.rollout.prompts import Prompts
 from flowsteer.rollout.sample import sample
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +75,7 @@ def evaluate(
 
     Seed s of prompt p is ``num_seeds * p + s``, given to ``torch.Generator().manual_seed``: plain diffusers draws the same
     pictures, but for pipelines that pack their latents (FLUX, Qwen-Image), which draw before they pack. Processes share the
-    prompts; each gets the whole result. Scores that are not there ``timeout_s`` seconds after they are waited for are missing.
+    prompts; each gets the whole result. Scores that are not there ``timeout_s`` seconds after the last picture are missing.
     """
     count = min(num_prompts, len(prompts))
     chosen = [place * len(prompts) // count for place in range(count)]
@@ -112,7 +115,11 @@ def evaluate(
             pictures.append(images)
             jobs += own
             progress(len(jobs))
-        results = [scores.result(timeout_s) for scores in pending]
+        results = collect(pending, timeout_s)
+    reasons = [reason for scores in results for reason in scores.failures.values()]
+    if reasons:
+        common = max(set(reasons), key=reasons.count)
+        logger.warning("%d of %d pictures have no score; the most frequent reason: %s", len(reasons), len(jobs), common)
 
     scored = [{"total": scores.total, **scores.parts} for scores in results]  # for each batch, name -> [B]
     order = gather(torch.tensor([num_seeds * p + s for p, s in jobs]))

@@ -103,9 +103,13 @@ class Chosen:
 
     def rewards(self, names: list[str] | None) -> RewardSet:
         """The rewards by name; without names the run's own, with its weights."""
+        import torch
+
         from flowsteer.rl.build import build_rewards
 
-        return build_rewards(self.config) if self.config is not None and not names else named_rewards(names)
+        if self.config is None or names:
+            return named_rewards(names)
+        return build_rewards(self.config, torch.device(self.device))
 
 
 def named_rewards(names: list[str] | None) -> RewardSet:

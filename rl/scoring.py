@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import time
-
 from flowsteer.rewards.combine import RewardSet
-from flowsteer.rewards.hosts.inprocess import PendingScores, Scorer
+from flowsteer.rewards.hosts.inprocess import PendingScores, Scorer, collect
 from flowsteer.rewards.types import Scores
 from flowsteer.rollout.types import Rollout
 
@@ -36,13 +34,11 @@ class StepScorer:
         Raises ValueError for a reward that breaks its contract.
         """
         pending, self._pending = self._pending, []
-        end = None if self.timeout_s is None else time.monotonic() + self.timeout_s
-        return [scores.result(None if end is None else max(end - time.monotonic(), 0.0)) for scores in pending]
+        return collect(pending, self.timeout_s)
 
     def close(self) -> None:
-        """End the threads, and the rewards that want to be closed."""
-        self._scorer.close()
-        for reward in self.rewards.rewards.values():
-            close = getattr(reward, "close", None)
-            if callable(close):
-                close()
+        """End the rewards that want to be closed, which lets go of whoever waits for them, and then the threads."""
+        try:
+            self.rewards.close()
+        finally:
+            self._scorer.close()

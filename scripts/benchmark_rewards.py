@@ -28,7 +28,8 @@ from rich.table import Table
 from flowsteer.rewards import jpeg
 from flowsteer.rewards.combine import RewardSet
 from flowsteer.rewards.composition import CompositionReward
-from flowsteer.rewards.environments import locate
+from flowsteer.rewards.environments import find
+from flowsteer.rewards.envs.pythons import python_in
 from flowsteer.rewards.hosts.child import WorkerReward
 from flowsteer.rewards.types import Reward
 from flowsteer.rl.build import Run, start
@@ -111,7 +112,7 @@ def main(
 ) -> None:
     """Print what a worker and a slow reward cost."""
     torch.set_num_threads(1)
-    python = sys.executable if environment is None else str(locate(environment, "hpsv2")[0])
+    python = sys.executable if environment is None else str(python_in(find(environment)))
     table = Table("what", "with", "without", "ratio", "of each round")
     with tempfile.TemporaryDirectory() as folder:
         run = start(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -61,6 +62,22 @@ class Above:
         assert len(images) == 3, "all seeds of a prompt"
         levels = images.reshape(len(images), -1).mean(1)
         return (levels - levels.mean()).tolist()
+
+
+def test_scores_that_are_missing_are_told_and_waited_for_once(caplog):
+    """Six batches of a reward that answers none of them take one limit, not six."""
+    release = threading.Event()
+
+    def stuck(images, prompts, **columns):
+        release.wait(30)
+        return [0.0] * len(images)
+
+    began = time.monotonic()
+    table = run(rewards=RewardSet([("stuck", stuck, 1.0)]), batch_size=3, timeout_s=0.5)
+    release.set()
+    assert table.parts["total"].isnan().all()
+    assert "18 of 18 pictures have no score" in caplog.text
+    assert time.monotonic() - began < 20
 
 
 @pytest.mark.parametrize("batch_size", [2, 7, 18])

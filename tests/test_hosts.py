@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import Make
 from inprocess import finished, fresh_process
 from safetensors.torch import load_file
 
-from flowsteer.rl.build import Run, start
+from flowsteer.rl.build import Run, check_alike, start, visible_device
 from flowsteer.rl.compare import TooFewScores
 from flowsteer.rl.config import parse_config
 from flowsteer.rl.metrics import read_metrics
@@ -33,6 +34,14 @@ here = pathlib.Path(__file__).parent
 
 def bright(images, prompts, **columns):
     return [float(image.mean()) / 255 for image in images]
+
+
+class says_where:
+    def __init__(self):
+        (here / "process").write_text(str(os.getpid()))
+
+    def __call__(self, images, prompts, **columns):
+        return bright(images, prompts)
 
 
 def dies_once(images, prompts, **columns):
@@ -178,6 +187,51 @@ def test_a_reward_that_does_not_start_is_known_before_anything_is_written(
     with pytest.raises(ValueError, match=r"the reward 'bright' does not start: (?s:.*)no attribute .unknown"):
         start(parse_config(config), quiet=True)
     assert not (tmp_path / "run").exists()
+
+
+def test_nothing_stays_behind_when_a_later_reward_cannot_be_made(
+    make_config: Make, tmp_path: Path, scorers: Path
+) -> None:
+    rewards = {**hosted(scorers, "says_where"), "there is none": {}}
+    with pytest.raises(ValueError, match="there is no reward 'there is none'"):
+        start(parse_config(make_config(tmp_path / "run", rewards=rewards)), quiet=True)
+    process = int((tmp_path / "process").read_text())
+    with pytest.raises(ProcessLookupError):
+        os.kill(process, 0)
+
+
+def test_a_reward_may_move_and_be_given_more_time_but_not_become_another(
+    make_config: Make, tmp_path: Path, scorers: Path
+) -> None:
+    def section(**host: Any) -> dict[str, Any]:
+        return make_config(tmp_path / "run", num_steps=1, rewards=hosted(scorers, "bright", **host))
+
+    finished(section())
+    again = start(parse_config(section(deadline_s=99.0, max_restarts=9)), resume=True, quiet=True)
+    again.close()
+    assert again.start == 1
+    with fresh_process(), pytest.raises(ValueError, match=r"rewards\.bright\.host\.target"):
+        start(parse_config(section(target=f"{scorers}:dies_once")), resume=True, quiet=True)
+
+
+def test_a_worker_sees_the_accelerator_of_its_process() -> None:
+    two = {"CUDA_VISIBLE_DEVICES": "4, 5"}
+    assert visible_device(torch.device("cuda:1"), two) == {"CUDA_VISIBLE_DEVICES": "5"}
+    assert visible_device(torch.device("cuda:1"), {}) == {"CUDA_VISIBLE_DEVICES": "1"}
+    assert visible_device(torch.device("cpu"), two) == {"CUDA_VISIBLE_DEVICES": ""}
+
+
+def test_processes_with_unlike_rewards_are_refused() -> None:
+    numbers: list[torch.Tensor] = []
+
+    def gather(number: torch.Tensor) -> torch.Tensor:
+        numbers.append(number)
+        return torch.cat(numbers)
+
+    check_alike({"theirs": {"weights": "a"}}, gather)
+    check_alike({"theirs": {"weights": "a"}}, gather)
+    with pytest.raises(ValueError, match=r"differ in what their scores depend on .*\{\"weights\": \"b\"\}"):
+        check_alike({"theirs": {"weights": "b"}}, gather)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from PIL import Image
 
 from flowsteer.rewards.combine import Normalise, RewardSet, to_uint8
 from flowsteer.rewards.functions import FunctionReward
-from flowsteer.rewards.hosts.inprocess import Scorer
+from flowsteer.rewards.hosts.inprocess import Scorer, collect
 from flowsteer.rewards.jpeg import JPEGCompressibility, JPEGIncompressibility
 from flowsteer.rewards.registry import GROUP, list_rewards, load_reward
 from flowsteer.rewards.types import Reward
@@ -449,6 +449,25 @@ class TestScorer:
             release.set()
             assert not later.result(10).missing.any()
 
+    def test_what_waits_behind_a_stuck_batch_is_dropped_with_it(self):
+        release, seen = threading.Event(), []
+
+        def stuck(images, prompts, **columns):
+            seen.append(prompts[0])
+            if prompts[0] == "first":
+                release.wait(30)
+            return [1.0]
+
+        with Scorer(RewardSet([("stuck", stuck, 1.0)])) as scorer:
+            images = random_images(1)
+            pending = [scorer.submit(images, [prompt]) for prompt in ("first", "second", "third")]
+            began = time.monotonic()
+            assert all(scores.missing.all() for scores in collect(pending, 0.3))
+            assert time.monotonic() - began < 0.3 * 3, "one limit for all of them"
+            release.set()
+            assert not scorer.submit(images, ["fourth"]).result(10).missing.any()
+        assert seen == ["first", "fourth"]
+
     def test_several_rewards_score_at_once(self):
         both = threading.Barrier(2, timeout=10)
 
@@ -459,6 +478,66 @@ class TestScorer:
         rewards = RewardSet([("one", waits_for_the_other, 1.0), ("other", waits_for_the_other, 1.0)])
         with Scorer(rewards) as scorer:
             assert scorer.submit(random_images(2), ["a", "b"]).result(20).total.tolist() == [2, 2]
+
+
+class TestFingerprints:
+    def test_they_are_as_json_gives_them_back(self):
+        """A checkpoint holds JSON: what is compared with it must be the same after that."""
+
+        def reward(images, prompts, **columns):
+            return [0.0] * len(images)
+
+        reward.fingerprint = {"mean": (0.5, 0.25), "version": 2}
+        rewards = RewardSet([("theirs", reward, 1.0), ("silent", mean_level, 1.0)])
+        assert rewards.fingerprints == {"theirs": {"mean": [0.5, 0.25], "version": 2}, "silent": {}}
+        for value in (math.nan, object()):
+            reward.fingerprint = {"value": value}
+            with pytest.raises(ValueError, match="the fingerprint of reward 'theirs' must map names to texts"):
+                rewards.fingerprints  # noqa: B018
+
+    def test_all_are_closed_also_where_one_raises(self):
+        closed = []
+
+        class Closes:
+            def __init__(self, name):
+                self.name = name
+
+            def __call__(self, images, prompts, **columns):
+                return [0.0] * len(images)
+
+            def close(self):
+                closed.append(self.name)
+                if self.name == "b":
+                    raise RuntimeError("cannot")
+
+        rewards = RewardSet([(name, Closes(name), 1.0) for name in "abc"])
+        with pytest.raises(RuntimeError, match="cannot"):
+            rewards.close()
+        assert sorted(closed) == ["a", "b", "c"]
+
+
+class TestFailuresOfOthers:
+    def test_a_reward_that_only_reports_is_heard_of_when_it_fails(self, caplog):
+        rewards = RewardSet([("counts", mean_level, 1.0), ("reports", lambda images, prompts, **c: [None, 1.0], 0.0)])
+        scores = rewards.score(random_images(2), ["a", "b"])
+        assert not scores.missing.any()
+        assert "reward 'reports', of weight 0, gave no score of 1: it gave no score (None)" in caplog.text
+
+    def test_a_connection_that_breaks_while_images_are_asked_one_by_one_ends_the_asking(self):
+        asked = []
+
+        def reward(images, prompts, **columns):
+            asked.append(list(prompts))
+            if len(images) > 1:
+                raise RuntimeError("one of these is odd")
+            if prompts == ["b"]:
+                raise ConnectionError("gone")
+            return [1.0]
+
+        scores = RewardSet([("theirs", reward, 1.0)]).score(random_images(4), list("abcd"))
+        assert scores.missing.tolist() == [False, True, True, True]
+        assert asked == [list("abcd"), ["a"], ["b"]]
+        assert "ConnectionError: gone" in scores.failures[3]
 
 
 class Ranks:

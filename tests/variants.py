@@ -69,7 +69,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     "weighted_sft": {"algorithm": {"name": "weighted_sft", "noise_levels_per_sample": 2, "kl_coef": 0.1}, **NONE},
     "weighted_sft exponential": {
-        "algorithm": {"name": "weighted_sft", "noise_levels_per_sample": 2, "weights": "exponential"},
+        "algorithm": {
+            "name": "weighted_sft",
+            "noise_levels_per_sample": 2,
+            "weights": "exponential",
+            "refresh_every": 2,
+        },
         **NONE,
     },
 }

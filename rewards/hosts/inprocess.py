@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 import time
@@ -15,7 +16,9 @@ from torch import Tensor
 from flowsteer.rewards.combine import Answer, Batch, RewardSet, failed
 from flowsteer.rewards.types import Scores
 
-STUCK_AFTER_S = 60.0  # how long the end of a run waits for a batch that is being scored
+logger = logging.getLogger(__name__)
+
+STUCK_AFTER_S = 10.0  # how long the end of a run waits for a batch that is being scored
 
 
 class RewardTimeout(TimeoutError):
@@ -43,9 +46,21 @@ class PendingScores:
         batch, answers = self._batch.result(), {}
         for name, future in self._answers.items():
             wait([future], timeout=None if end is None else max(end - time.monotonic(), 0.0))
-            late = RewardTimeout(f"no answer in the time that the run gives its rewards; {name!r} may be stuck")
-            answers[name] = future.result() if future.done() else failed(late, len(batch))
+            try:
+                if not future.done():
+                    future.cancel()  # where it has not begun, it never will
+                    raise RewardTimeout(f"no answer in the time that the run gives its rewards; {name!r} may be stuck")
+                answers[name] = future.result()
+            except RewardTimeout as late:
+                logger.warning("reward %r: %s", name, late)
+                answers[name] = failed(late, len(batch))
         return self._rewards.combine(batch, answers)
+
+
+def collect(pending: Sequence[PendingScores], timeout: float | None) -> list[Scores]:
+    """The scores of several batches, in order. All of them together are waited for at most ``timeout`` seconds."""
+    end = None if timeout is None else time.monotonic() + timeout
+    return [scores.result(None if end is None else max(end - time.monotonic(), 0.0)) for scores in pending]
 
 
 class Scorer:
@@ -121,6 +136,7 @@ class _Thread:
             future, call = item
             if self._closed:
                 future.cancel()
+            if not future.set_running_or_notify_cancel():
                 continue
             try:
                 future.set_result(call())

@@ -6,7 +6,11 @@ The loss is the ordinary matching error of each sample, weighted by how good it 
 - ``positive``: samples above their group's mean count by their advantage;
 - ``exponential``: a softmax of advantage / temperature over the group (reward-weighted regression, Peters and Schaal 2007).
 
-Nothing is pushed away from, so these move slowly and safely; the yardstick of all the others. Differences from Flow-GRPO's
+Nothing is pushed away from: the yardstick of all the others. But then the sampler's own error does not cancel either. Samples
+of few steps vary less than the data, guided ones overshoot, and a policy that is trained on its own samples again and again
+inherits that each time, until it collapses. ``refresh_every`` lets the policy that draws stay for a while, or for good.
+
+Differences from Flow-GRPO's
 script: several best samples of a group share its weight, and a group of equal scores teaches nothing. Left out: its weighting
 by the raw reward, which depends on the reward's zero.
 
@@ -39,6 +43,8 @@ class WeightedSFTConfig(AlgorithmSettings):
     weights: SampleWeights = "best"
     temperature: PositiveFloat = 1.0
     """Of the exponential weights, in units of the advantage."""
+    refresh_every: PositiveInt | None = 1
+    """Training steps after which the policy that draws is the current one again; null: the start of training draws always."""
     kl_coef: NonNegativeFloat = 0.0
     """Weight of the squared distance of the prediction to the reference's."""
     noise_levels_per_sample: PositiveInt = 1
@@ -61,8 +67,6 @@ class WeightedSFT:
         The others as in `WeightedSFTConfig`.
     """
 
-    acting = "current"
-
     def __init__(
         self,
         *,
@@ -70,10 +74,12 @@ class WeightedSFT:
         seed: int,
         weights: SampleWeights,
         temperature: float,
+        refresh_every: int | None,
         kl_coef: float,
         noise_levels_per_sample: int,
         first_level: int,
         end_level: int | None,
+        updates_per_rollout: int,
     ) -> None:
         self.levels = NoiseLevels(
             num_inference_steps, count=noise_levels_per_sample, first=first_level, end=end_level, seed=seed
@@ -82,15 +88,17 @@ class WeightedSFT:
         self.weights: SampleWeights = weights
         self.temperature = temperature
         self.kl_coef = kl_coef
+        self.refresh_updates = None if refresh_every is None else refresh_every * updates_per_rollout
+        self.acting = "current" if refresh_every == 1 else "old"
 
     @property
     def variants(self) -> frozenset[str]:
-        """The reference policy, when the KL asks for it."""
-        return frozenset({"reference"} if self.kl_coef else ())
+        """The reference policy, when the KL asks for it, and the one that draws, where it is not the current one."""
+        return frozenset(({"reference"} if self.kl_coef else set()) | ({"old"} if self.acting == "old" else set()))
 
     def old_decay(self, num_updates: int) -> float:
-        """There is no old policy."""
-        return 0.0
+        """The policy that draws stays, or is replaced when due."""
+        return 0.0 if self.refresh_updates and num_updates % self.refresh_updates == 0 else 1.0
 
     def batches(
         self, rollouts: Sequence[Rollout], comparisons: Sequence[Comparison], step: int
