@@ -17,7 +17,7 @@ from torch import Tensor
 
 from flowsteer.rewards.batching import Fingerprint, check_batch_size, libraries, pick_device, score_frames
 from flowsteer.rewards.heads import linear_layers
-from flowsteer.rewards.preprocess import Fit, Preprocess, Resize
+from flowsteer.rewards.preprocess import Preprocess, Resize, check_resize
 from flowsteer.rewards.weights import find_file, find_folder, load_pretrained, read_tensors
 
 HALF = (0.5, 0.5, 0.5)  # SigLIP's mean and deviation: pixels in [-1, 1]
@@ -34,8 +34,7 @@ class AestheticV25:
         weights: folder, or ``owner/repository[@revision]`` of the hub, with the SigLIP model.
         head_sha256: what the head's hash must be; ``fingerprint`` reports it.
         sha256: what the SigLIP weights' hash must be; likewise.
-        resize: ``pil`` as published; ``antialias`` or ``plain`` on floats.
-        fit: ``stretch`` to a square as published; ``crop``, ``crop_round``, ``pad``: see `flowsteer.rewards.preprocess`.
+        resize: to the square that is scored, the whole image: ``pil`` as published; ``antialias`` or ``plain`` on floats.
         device: where it runs; None: an accelerator where there is one.
         batch_size: images in one pass.
 
@@ -44,6 +43,7 @@ class AestheticV25:
     """
 
     uses_prompt = False
+    video = True
 
     def __init__(
         self,
@@ -53,23 +53,23 @@ class AestheticV25:
         head_sha256: str | None = None,
         sha256: str | None = None,
         resize: Resize = "pil",
-        fit: Fit = "stretch",
         device: str | None = None,
         batch_size: int = 32,
     ) -> None:
         from transformers import SiglipVisionModel
 
         self.batch_size = check_batch_size(batch_size)
-        found_head, found = find_file(head, sha256=head_sha256), find_folder(weights, sha256=sha256)
+        check_resize(resize)
         self.device = pick_device(device)
-        text = ("text_model.", "logit_scale", "logit_bias")  # the file holds both towers
-        self.model = load_pretrained(SiglipVisionModel, found, ignore=text).to(self.device)
+        found_head, found = find_file(head, sha256=head_sha256), find_folder(weights, sha256=sha256)
+        text = (r"text_model\.", "logit_scale", "logit_bias")  # the file holds both towers
+        self.model = load_pretrained(SiglipVisionModel, found, unexpected=text).to(self.device)
         config = self.model.config
         state = read_tensors(found_head.path)
         self.head = linear_layers(state, "scoring_head.", width=config.hidden_size, name=head).to(self.device)
-        self.preprocess = Preprocess(size=config.image_size, fit=fit, resize=resize, mean=HALF, std=HALF)
+        self.preprocess = Preprocess(size=config.image_size, fit="stretch", resize=resize, mean=HALF, std=HALF)
         self.fingerprint: Fingerprint = {
-            "reward": "aesthetic_v25",
+            "reward": "aesthetic_v2_5",
             "version": "v2.5",
             "head_sha256": found_head.sha256,
             "weights_sha256": found.sha256,
@@ -80,7 +80,7 @@ class AestheticV25:
 
     def __call__(self, images: np.ndarray, prompts: Sequence[str], **columns: Sequence[Any]) -> list[float | None]:
         """uint8 [B, H, W, 3] or [B, T, H, W, 3] in RGB to B scores; the prompts are only counted."""
-        return score_frames(self._score, images, prompts, name="aesthetic_v25", batch_size=self.batch_size)
+        return score_frames(self._score, images, prompts, name="aesthetic_v2_5", batch_size=self.batch_size)
 
     def _score(self, images: np.ndarray, prompts: Sequence[str]) -> Tensor:
         pooled = self.model(pixel_values=self.preprocess(images).to(self.device)).pooler_output

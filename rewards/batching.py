@@ -62,6 +62,12 @@ def check_batch_size(batch_size: int) -> int:
     return batch_size
 
 
+def check_max_tokens(max_tokens: int | None) -> None:
+    """Raise ValueError where a prompt's start and end have no room; how many a model takes, its weights tell."""
+    if max_tokens is not None and max_tokens < 2:
+        raise ValueError(f"max_tokens must be at least 2, got {max_tokens}")
+
+
 @torch.no_grad()
 def score_frames(
     score: Callable[[np.ndarray, Sequence[str]], Tensor],
@@ -97,9 +103,13 @@ def score_frames(
     return np.reshape(values, (-1, num_frames)).mean(1).tolist()
 
 
-def pick_device(device: str | None) -> torch.device:
-    """The device of that name; of None, an accelerator where there is one."""
+def pick_device(device: str | torch.device | None) -> torch.device:
+    """The device of that name; of None, an accelerator where there is one. Raises ValueError where it cannot be used."""
     if device is not None:
+        try:
+            torch.empty(0, device=device)  # before weights are read for nothing
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
         return torch.device(device)
     found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return found or torch.device("cpu")
@@ -107,9 +117,14 @@ def pick_device(device: str | None) -> torch.device:
 
 def libraries() -> Fingerprint:
     """The versions of what computes a score."""
+    import PIL
     import transformers
 
-    return {"torch": str(torch.__version__), "transformers": str(transformers.__version__)}
+    return {
+        "torch": str(torch.__version__),
+        "transformers": str(transformers.__version__),
+        "pillow": PIL.__version__,  # it resizes
+    }
 
 
 __all__ = [
@@ -117,6 +132,7 @@ __all__ = [
     "PromptMemory",
     "check_batch_size",
     "check_images",
+    "check_max_tokens",
     "libraries",
     "pick_device",
     "score_frames",

@@ -189,7 +189,7 @@ def certify(
             checks=tuple(results),
             shape=images.shape,
             inputs=trial.inputs,
-            fingerprint=dict(getattr(trial.reward, "fingerprint", {})) if answered else {},
+            fingerprint=trial.fingerprint if answered else {},
             environment=environment(),
             scores=tuple(None if np.isnan(score) else float(score) for score in trial.own) if answered else (),
         )
@@ -218,7 +218,7 @@ def golden_check(golden: Mapping[str, Any]) -> CheckFunction:
     def golden_scores(trial: Trial) -> str:
         if golden["inputs"] != trial.inputs:
             raise Refused("the golden file was made of other images, prompts or columns")
-        now: dict[str, Any] = {**environment(), **getattr(trial.reward, "fingerprint", {})}
+        now: dict[str, Any] = {**environment(), **trial.fingerprint}
         then: dict[str, Any] = {**golden["environment"], **golden["fingerprint"]}
         differing = [
             f"{key} {then.get(key, 'absent')} -> {now.get(key, 'absent')}"

@@ -10,6 +10,7 @@ Letters: B images of the trial, N images of one call.
 from __future__ import annotations
 
 import gc
+import json
 import random
 import statistics
 import sys
@@ -68,7 +69,25 @@ def answer(trial: Trial) -> str:
             "prompts that this reward judges"
         )
     missing = f", {len(whole) - len(found)} missing (None)" if len(found) < len(whole) else ""
-    return f"{len(found)} scores from {found.min():.6g} to {found.max():.6g}{missing}"
+    zeros = f", {np.sum(found == 0)} of {len(found)} are exactly 0" if not found.all() else ""
+    return f"{len(found)} scores from {found.min():.6g} to {found.max():.6g}{zeros}{missing}"
+
+
+def fingerprint(trial: Trial) -> str:
+    """A mapping that JSON gives back unchanged, since it is kept with a run and compared later."""
+    given = getattr(trial.reward, "fingerprint", None)
+    if given is None:
+        raise NotApplicable("declares none")
+    if not isinstance(given, Mapping):
+        raise Refused(f"fingerprint is a {type(given).__name__}; it must be a mapping of names to texts and numbers")
+    try:
+        kept = json.loads(json.dumps(trial.fingerprint, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise Refused(f"JSON cannot hold the fingerprint: {error}; give texts and finite numbers") from error
+    changed = [str(name) for name, value in trial.fingerprint.items() if kept.get(name) != value]
+    if changed:
+        raise Refused(f"JSON gives back something else for {', '.join(changed)}; give names, texts, numbers and lists")
+    return f"declares {', '.join(kept)}"
 
 
 def call(trial: Trial) -> str:
@@ -143,12 +162,25 @@ def duplicates(trial: Trial) -> str:
 
 
 def silent_zero(trial: Trial) -> str:
-    """Not every score is 0: that is what a failure looks like that nobody noticed."""
+    """No zeros as of a failure that nobody noticed: not all scores, nor all under one prompt where others are real numbers.
+
+    A single 0 says nothing: a picture may show nothing of what was asked for. A 0 for each image, whatever it shows, where
+    other scores are no coarse shares (`Trial.real_valued`), is the prompt's, and most likely an error's.
+    """
     if not np.any(trial.own[trial.scored]):
         raise Refused(
             f"all {len(trial.scored)} scores are exactly 0, as of a reward that swallows its errors; raise, or answer None "
             "for what cannot be scored. If 0 is right, give images and prompts that earn more"
         )
+    if trial.real_valued and not trial.groupwise:
+        for prompt, row in {trial.prompts[row]: row for row in np.flatnonzero(trial.own == 0).tolist()}.items():
+            scores = trial.score([(image, row) for image, _ in trial.rows])
+            if np.any(scores == 0) and not np.any(scores[np.isfinite(scores)]):
+                raise Refused(
+                    f"each image scores exactly 0 under the prompt {prompt[:60]!r}, while other scores are real numbers: as "
+                    "of a reward that swallows its errors; raise, or answer None for what cannot be scored. If 0 is right, "
+                    "give an image that earns more under this prompt"
+                )
     return "the scores are not all 0"
 
 
@@ -172,14 +204,18 @@ def sees_the_prompt(trial: Trial) -> str:
     if len(prompts) == 1:
         raise NotApplicable("all images have the same prompt")
     if trial.groupwise:
-        asked = [trial.score([(image, row) for image, _ in trial.rows]) for row in list(prompts.values())[:4]]
+        images, own, columns = trial.arguments(trial.rows)
+        asked = [trial.ask(images.copy(), [prompt] * len(own), columns) for prompt in list(prompts)[:4]]
         effect = _largest_spread(np.stack(asked, axis=1))
     else:
-        effect = _largest_spread(_matrix(trial))
+        pairs = trial.samples
+        effect = _largest_spread(np.array([[trial.under_prompt(image, row) for _, row in pairs] for image, _ in pairs]))
     seen = effect > trial.tolerance
     if seen and not trial.uses_prompt:
         raise Refused(f"declares uses_prompt = False, but the prompt moves the score by up to {effect:.4g}")
     if not seen and trial.uses_prompt:
+        if trial.columns and not trial.groupwise and _largest_spread(_matrix(trial)) > trial.tolerance:
+            raise NotApplicable("the columns make a difference, the prompt without them makes none")
         raise Refused("the prompt makes no difference; if that is meant, declare uses_prompt = False in the class")
     return f"for one image the prompt moves the score by up to {effect:.4g}" if seen else "plays no part, as declared"
 
@@ -211,8 +247,12 @@ def inputs_untouched(trial: Trial) -> str:
 def surroundings(trial: Trial) -> str:
     """No call changed the working folder, torch's settings, or a random state that others draw from."""
     torch_state, numpy_state, python_state = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    device = torch.get_device_module() if torch.accelerator.is_available() else None
+    device_state = device.get_rng_state() if device else None
     try:  # a reward that seeds them has done so before: away from where it leaves them
         torch.rand(1)
+        if device:
+            torch.rand(1, device=torch.accelerator.current_accelerator())
         np.random.random()
         random.random()
         before = _random_states()
@@ -220,6 +260,8 @@ def surroundings(trial: Trial) -> str:
         changed = _changes(trial.settings, process_settings()) + _changes(before, _random_states())
     finally:
         torch.set_rng_state(torch_state)
+        if device:
+            device.set_rng_state(device_state)
         np.random.set_state(numpy_state)
         random.setstate(python_state)
     if changed:
@@ -292,6 +334,7 @@ CHECKS: dict[str, CheckFunction] = {
     "load": load,
     "call": call,
     "answer": answer,
+    "fingerprint": fingerprint,
     "order": order,
     "pairing": pairing,
     "all against all": all_against_all,
@@ -343,7 +386,10 @@ def _largest_spread(scores: np.ndarray) -> float:
 
 def _random_states() -> dict[str, Any]:
     numpy_state: Any = np.random.get_state()
-    return {
+    device = {}
+    if torch.accelerator.is_available():
+        device["the accelerator's random state"] = torch.get_device_module().get_rng_state().numpy().tobytes()
+    return device | {
         "torch's random state": torch.get_rng_state().numpy().tobytes(),
         "numpy's random state": (numpy_state[1].tobytes(), *numpy_state[2:]),
         "python's random state": random.getstate(),

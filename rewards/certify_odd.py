@@ -44,10 +44,9 @@ def odd_batches(trial: Trial) -> str:
 
 
 def sizes(trial: Trial) -> str:
-    """Small, large, tall, wide."""
-    return _every_shape(
-        trial, {f"{width}x{height}": lambda image, h=height, w=width: _resized(image, h, w) for height, width in SIZES}
-    )
+    """Small, large, tall, wide: an answer, and not a 0 for all images of one shape."""
+    shapes = {f"{width}x{height}": lambda image, h=height, w=width: _resized(image, h, w) for height, width in SIZES}
+    return _every_shape(trial, shapes, refuse_zeros=bool(trial.real_valued and trial.own[trial.scored].all()))
 
 
 def plain_images(trial: Trial) -> str:
@@ -64,12 +63,11 @@ def video(trial: Trial) -> str:
     """[B, T, H, W, 3] gives B scores."""
     images, prompts, columns = trial.arguments(trial.samples[:2])
     try:
-        given = trial.reward(np.repeat(images[:, None], 3, axis=1), prompts, **columns)
-    except Exception as error:
+        scores = trial.ask(np.repeat(images[:, None], 3, axis=1), prompts, columns)
+    except Exception as error:  # the answer may break the contract as well
         if getattr(trial.reward, "video", False):
-            raise Refused(f"declares video = True, but raised {error_text(error)}") from error
-        raise NotApplicable(f"takes no videos: {error_text(error)}") from error
-    scores = trial.read(given, len(prompts))
+            raise Refused(f"declares video = True, but {_said(error)}") from error
+        raise NotApplicable(f"takes no videos: {_said(error)}") from error
     still = "as" if trial.same(scores, trial.score(trial.samples[:2])) else "not as"
     return f"takes videos; one that stands still scores {still} its image"
 
@@ -94,8 +92,9 @@ def grey_levels(trial: Trial) -> str:
         if len(lost) > DARK_LEVELS / 2:
             raise NotApplicable("its scores are too coarse to show one grey level of 255")
     raise Refused(
-        f"never tells the grey level {lost[0]} from {lost[0] - 1}, nor {len(lost) - 1} other neighbours, but tells most "
-        "apart: pixels are cut off somewhere; round before you convert to integers, or stay with floats"
+        f"never tells these grey levels from the one below: {', '.join(map(str, lost))}; but tells most apart. Pixels are "
+        "cut off somewhere: round before you convert to integers, or stay with floats. Or they go through a colour space of "
+        "8 bits, such as OpenCV's Lab of uint8, which makes neighbours one although nothing is cut off: convert floats"
     )
 
 
@@ -104,6 +103,7 @@ def odd_prompts(trial: Trial) -> str:
     pairs = trial.samples[:2]
     zeros_are_usual = not np.all(trial.own[trial.scored])
     answers: list[str] = []
+    constant: dict[float, list[str]] = {}  # score -> the prompts that got it
     for kind, prompt in ODD_PROMPTS.items():
         images, prompts, columns = trial.arguments(pairs)
         if trial.groupwise:
@@ -117,20 +117,31 @@ def odd_prompts(trial: Trial) -> str:
             raise Refused(f"{kind} scores exactly 0, as no ordinary one does; answer None where nobody can tell")
         if not trial.groupwise and not trial.confusions and not trial.same(beside, trial.alone(pairs[0])):
             raise Refused(f"{kind} changes the score of the image beside it")
+        constant.setdefault(float(odd), []).append(prompt)
         answers.append(f"{kind} {'None' if np.isnan(odd) else f'{odd:.4g}'}")
+    if trial.uses_prompt and trial.real_valued and not trial.groupwise:
+        for score, same in constant.items():
+            images, _, columns = trial.arguments(pairs[:1] * len(same))
+            if score != 0 and len(same) > 2 and np.all(trial.ask(images, same, columns) == score):
+                raise Refused(
+                    f"{len(same)} of {len(ODD_PROMPTS)} odd prompts get the score {score:.6g}, whatever the image: an error in "
+                    "disguise; answer None where nobody can tell"
+                )
     return "; ".join(answers)
 
 
 def impossible_images(trial: Trial) -> str:
-    """What is no image makes it raise or answer None, never a 0 or another constant in place of an error."""
-    images, prompts, columns = trial.arguments(trial.samples[:2])
+    """What is no image makes it raise or answer None, never a 0 or another constant in place of an error.
+
+    Without a column a sound score may be the usual one or another one, as where less is asked for. It is an error where each
+    image gets the same unusual number, 0 or another, from a reward whose scores are no coarse shares (`Trial.real_valued`).
+    """
+    images, prompts, columns = trial.arguments(trial.samples)
     broken: dict[str, tuple[np.ndarray, dict[str, list[Any]]]] = {
         "floats that are all NaN": (np.full(images.shape, np.nan, np.float32), columns),
         "images with two channels": (np.ascontiguousarray(images[..., :2]), columns),
         "images without pixels": (images[:, :0, :0], columns),
     }
-    for name in columns:
-        broken[f"a column {name!r} of None"] = (images, columns | {name: [None] * len(prompts)})
     seen: dict[float, str] = {}
     for kind, (shown, beside) in broken.items():
         try:
@@ -146,10 +157,24 @@ def impossible_images(trial: Trial) -> str:
                     "where images are not uint8 [B, H, W, 3]"
                 )
             seen[score] = kind
-    return f"{', '.join(broken)}: no error becomes a score"
+    for name in columns:
+        try:
+            found = trial.ask(images.copy(), list(prompts), columns | {name: [None] * len(prompts)})
+        except Exception:  # loud as well
+            continue
+        constant = len(found) > 1 and np.all(found == found[0]) and not np.any(trial.own == found[0])
+        if constant and trial.real_valued and not trial.same(found, trial.score(trial.samples)):
+            raise Refused(
+                f"gives each image the score {found[0]:.6g} where a column {name!r} is None, as no ordinary one is: an error "
+                "in disguise; answer None where a column is needed"
+            )
+    kinds = [*broken, *(f"a column {name!r} of None" for name in columns)]
+    return f"{', '.join(kinds)}: no error becomes a score"
 
 
-def _every_shape(trial: Trial, kinds: Mapping[str, Callable[[np.ndarray], np.ndarray]]) -> str:
+def _every_shape(
+    trial: Trial, kinds: Mapping[str, Callable[[np.ndarray], np.ndarray]], *, refuse_zeros: bool = False
+) -> str:
     """The samples in each kind get an answer."""
     images, prompts, columns = trial.arguments(trial.samples)
     refused, missing = [], []
@@ -160,6 +185,8 @@ def _every_shape(trial: Trial, kinds: Mapping[str, Callable[[np.ndarray], np.nda
             refused.append(f"{kind}: {_said(error)}")
             continue
         missing += [kind] if np.isnan(scores).all() else []
+        if refuse_zeros and np.any(scores == 0) and not np.any(scores[np.isfinite(scores)]):
+            refused.append(f"{kind}: each image scores exactly 0, as no ordinary one does; raise, or answer None")
     if refused:
         raise Refused("; ".join(refused))
     return f"takes {', '.join(kinds)}" + (f"; no score (None) for {', '.join(missing)}" if missing else "")

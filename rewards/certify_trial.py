@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
+from fractions import Fraction
 from typing import Any, Literal
 
 import numpy as np
@@ -29,6 +30,8 @@ Confusion = Literal["order", "pairing", "all against all", "batch"]
 TOLERANCE = 1e-4
 # Of the largest score, for scores that differ little beside their size: some steps of float32, which are 1e-7.
 ROUNDING = 1e-6
+# Of a share of few things, and of a scale from 0 to 100. By chance another number is within ROUNDING of one once in 160.
+LARGEST_DENOMINATOR = 100
 
 
 class Refused(Exception):
@@ -90,6 +93,12 @@ class Trial:
         return getattr(self.reward, "uses_prompt", True) if self._declared_use is None else self._declared_use
 
     @property
+    def fingerprint(self) -> dict[str, Any]:
+        """As the reward declares it; empty where it declares none, or none that is a mapping."""
+        given = getattr(self.reward, "fingerprint", None)
+        return dict(given) if isinstance(given, Mapping) else {}
+
+    @property
     def inputs(self) -> str:
         """Hash of the images, prompts and columns."""
         text = json.dumps([self.images.shape, self.prompts, self.columns], default=str)
@@ -122,6 +131,13 @@ class Trial:
             self._alone[pair] = float(self.score([pair])[0])
         return self._alone[pair]
 
+    def under_prompt(self, image: int, row: int) -> float:
+        """The score of an image alone, with its own columns, under the prompt of another row."""
+        if not self.columns:
+            return self.alone((image, row))
+        images, _, columns = self.arguments([(image, image)])
+        return float(self.ask(images, [self.prompts[row]], columns)[0])
+
     @property
     def rows(self) -> list[Pair]:
         """Each image with its own prompt; of a groupwise reward all images as one group under the first prompt."""
@@ -151,6 +167,14 @@ class Trial:
         """What two scores may differ by and still be equal."""
         found = self.own[self.scored]
         return float(self.relative_tolerance * np.ptp(found) + ROUNDING * np.abs(found).max()) if len(found) else 0.0
+
+    @functools.cached_property
+    def real_valued(self) -> bool:
+        """Whether most scores are no shares of few things: none of 0, 0.5 and 1, of won comparisons, of right letters."""
+        found = np.abs(self.own[self.scored])
+        shares = found[found > 0] / found.max(initial=0)
+        coarse = [abs(Fraction(share).limit_denominator(LARGEST_DENOMINATOR) - share) <= ROUNDING for share in shares]
+        return 2 * sum(coarse) < len(coarse)
 
     def same(self, first: Any, second: Any) -> bool:
         """Whether scores are equal up to float noise, and missing in the same places."""
@@ -215,13 +239,27 @@ def largest_difference(first: np.ndarray, second: np.ndarray) -> str:
 
 def process_settings() -> dict[str, Any]:
     """What of the process a reward has no business to change."""
+    cudnn: Any = torch.backends.cudnn
     return {
         "working folder": os.getcwd(),
         "torch's gradient mode": torch.is_grad_enabled(),
         "torch's default type": torch.get_default_dtype(),
         "torch's default device": torch.get_default_device(),
         "torch's number of threads": torch.get_num_threads(),
+        "torch's float32 matmul precision": _value_of(torch.get_float32_matmul_precision),
+        "torch's deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
+        "cudnn.benchmark": cudnn.benchmark,
+        "cudnn.deterministic": cudnn.deterministic,
+        "cudnn.allow_tf32": _value_of(lambda: cudnn.allow_tf32),
     }
+
+
+def _value_of(setting: Callable[[], Any]) -> Any:
+    """The setting, or why torch does not tell it: since somebody set it by its new names and by the old ones."""
+    try:
+        return setting()
+    except RuntimeError as error:
+        return error_text(error)
 
 
 def error_text(error: BaseException) -> str:

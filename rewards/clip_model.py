@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flowsteer.rewards.batching import Fingerprint, PromptMemory, libraries, pick_device
-from flowsteer.rewards.preprocess import Fit, Preprocess, Resize
+from flowsteer.rewards.batching import Fingerprint, PromptMemory, check_max_tokens, libraries, pick_device
+from flowsteer.rewards.preprocess import Fit, Preprocess, Resize, check_resize
 from flowsteer.rewards.weights import Found, find_folder, load_pretrained
 
 
@@ -39,14 +39,15 @@ class ClipEmbedder:
         tokenizer: Any,
         preprocess: Preprocess,
         *,
-        device: str | None = None,
+        device: str | torch.device | None = None,
         max_tokens: int | None = None,
         clean: Callable[[str], str] | None = None,
     ) -> None:
         text = model.config.text_config
         most = text.max_position_embeddings
-        if max_tokens is not None and not 2 <= max_tokens <= most:
-            raise ValueError(f"max_tokens must be from 2 to {most}, which is what this model takes, got {max_tokens}")
+        check_max_tokens(max_tokens)
+        if max_tokens is not None and max_tokens > most:
+            raise ValueError(f"max_tokens must be at most {most}, which is what this model takes, got {max_tokens}")
         if len(tokenizer) > text.vocab_size:
             raise ValueError(
                 f"the tokenizer has {len(tokenizer)} tokens and the model {text.vocab_size}: they do not belong together"
@@ -106,7 +107,7 @@ def load_clip(
     sha256: str | None = None,
     fit: Fit = "crop",
     resize: Resize = "pil",
-    device: str | None = None,
+    device: str | torch.device | None = None,
     max_tokens: int | None = None,
 ) -> tuple[ClipEmbedder, Fingerprint]:
     """A CLIP model as transformers writes it.
@@ -121,10 +122,14 @@ def load_clip(
         max_tokens: likewise.
 
     Raises:
-        ValueError: the weights or the tokenizer are not there, or are something else.
+        ValueError: the weights or the tokenizer are not there, or are something else; or an option that does not exist,
+            which is said before anything is read.
     """
     from transformers import CLIPModel
 
+    check_resize(resize)
+    check_max_tokens(max_tokens)
+    device = pick_device(device)
     found = find_folder(weights, sha256=sha256)
     model = load_pretrained(CLIPModel, found)
     preprocess = Preprocess(size=model.config.vision_config.image_size, fit=fit, resize=resize)

@@ -13,10 +13,10 @@ from typing import Any, Literal, get_args
 import numpy as np
 from torch import Tensor
 
-from flowsteer.rewards.batching import Fingerprint, check_batch_size, score_frames
+from flowsteer.rewards.batching import Fingerprint, check_batch_size, pick_device, score_frames
 from flowsteer.rewards.clip_model import load_clip
 from flowsteer.rewards.heads import linear_layers
-from flowsteer.rewards.preprocess import Fit, Resize
+from flowsteer.rewards.preprocess import Resize, check_resize
 from flowsteer.rewards.weights import find_file, read_tensors
 
 Convention = Literal["cosine", "logits", "paper"]
@@ -32,9 +32,7 @@ class PickScore:
         weights: folder, or ``owner/repository[@revision]`` of the hub.
         tokenizer: likewise; the published weights come without one. None: that of the weights.
         sha256: what the weights' hash must be; ``fingerprint`` reports it.
-        resize: ``pil`` as published; ``antialias`` or ``plain`` on floats.
-        fit: ``crop`` to the middle square as published; ``crop_round``, ``pad``, ``stretch``: see
-            `flowsteer.rewards.preprocess`.
+        resize: to the square that is scored, the image's middle: ``pil`` as published; ``antialias`` or ``plain`` on floats.
         logit_scale: False leaves the cosine itself, about 0.18 to 0.24.
         max_tokens: longer prompts are cut off; None: 77, what the model takes.
         device: where it runs; None: an accelerator where there is one.
@@ -44,6 +42,8 @@ class PickScore:
         ValueError: weights that are not there or are something else, or an option that does not exist.
     """
 
+    video = True
+
     def __init__(
         self,
         weights: str = "yuvalkirstain/PickScore_v1",
@@ -51,7 +51,6 @@ class PickScore:
         *,
         sha256: str | None = None,
         resize: Resize = "pil",
-        fit: Fit = "crop",
         logit_scale: bool = True,
         max_tokens: int | None = None,
         device: str | None = None,
@@ -59,7 +58,7 @@ class PickScore:
     ) -> None:
         self.batch_size = check_batch_size(batch_size)
         self.clip, of_clip = load_clip(
-            weights, tokenizer, sha256=sha256, fit=fit, resize=resize, device=device, max_tokens=max_tokens
+            weights, tokenizer, sha256=sha256, resize=resize, device=device, max_tokens=max_tokens
         )
         self.logit_scale = logit_scale
         self.fingerprint: Fingerprint = {"reward": "pickscore", "version": "v1", "logit_scale": logit_scale, **of_clip}
@@ -85,9 +84,7 @@ class CLIPScore:
         convention: ``cosine``, 0.15 to 0.35 with ViT-L/14. ``logits``: exp(logit_scale) times it. ``paper``: 2.5 max(cosine, 0)
             (Hessel et al. 2021, arXiv 2104.08718, equation 1; they use ViT-B/32 and put "A photo depicts " before the
             prompt, which is not done here).
-        resize: ``pil`` as published; ``antialias`` or ``plain`` on floats.
-        fit: ``crop`` to the middle square as published; ``crop_round``, ``pad``, ``stretch``: see
-            `flowsteer.rewards.preprocess`.
+        resize: to the square that is scored, the image's middle: ``pil`` as published; ``antialias`` or ``plain`` on floats.
         max_tokens: longer prompts are cut off; None: 77, what the model takes.
         device: where it runs; None: an accelerator where there is one.
         batch_size: images in one pass.
@@ -95,6 +92,8 @@ class CLIPScore:
     Raises:
         ValueError: weights that are not there or are something else, or an option that does not exist.
     """
+
+    video = True
 
     def __init__(
         self,
@@ -104,7 +103,6 @@ class CLIPScore:
         sha256: str | None = None,
         convention: Convention = "cosine",
         resize: Resize = "pil",
-        fit: Fit = "crop",
         max_tokens: int | None = None,
         device: str | None = None,
         batch_size: int = 32,
@@ -113,14 +111,14 @@ class CLIPScore:
             raise ValueError(f"convention must be {', '.join(get_args(Convention))}, got {convention!r}")
         self.batch_size = check_batch_size(batch_size)
         self.clip, of_clip = load_clip(
-            weights, tokenizer, sha256=sha256, fit=fit, resize=resize, device=device, max_tokens=max_tokens
+            weights, tokenizer, sha256=sha256, resize=resize, device=device, max_tokens=max_tokens
         )
         self.convention = convention
-        self.fingerprint: Fingerprint = {"reward": "clipscore", "version": "1", "convention": convention, **of_clip}
+        self.fingerprint: Fingerprint = {"reward": "clip_score", "version": "1", "convention": convention, **of_clip}
 
     def __call__(self, images: np.ndarray, prompts: Sequence[str], **columns: Sequence[Any]) -> list[float | None]:
         """uint8 [B, H, W, 3] or [B, T, H, W, 3] in RGB and B prompts to B scores."""
-        return score_frames(self._score, images, prompts, name="clipscore", batch_size=self.batch_size)
+        return score_frames(self._score, images, prompts, name="clip_score", batch_size=self.batch_size)
 
     def _score(self, images: np.ndarray, prompts: Sequence[str]) -> Tensor:
         cosine = self.clip.cosine(images, prompts)
@@ -141,9 +139,7 @@ class AestheticV2:
         weights: folder, or ``owner/repository[@revision]`` of the hub, with the CLIP model.
         head_sha256: what the head's hash must be; ``fingerprint`` reports it.
         sha256: what the CLIP weights' hash must be; likewise.
-        resize: ``pil`` as published; ``antialias`` or ``plain`` on floats.
-        fit: ``crop_round`` to the middle square as published; ``crop``, ``pad``, ``stretch``: see
-            `flowsteer.rewards.preprocess`.
+        resize: to the square that is scored, the image's middle: ``pil`` as published; ``antialias`` or ``plain`` on floats.
         device: where it runs; None: an accelerator where there is one.
         batch_size: images in one pass.
 
@@ -152,6 +148,7 @@ class AestheticV2:
     """
 
     uses_prompt = False
+    video = True
 
     def __init__(
         self,
@@ -161,13 +158,14 @@ class AestheticV2:
         head_sha256: str | None = None,
         sha256: str | None = None,
         resize: Resize = "pil",
-        fit: Fit = "crop_round",
         device: str | None = None,
         batch_size: int = 32,
     ) -> None:
         self.batch_size = check_batch_size(batch_size)
+        check_resize(resize)
+        runs_on = pick_device(device)
         found = find_file(head, sha256=head_sha256)
-        self.clip, of_clip = load_clip(weights, None, sha256=sha256, fit=fit, resize=resize, device=device)
+        self.clip, of_clip = load_clip(weights, None, sha256=sha256, fit="crop_round", resize=resize, device=runs_on)
         width = self.clip.model.config.projection_dim
         self.head = linear_layers(read_tensors(found.path), "layers.", width=width, name=head).to(self.clip.device)
 

@@ -84,6 +84,12 @@ class CompositionReward:
         if score not in ("graded", "tolerant", "strict"):
             raise ValueError(f"score={score!r} is not known; use 'graded', 'tolerant' or 'strict'")
         self.score = score
+        self.fingerprint = {
+            "reward": "composition",
+            "version": "1",
+            "score": score,
+            "opencv": cv2.__version__,
+        }
 
     def __call__(
         self, images: np.ndarray, prompts: Sequence[str], **columns: Sequence[Any]

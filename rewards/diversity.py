@@ -18,7 +18,7 @@ from torch import Tensor
 
 from flowsteer.rewards.batching import Fingerprint, check_batch_size, check_images
 from flowsteer.rewards.clip_model import load_clip
-from flowsteer.rewards.preprocess import Fit, Resize
+from flowsteer.rewards.preprocess import Resize
 
 
 class PixelDiversity:
@@ -36,6 +36,7 @@ class PixelDiversity:
 
     groupwise = True
     uses_prompt = False
+    video = True
 
     def __init__(self, size: int = 32) -> None:
         if size < 1:
@@ -63,9 +64,7 @@ class ClipDiversity:
     Args:
         weights: folder, or ``owner/repository[@revision]`` of the hub.
         sha256: what the weights' hash must be; ``fingerprint`` reports it.
-        resize: ``pil`` as published; ``antialias`` or ``plain`` on floats.
-        fit: ``crop`` to the middle square as published; ``crop_round``, ``pad``, ``stretch``: see
-            `flowsteer.rewards.preprocess`.
+        resize: to the square that is scored, the image's middle: ``pil`` as published; ``antialias`` or ``plain`` on floats.
         device: where it runs; None: an accelerator where there is one.
         batch_size: images in one pass.
 
@@ -75,6 +74,7 @@ class ClipDiversity:
 
     groupwise = True
     uses_prompt = False
+    video = True
 
     def __init__(
         self,
@@ -82,12 +82,11 @@ class ClipDiversity:
         *,
         sha256: str | None = None,
         resize: Resize = "pil",
-        fit: Fit = "crop",
         device: str | None = None,
         batch_size: int = 32,
     ) -> None:
         self.batch_size = check_batch_size(batch_size)
-        self.clip, of_clip = load_clip(weights, None, sha256=sha256, fit=fit, resize=resize, device=device)
+        self.clip, of_clip = load_clip(weights, None, sha256=sha256, resize=resize, device=device)
         del of_clip["tokenizer_sha256"], of_clip["max_tokens"]  # the prompt plays no part
         self.fingerprint: Fingerprint = {"reward": "clip_diversity", "version": "1", **of_clip}
 

@@ -17,6 +17,7 @@ Letters: B samples, P width of CLIP's joint space, H and W of an image.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -29,6 +30,8 @@ from flowsteer.rewards.batching import Fingerprint, check_batch_size, check_imag
 from flowsteer.rewards.clip_model import load_clip
 from flowsteer.rewards.geneval_rules import COLORS, Detection, Metadata, judge, read_metadata
 from flowsteer.rewards.mask2former import Mask2Former, Segment
+
+logger = logging.getLogger(__name__)
 
 Score = Literal["graded", "strict"]
 
@@ -54,7 +57,7 @@ class GenEvalReward:
     """Whether a photograph shows what its prompt's metadata ask for, 0 to 1: GenEval's rules, not GenEval's numbers.
 
     The detector is another one; see the module's docstring. Where a prompt has no metadata (``include`` is null or empty)
-    there is no score. Of a video, the mean over its frames.
+    there is no score, nor where they are not GenEval's, which the log says. Of a video, the mean over its frames.
 
     Args:
         detector: folder, or ``owner/repository[@revision]`` of the hub, with a Mask2Former of COCO instances.
@@ -70,6 +73,8 @@ class GenEvalReward:
     Raises:
         ValueError: weights that are not there or are something else, or an option that does not exist.
     """
+
+    video = True
 
     def __init__(
         self,
@@ -112,14 +117,14 @@ class GenEvalReward:
     ) -> dict[str, list[float | None]]:
         """uint8 [B, H, W, 3] or [B, T, H, W, 3] in RGB and their metadata to ``graded``, ``strict`` and ``score``, B each.
 
-        Raises ValueError for images of another kind, and for metadata that are not GenEval's.
+        Raises ValueError for images of another kind, and where no row's metadata are GenEval's.
         """
         check_images("geneval", images, prompts)
         if include is None:
             raise ValueError("geneval needs GenEval's metadata as columns of the prompt file: include, exclude, tag")
         none = [None] * len(images)
         rows = zip(include, exclude or none, tag or none)
-        wanted = [read_metadata(*row, names=self.names) for row in rows]
+        wanted = self._wanted(list(rows))
         videos = images if images.ndim == 5 else images[:, None]
         asked = [(row, frame) for row, one in enumerate(wanted) if one for frame in range(videos.shape[1])]
         answers: dict[int, list[dict[str, float]]] = {}
@@ -136,6 +141,22 @@ class GenEvalReward:
             for name in ("graded", "strict")
         }
         return {"score": parts[self.score], **parts}
+
+    def _wanted(self, rows: Sequence[tuple[Any, Any, Any]]) -> list[Metadata | None]:
+        """What each row of metadata asks for; None of one that asks for nothing, or cannot be read."""
+        wanted: list[Metadata | None] = []
+        errors: list[ValueError] = []
+        for row in rows:
+            try:
+                wanted.append(read_metadata(*row, names=self.names))
+            except ValueError as error:
+                wanted.append(None)
+                errors.append(error)
+        if errors and len(errors) == len(rows):
+            raise errors[0]
+        for reason in dict.fromkeys(str(error) for error in errors):  # the images of a prompt share it
+            logger.warning("no score of some images, whose metadata are wrong: %s", reason)
+        return wanted
 
     def _judge(self, image: np.ndarray, found: Sequence[Segment], wanted: Metadata | None) -> dict[str, float]:
         assert wanted is not None

@@ -65,6 +65,9 @@ def read_metadata(include: Any, exclude: Any, tag: Any, *, names: Sequence[str])
     """
     if not include:
         return None
+    for given in (include, exclude or []):
+        if not isinstance(given, list | tuple):
+            raise ValueError(f"geneval cannot read {given!r}; include and exclude are lists of objects")
     return Metadata(
         include=tuple(_clause(clause, place, names) for place, clause in enumerate(include)),
         exclude=tuple(_clause(clause, 0, names) for clause in exclude or ()),
@@ -141,7 +144,7 @@ def _clause(given: Any, place: int, names: Sequence[str]) -> Clause:
         color, position = given.get("color"), given.get("position")
         if position is not None:
             position = str(position[0]), int(position[1])
-    except (TypeError, KeyError, ValueError, IndexError, AttributeError):
+    except (TypeError, KeyError, ValueError, IndexError, AttributeError, OverflowError):
         raise ValueError(
             f'geneval cannot read {given!r}; a clause is an object like {{"class": "bench", "count": 1, "color": "red", '
             '"position": ["left of", 0]}, of which color and position may lack'

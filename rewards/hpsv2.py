@@ -5,7 +5,7 @@ same numbers; neither open_clip nor torchvision is needed.
 
 What differs from the package: weights are float32 and the pass is too (the package runs under fp16 autocast on a GPU); an
 image whose longer side is exactly 224 is padded like any other, where the package fails; of ftfy's cleaning of prompts
-only what prompts have in practice is done (`clean_prompt`).
+only what prompts have in practice is done, and the words that a prompt must not spell are others (`clean_prompt`).
 
 Letters: N images of one pass, D width of a tower, S side of the vision tower's input.
 """
@@ -13,13 +13,14 @@ Letters: N images of one pass, D width of a tower, S side of the vision tower's 
 from __future__ import annotations
 
 import html
+import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import numpy as np
 from torch import Tensor
 
-from flowsteer.rewards.batching import Fingerprint, check_batch_size, score_frames
+from flowsteer.rewards.batching import Fingerprint, check_batch_size, check_max_tokens, pick_device, score_frames
 from flowsteer.rewards.clip_model import ClipEmbedder, load_tokenizer
 from flowsteer.rewards.preprocess import Preprocess
 from flowsteer.rewards.weights import count_blocks, empty_model, find_file, load_strictly, read_tensors, tensor
@@ -28,7 +29,13 @@ Version = Literal["v2.0", "v2.1"]
 
 FILES = {"v2.0": "xswu/HPSv2:HPS_v2_compressed.pt", "v2.1": "xswu/HPSv2:HPS_v2.1_compressed.pt"}
 VISION_HEAD_WIDTH, TEXT_HEAD_WIDTH = 80, 64  # open_clip's ViT-H-14: 1280 / 16 and 1024 / 16; tensors do not tell
-CURLED = str.maketrans({"‘": "'", "’": "'", "‚": "'", "‛": "'", "“": '"', "”": '"', "„": '"', "‟": '"'})
+PLAIN = {  # ftfy's ``uncurl_quotes`` and ``fix_character_width``
+    **dict.fromkeys(range(0x2018, 0x201C), "'"),
+    **dict.fromkeys(range(0x201C, 0x2020), '"'),
+    0x02BC: "'",
+    0x3000: " ",
+    **{code: unicodedata.normalize("NFKC", chr(code)) for code in range(0xFF01, 0xFFF0)},
+}
 
 
 class HPSv2:
@@ -51,6 +58,8 @@ class HPSv2:
         ValueError: weights that are not there or are something else, or an option that does not exist.
     """
 
+    video = True
+
     def __init__(
         self,
         version: Version = "v2.1",
@@ -66,12 +75,14 @@ class HPSv2:
         if version not in get_args(Version):
             raise ValueError(f"version must be {' or '.join(get_args(Version))}, got {version!r}")
         self.batch_size = check_batch_size(batch_size)
+        check_max_tokens(max_tokens)
+        runs_on = pick_device(device)
         found = find_file(weights or FILES[version], sha256=sha256)
         tokens, found_tokenizer = load_tokenizer(tokenizer)
         model = clip_from_open_clip(read_tensors(found.path), name=str(found.path))
         size = model.config.vision_config.image_size
         preprocess = Preprocess(size=size, fit="pad", resize="antialias" if antialias else "plain")
-        self.clip = ClipEmbedder(model, tokens, preprocess, device=device, max_tokens=max_tokens, clean=clean_prompt)
+        self.clip = ClipEmbedder(model, tokens, preprocess, device=runs_on, max_tokens=max_tokens, clean=clean_prompt)
         self.fingerprint: Fingerprint = {
             "reward": "hpsv2",
             "version": version,
@@ -85,8 +96,14 @@ class HPSv2:
 
 
 def clean_prompt(text: str) -> str:
-    """What open_clip's tokenizer does to a text first: HTML's ``&amp;`` and curled quotes become what they stand for."""
-    return html.unescape(html.unescape(text.translate(CURLED))).strip()
+    """What open_clip's tokenizer does to a text first: HTML's references, curled quotes and full width become plain.
+
+    What still differs: ftfy also repairs text that was decoded wrongly, parts ligatures and removes control characters; and
+    it leaves a quote curled that stands as a reference (``&rsquo;``) in a text with ``<``. The words that are read as the
+    start or end of the text are ``<|startoftext|>`` and ``<|endoftext|>`` here, ``<start_of_text>`` and ``<end_of_text>``
+    there.
+    """
+    return html.unescape(html.unescape(text)).translate(PLAIN).strip()
 
 
 def clip_from_open_clip(held: Mapping[str, Any], *, name: str) -> Any:

@@ -20,12 +20,13 @@ from flowsteer.rewards.batching import (
     Fingerprint,
     PromptMemory,
     check_batch_size,
+    check_max_tokens,
     libraries,
     pick_device,
     score_frames,
 )
 from flowsteer.rewards.heads import linear_layers
-from flowsteer.rewards.preprocess import Fit, Preprocess, Resize
+from flowsteer.rewards.preprocess import Preprocess, Resize, check_resize
 from flowsteer.rewards.weights import (
     count_blocks,
     empty_model,
@@ -51,9 +52,7 @@ class ImageReward:
         weights: file, or ``owner/repository[@revision]:file`` of the hub.
         tokenizer: folder, or ``owner/repository[@revision]`` of the hub, with BERT's tokenizer.
         sha256: what the weights' hash must be; ``fingerprint`` reports it.
-        resize: ``pil`` as published; ``antialias`` or ``plain`` on floats.
-        fit: ``crop_round`` to the middle square as published; ``crop``, ``pad``, ``stretch``: see
-            `flowsteer.rewards.preprocess`.
+        resize: to the square that is scored, the image's middle: ``pil`` as published; ``antialias`` or ``plain`` on floats.
         max_tokens: longer prompts are cut off; 35 as published.
         device: where it runs; None: an accelerator where there is one.
         batch_size: images in one pass.
@@ -62,6 +61,8 @@ class ImageReward:
         ValueError: weights that are not there or are something else, or an option that does not exist.
     """
 
+    video = True
+
     def __init__(
         self,
         weights: str = "THUDM/ImageReward:ImageReward.pt",
@@ -69,22 +70,23 @@ class ImageReward:
         *,
         sha256: str | None = None,
         resize: Resize = "pil",
-        fit: Fit = "crop_round",
         max_tokens: int = 35,
         device: str | None = None,
         batch_size: int = 32,
     ) -> None:
         self.batch_size = check_batch_size(batch_size)
-        found, found_tokenizer = find_file(weights, sha256=sha256), find_folder(tokenizer, weights=False)
+        check_resize(resize)
+        check_max_tokens(max_tokens)
         self.device = pick_device(device)
+        found, found_tokenizer = find_file(weights, sha256=sha256), find_folder(tokenizer, weights=False)
         vision, text, head = load_blip(read_tensors(found.path), name=str(found.path))
         most = text.config.max_position_embeddings
-        if not 2 <= max_tokens <= most:
-            raise ValueError(f"max_tokens must be from 2 to {most}, which is what this model takes, got {max_tokens}")
+        if max_tokens > most:
+            raise ValueError(f"max_tokens must be at most {most}, which is what this model takes, got {max_tokens}")
         self.vision, self.text, self.head = (part.to(self.device) for part in (vision, text, head))
         self.tokenizer = _bert_tokenizer(found_tokenizer.path, text.config.vocab_size)
         self.max_tokens = max_tokens
-        self.preprocess = Preprocess(size=vision.config.image_size, fit=fit, resize=resize)
+        self.preprocess = Preprocess(size=vision.config.image_size, fit="crop_round", resize=resize)
         self._tokens = PromptMemory(self._tokenize)
         self.fingerprint: Fingerprint = {
             "reward": "image_reward",

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image
+import PIL
+from PIL import Image, features
 
 
 class JPEGIncompressibility:
@@ -27,6 +28,13 @@ class JPEGIncompressibility:
         if not 1 <= quality <= 95:
             raise ValueError(f"quality must be from 1 to 95, got {quality}; above 95 a JPEG grows without gain")
         self.quality = quality
+        self.fingerprint = {
+            "reward": "jpeg_incompressibility",
+            "version": "1",
+            "quality": quality,
+            "pillow": PIL.__version__,
+            "libjpeg": features.version("jpg") or "unknown",
+        }
 
     def __call__(self, images: np.ndarray, prompts: Sequence[str], **columns: Sequence[Any]) -> list[float | None]:
         """uint8 [B, H, W, 3] or [B, T, H, W, 3] in RGB to B sizes in kB."""
@@ -54,6 +62,7 @@ class JPEGCompressibility:
 
     def __init__(self, quality: int = 95) -> None:
         self._incompressibility = JPEGIncompressibility(quality)
+        self.fingerprint = {**self._incompressibility.fingerprint, "reward": "jpeg_compressibility"}
 
     def __call__(self, images: np.ndarray, prompts: Sequence[str], **columns: Sequence[Any]) -> list[float | None]:
         """uint8 [B, H, W, 3] or [B, T, H, W, 3] in RGB to B negative sizes in kB."""

@@ -22,6 +22,14 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
 LONGEST = 1333 / 800  # the longer side's limit, in shorter sides
 STRIDE = 32  # of the backbone; images are padded to a multiple of it
 MOST = 100  # objects per image
+# published files were written before transformers put a whole SwinModel into its backbone: they lack that one's last norm,
+# which the backbone does not use, and hold tables that are computed now
+MISSING = (r"pixel_level_module\.encoder\.swin\.layernorm\.",)
+UNEXPECTED = (
+    r"class_predictor\.",  # read below
+    r"criterion\.",  # the loss's
+    r"model\.pixel_level_module\.encoder\..*\.attention\.self\.relative_position_index$",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,19 +67,18 @@ class Mask2Former:
 
         if short_side < STRIDE:
             raise ValueError(f"short_side must be at least {STRIDE} pixels, got {short_side}")
+        self.short_side, self.device = short_side, pick_device(device)
         found = find_folder(place, sha256=sha256)
-        self.sha256, self.short_side, self.device = found.sha256, short_side, pick_device(device)
-        self.model = load_pretrained(Mask2FormerModel, found, ignore=("class_predictor.", "criterion."))
+        self.sha256 = found.sha256
+        self.model = load_pretrained(Mask2FormerModel, found, missing=MISSING, unexpected=UNEXPECTED)
         self.model.to(self.device)
         self.labels: tuple[str, ...] = tuple(label for _, label in sorted(self.model.config.id2label.items()))
         names = ("model.safetensors", "pytorch_model.bin")
         file = next((found.path / name for name in names if (found.path / name).is_file()), None)
         if file is None:
             raise ValueError(f"{place} has none of {', '.join(names)}")
-        state = {
-            part: tensor(read_tensors(file), f"class_predictor.{part}", str(file)).float()
-            for part in ("weight", "bias")
-        }
+        held = read_tensors(file)
+        state = {part: tensor(held, f"class_predictor.{part}", str(file)).float() for part in ("weight", "bias")}
         self.head = nn.Linear(self.model.config.hidden_dim, len(self.labels) + 1)  # the last: no object
         load_strictly(self.head, state, str(file))
         self.head.requires_grad_(False).to(self.device)
@@ -105,11 +112,12 @@ def segments(logits: Tensor, masks: Tensor, *, labels: tuple[str, ...], threshol
     scores = logits.softmax(-1)[:, :-1].flatten()  # [Q C]; one guess may name several classes
     scores, places = scores.topk(min(MOST, len(scores)))
     found = []
-    for score, place in zip(scores.tolist(), places.tolist()):
+    for score, place in zip(scores.tolist(), places.tolist()):  # the surest first
+        if score <= threshold:  # the mask's confidence is at most 1
+            break
         guess, label = divmod(place, len(labels))
         inside = masks[guess] > 0
-        area = inside.sum().item()
-        if score <= threshold or not area:  # the mask's confidence is at most 1
+        if not inside.any():
             continue
         confidence = score * masks[guess][inside].sigmoid().mean().item()
         if confidence > threshold:

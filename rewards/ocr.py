@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from typing import Any, Literal
 
 import numpy as np
 
-from flowsteer.rewards.batching import check_images
+from flowsteer.rewards.batching import Fingerprint, check_images
 from flowsteer.rewards.types import Values
 
 SMALL_SIDE = 64  # pixels; see OCRReward
@@ -40,15 +41,26 @@ class OCRReward:
         ValueError: an unknown mode, or fewer than one thread.
     """
 
+    video = True
+
     def __init__(self, mode: Literal["auto", "detect", "recognize"] = "auto", num_threads: int = 1) -> None:
         if mode not in ("auto", "detect", "recognize"):
             raise ValueError(f"mode must be auto, detect or recognize, got {mode!r}")
         if num_threads < 1:
             raise ValueError(f"num_threads must be at least 1, got {num_threads}")
+        import cv2
         from rapidocr import RapidOCR
 
         threads = "EngineConfig.onnxruntime"
         self.mode = mode
+        self.fingerprint: Fingerprint = {
+            "reward": "ocr",
+            "version": "1",
+            "mode": mode,
+            "rapidocr": version("rapidocr"),  # and with it the weights
+            "onnxruntime": version("onnxruntime"),
+            "opencv": cv2.__version__,
+        }
         self._engine = RapidOCR(
             params={
                 "Global.log_level": "error",  # it warns of every image without text

@@ -50,8 +50,7 @@ class Preprocess:
     std: RGB = CLIP_STD
 
     def __post_init__(self) -> None:
-        if self.resize not in get_args(Resize):
-            raise ValueError(f"resize must be {', '.join(get_args(Resize))}, got {self.resize!r}")
+        check_resize(self.resize)
         if self.fit not in get_args(Fit):
             raise ValueError(f"fit must be {', '.join(get_args(Fit))}, got {self.fit!r}")
         if self.size < 1:
@@ -71,6 +70,12 @@ class Preprocess:
     def fingerprint(self) -> dict[str, str | int | float | bool]:
         """Every choice, under names of its own."""
         return {f"preprocess_{name}": value if name == "size" else str(value) for name, value in asdict(self).items()}
+
+
+def check_resize(resize: str) -> None:
+    """Raise ValueError for a resize that does not exist."""
+    if resize not in get_args(Resize):
+        raise ValueError(f"resize must be {', '.join(get_args(Resize))}, got {resize!r}")
 
 
 def resized_shape(height: int, width: int, size: int, fit: Fit) -> tuple[int, int]:
@@ -114,4 +119,15 @@ def padded(pixels: Tensor, size: int) -> Tensor:
     return F.pad(pixels, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2))
 
 
-__all__ = ["CLIP_MEAN", "CLIP_STD", "Fit", "Preprocess", "Resize", "cropped", "padded", "resized", "resized_shape"]
+__all__ = [
+    "CLIP_MEAN",
+    "CLIP_STD",
+    "Fit",
+    "Preprocess",
+    "Resize",
+    "check_resize",
+    "cropped",
+    "padded",
+    "resized",
+    "resized_shape",
+]

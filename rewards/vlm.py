@@ -11,9 +11,11 @@ All take ``endpoint``, the options of `ChatClient`, as a mapping::
 
     endpoint: {base_url: "http://localhost:8000/v1", model: CodeGoat24/UnifiedReward-7b-v1.5, concurrency: 16}
 
-A judge that does not answer in time, answers with an error or says nothing readable leaves the score missing, never 0;
-the log has how many, why, and the beginning of such replies. Published code fills these with 0 (Flow-GRPO) or with the mean
-of the batch (Pref-GRPO). The temperature is 0, which few servers make deterministic to the last token.
+A judge that does not answer in time, answers with an error or says nothing readable leaves the score missing, never 0; the log
+has how many, why, and the beginning of such replies. One that answers not one request of a call raises TimeoutError, one that
+not one request reaches ConnectionError: then nothing more of that batch is asked. Published code fills these with 0
+(Flow-GRPO) or with the mean of the batch (Pref-GRPO). The temperature is 0, which few servers make deterministic to the last
+token.
 
 A video is shown as all its frames, in order. Letters: B samples, G images of a group, T frames.
 """
@@ -245,6 +247,8 @@ class GroupwiseJudge:
 
     In which order they are shown follows from the images and the seed, not from their order in the group. A reply that does not
     speak of every image leaves the whole group without scores; an image that is alone has none.
+
+    A group is one request, and groups are asked one after another: ``concurrency`` is of the requests within a call.
 
     Args:
         endpoint: options of `ChatClient`.

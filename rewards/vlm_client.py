@@ -132,10 +132,17 @@ class ChatClient:
 
         Raises:
             ConnectionError: not one of the requests reached the server.
+            TimeoutError: some did, and not one got an answer.
         """
         replies = self._ask(questions)
-        if replies and all(reply.stage == "unreached" for reply in replies):
+        stages = {reply.stage for reply in replies}
+        if stages == {"unreached"}:
             raise ConnectionError(f"the judge at {self._host}:{self._port} cannot be reached: {replies[0].problem}")
+        if stages and "answered" not in stages:
+            problem = next(reply.problem for reply in replies if reply.stage == "silent")
+            raise TimeoutError(
+                f"the judge at {self._host}:{self._port} answered none of {len(replies)} requests: {problem}"
+            )
         made: list[Made | None] = []
         problems = Counter[str]()
         for reply in replies:

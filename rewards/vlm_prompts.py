@@ -70,6 +70,8 @@ SCORE_PATTERN = rf"Score:[\s*]*({NUMBER})"
 BETTER_PATTERN = r"<answer>\s*(?:Image\s*)?([12]|tie)\b"
 _AXIS = re.compile(rf"\b({'|'.join(AXES)}) Score(?: ?\(1-5\))?:[\s*]*({NUMBER})", re.IGNORECASE)
 _SCORES = re.compile(r"Scores:[\s*]*(.+)", re.IGNORECASE)
+_DRESSED = rf"[\s*\[(<]*{NUMBER}[\s*\])>.]*"
+_NUMBERS = re.compile(rf"{_DRESSED}(?:,{_DRESSED})*")
 _RANKING = re.compile(r"Ranking:[\s*]*(.+)", re.IGNORECASE)
 
 
@@ -141,8 +143,11 @@ def read_better(reply: str, pattern: re.Pattern[str]) -> float:
 
 
 def read_scores(reply: str, count: int) -> list[float]:
-    """The scores of ``count`` images, 0 to 10, mapped to [0, 1]."""
-    texts = re.findall(NUMBER, _last(reply, _SCORES))
+    """The scores of ``count`` images, 0 to 10, mapped to [0, 1]. A line with other words may hold other numbers."""
+    line = _last(reply, _SCORES)
+    if not _NUMBERS.fullmatch(line):
+        raise ValueError(f"{line!r} is not {count} numbers with commas between them")
+    texts = re.findall(NUMBER, line)
     if len(texts) != count:
         raise ValueError(f"{len(texts)} scores for {count} images")
     return [_number(text, 0, 10) / 10 for text in texts]

@@ -157,16 +157,17 @@ def empty_model(cls: Any, config: Any, **options: Any) -> Any:
         return cls(config, **options)
 
 
-def load_pretrained(cls: Any, found: Found, *, ignore: tuple[str, ...] = ()) -> Any:
+def load_pretrained(cls: Any, found: Found, *, missing: tuple[str, ...] = (), unexpected: tuple[str, ...] = ()) -> Any:
     """A transformers model of that class in float32, with every one of its weights from the folder.
 
     Args:
         cls: with ``from_pretrained``.
         found: its folder.
-        ignore: beginnings of keys that this class has no use for.
+        missing: patterns of keys that no score depends on, so that the folder may lack them; matched from a key's start.
+        unexpected: likewise of keys that this class has no use for.
 
     Raises:
-        ValueError: the folder is no such model, or keys are missing, unexpected or of another shape.
+        ValueError: the folder is no such model, or other keys are missing, unexpected or of another shape.
     """
     from transformers.utils import logging
 
@@ -181,8 +182,11 @@ def load_pretrained(cls: Any, found: Found, *, ignore: tuple[str, ...] = ()) -> 
         raise ValueError(f"{found.path} cannot be loaded as a {cls.__name__}: {_first_line(error)}") from error
     finally:
         logging.set_verbosity(verbosity)
-    unexpected = [key for key in info["unexpected_keys"] if not key.startswith(ignore)]
-    for problem, keys in (("lacks", info["missing_keys"]), ("has the unexpected", unexpected)):
+    for problem, kind, ignored in (
+        ("lacks", "missing_keys", missing),
+        ("has the unexpected", "unexpected_keys", unexpected),
+    ):
+        keys = [key for key in info[kind] if not any(re.match(pattern, key) for pattern in ignored)]
         if keys:
             raise ValueError(f"{found.path} {problem} {_some(keys)}: it is no {cls.__name__}")
     return model.eval().requires_grad_(False)

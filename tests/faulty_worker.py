@@ -12,7 +12,7 @@ import time
 PREFIX = struct.Struct("!4sIQ")
 HELLO = {
     "op": "hello", "proto": [1, 1], "fingerprint": {"target": "faulty"}, "identity": "i", "max_body_bytes": 2**20,
-    "groupwise": False, "uses_prompt": True,
+    "groupwise": False, "video": False, "uses_prompt": True,
 }  # fmt: skip
 
 

@@ -16,6 +16,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import cv2
 import numpy as np
 import torch
 
@@ -199,6 +200,27 @@ class ZeroOnLongPrompts:
         return [0.0 if len(prompt) > 1000 else score for prompt, score in zip(prompts, sound(images, prompts))]
 
 
+class ZeroForSomePrompts:
+    """An exact 0 in place of an error, among scores that are real numbers."""
+
+    def __call__(self, images, prompts, **columns):
+        return [0.0 if " circle" in prompt else score for prompt, score in zip(prompts, sound(images, prompts))]
+
+
+class ZeroForTallImages:
+    def __call__(self, images, prompts, **columns):
+        scores = sound(images, prompts)
+        return [0.0 if images.shape[1] > images.shape[2] else score for score in scores]
+
+
+class HalfForOddPrompts:
+    """A middling score in place of an error."""
+
+    def __call__(self, images, prompts, **columns):
+        odd = [not prompt.strip() or len(prompt) > 1000 or not prompt.isascii() for prompt in prompts]
+        return [0.5 if own else score for own, score in zip(odd, sound(images, prompts))]
+
+
 class RaisesOnEmptyPrompts:
     def __call__(self, images, prompts, **columns):
         for prompt in prompts:
@@ -216,6 +238,26 @@ class ZeroWithoutFactor:
 
     def __call__(self, images, prompts, *, factor, **columns):
         return [score * (own or 0) for score, own in zip(sound(images, prompts), factor)]
+
+
+class MinusOneWithoutFactor(ZeroWithoutFactor):
+    def __call__(self, images, prompts, *, factor, **columns):
+        scores = super().__call__(images, prompts, factor=factor)
+        return [-1.0 if own is None else score for score, own in zip(scores, factor)]
+
+
+class FactorIsOptional:
+    """Sound: where a column has no value it takes 1, and for some that is what they have anyway."""
+
+    def __call__(self, images, prompts, *, factor, **columns):
+        return [score * (1 if own is None else own) for score, own in zip(sound(images, prompts), factor)]
+
+
+class ReadsOnlyColumns:
+    """Sound: the prompt plays no part, what it looks for stands in a column."""
+
+    def __call__(self, images, prompts, *, thing, **columns):
+        return sound(images, thing)
 
 
 class BatchNorm:
@@ -300,6 +342,25 @@ class SaysItTakesVideos:
         return sound(images, prompts)
 
 
+class MixesVideoFrames:
+    """Was not made for videos: it gives numbers, but not one for each of them."""
+
+    def __call__(self, images, prompts, **columns):
+        return sound(images, prompts) if images.ndim == 4 else [0.0] * images.shape[0] * images.shape[1]
+
+
+class SaysItMixesNoFrames(MixesVideoFrames):
+    video = True
+
+
+class LabOf8Bits:
+    """Nothing is cut off, but OpenCV's Lab of uint8 has fewer dark levels than RGB."""
+
+    def __call__(self, images, prompts, **columns):
+        check_images(images)
+        return sound([cv2.cvtColor(image, cv2.COLOR_RGB2LAB) for image in images], prompts)
+
+
 class CutsOff:
     """Normalises, and comes back to 8 bits without rounding."""
 
@@ -351,6 +412,12 @@ class WithSideEffect:
             "changes folder": lambda: os.chdir(".."),
             "double": lambda: torch.set_default_dtype(torch.float64),
             "threads": lambda: torch.set_num_threads(torch.get_num_threads() + 1),
+            "precision": lambda: torch.set_float32_matmul_precision("high"),
+            "precision by its new name": lambda: setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32"),
+            "deterministic": lambda: torch.use_deterministic_algorithms(True),
+            "benchmark": lambda: setattr(torch.backends.cudnn, "benchmark", True),
+            "deterministic cudnn": lambda: setattr(torch.backends.cudnn, "deterministic", True),
+            "tf32": lambda: setattr(torch.backends.cudnn, "allow_tf32", True),
         }[effect]
 
     def __call__(self, images, prompts, **columns):

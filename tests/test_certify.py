@@ -31,7 +31,12 @@ def restored_process(tmp_path, monkeypatch):
     """Some of the planted rewards change the process; the next test must not see it."""
     monkeypatch.chdir(tmp_path)
     state, threads, dtype = random.getstate(), torch.get_num_threads(), torch.get_default_dtype()
+    precision, deterministic = torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()
+    for name in ("benchmark", "deterministic", "allow_tf32"):
+        monkeypatch.setattr(torch.backends.cudnn, name, False)
     yield
+    torch.set_float32_matmul_precision(precision)
+    torch.use_deterministic_algorithms(deterministic)
     random.setstate(state)
     torch.set_num_threads(threads)
     torch.set_default_dtype(dtype)
@@ -53,7 +58,7 @@ class TestSound:
         expected = [planted.score_pair(*pair) for pair in zip(images, prompts)]
         assert certificate.scores == pytest.approx(expected)
         assert f"16 scores from {min(expected):.6g} to {max(expected):.6g}" in certificate["answer"].message
-        assert {check.name for check in certificate.checks if check.status == "not applicable"} == set()
+        assert {check.name for check in certificate.checks if check.status == "not applicable"} == {"fingerprint"}
         text = certificate.text()
         assert text.startswith("reward 'sound': certified\n16 images of 64x64")
         assert len(text.splitlines()) <= 60  # one page
@@ -64,7 +69,7 @@ class TestSound:
     def test_what_groups_are_spared(self):
         certificate = certify(planted.SoundGroup, name="group")
         spared = {check.name for check in certificate.checks if check.status == "not applicable"}
-        assert spared == {"pairing", "all against all", "batch independence"}
+        assert spared == {"fingerprint", "pairing", "all against all", "batch independence"}
         assert certificate["odd batches"].message == "takes groups of 2, 3 and 7; a group of 1 has no score"
 
     def test_a_function_for_trl(self):
@@ -107,6 +112,12 @@ PLANTED = {
     planted.ZeroOnError: (["impossible images"], "gives the score 0 to floats that are all NaN: an error in disguise"),
     planted.MinusOneOnError: (["impossible images"], "gives the score -1 to images with two channels and to floats"),
     planted.ZeroOnLongPrompts: (["odd prompts"], "10,000 characters scores exactly 0"),
+    planted.ZeroForSomePrompts: (
+        ["silent zero"],
+        "exactly 0 under the prompt '.* circle.*', while other scores are real",
+    ),
+    planted.ZeroForTallImages: (["sizes"], "^48x64: each image scores exactly 0, as no ordinary one does; raise[^;]*$"),
+    planted.HalfForOddPrompts: (["odd prompts"], "^4 of 4 odd prompts get the score 0.5, whatever the image"),
     planted.RaisesOnEmptyPrompts: (["odd prompts"], "an empty prompt: raised IndexError"),
     planted.OddPromptSpoilsTheBatch: (["odd prompts"], "an empty prompt changes the score of the image beside it"),
     planted.BatchNorm: (["batch independence"], "their own image and prompt only"),
@@ -120,8 +131,10 @@ PLANTED = {
     planted.RaisesOnNothing: (["odd batches"], "raised ValueError: need at least one array"),
     planted.SquareOnly: (["sizes"], "48x64: raised ValueError: no square; 64x48: .*256x16"),
     planted.SaysItTakesVideos: (["video"], "declares video = True, but raised ValueError: no images"),
-    planted.CutsOff: (["grey levels"], "never tells the grey level 1 from 0.*round before"),
-    planted.DividesBy256: (["grey levels"], "never tells the grey level 1 from 0"),
+    planted.SaysItMixesNoFrames: (["video"], "declares video = True, but reward 'planted' gave 6 scores, expected 2"),
+    planted.CutsOff: (["grey levels"], "from the one below: 1;.*round before"),
+    planted.DividesBy256: (["grey levels"], "from the one below: 1;"),
+    planted.LabOf8Bits: (["grey levels"], r"from the one below: \d+, .*8 bits, such as OpenCV's Lab"),
     planted.BeyondFloat32: (["as the trainer asks"], "beyond what float32 holds"),
     planted.WritesIntoImages: (["inputs untouched"], "changes the images"),
     planted.SortsPrompts: (["inputs untouched"], "changes the prompts"),
@@ -154,6 +167,12 @@ class TestPlanted:
             ("changes folder", "working folder"),
             ("double", "torch's default type"),
             ("threads", "torch's number of threads"),
+            ("precision", "torch's float32 matmul precision"),
+            ("precision by its new name", "torch's float32 matmul precision"),
+            ("deterministic", "torch's deterministic algorithms"),
+            ("benchmark", "cudnn.benchmark"),
+            ("deterministic cudnn", "cudnn.deterministic"),
+            ("tf32", "cudnn.allow_tf32"),
         ],
     )
     def test_what_a_call_changes_is_named(self, effect, changed):
@@ -183,8 +202,101 @@ class TestPlanted:
         columns = {"factor": np.linspace(1, 2, 16).tolist()}
         certificate = certify(planted.ZeroWithoutFactor, name="factor", images=images, prompts=prompts, columns=columns)
         assert certificate.refused == ("impossible images",)
-        assert "gives the score 0 to a column 'factor' of None" in certificate["impossible images"].message
+        assert (
+            "gives each image the score 0 where a column 'factor' is None" in certificate["impossible images"].message
+        )
         assert certificate.scores[15] == pytest.approx(2 * planted.score_pair(images[15], prompts[15]))
+        constant = certify(
+            planted.MinusOneWithoutFactor, name="factor", images=images, prompts=prompts, columns=columns
+        )
+        assert constant.refused == ("impossible images",)
+        assert "gives each image the score -1 where a column 'factor' is None" in constant["impossible images"].message
+
+    def test_columns_that_a_score_can_do_without_are_no_fault(self):
+        images, prompts = built_in_inputs()
+        columns = {"factor": [1.0, 2.0] * 8, "note": list("abcdefghijklmnop"), "other": [1] * 16}
+        certificate = certify(planted.FactorIsOptional, name="factor", images=images, prompts=prompts, columns=columns)
+        assert certificate.ok, certificate.text()
+        assert "a column 'note' of None" in certificate["impossible images"].message
+
+    def test_columns_are_not_taken_for_prompts(self):
+        images, prompts = built_in_inputs()
+        given = {"images": images, "prompts": prompts, "columns": {"thing": prompts[::-1]}}
+        silent = certify(planted.ReadsOnlyColumns, name="columns", **given)
+        assert silent.ok, silent.text()
+        assert silent["sees the prompt"].message == "the columns make a difference, the prompt without them makes none"
+        declared = certify(planted.ReadsOnlyColumns, name="columns", uses_prompt=False, **given)
+        assert declared.ok, declared.text()
+        assert declared["sees the prompt"].message == "plays no part, as declared"
+        neither = certify(planted.IgnoresThePrompt, name="neither", **given)
+        assert neither.refused == ("sees the prompt",)
+
+    def test_a_group_keeps_its_columns_under_another_prompt(self):
+        class OfColumns(planted.SoundGroup):
+            def __call__(self, images, prompts, *, thing, **columns):
+                scores = super().__call__(images, prompts)
+                return [score and score * (1 + planted.weights_of(own)[0]) for score, own in zip(scores, thing)]
+
+        images, prompts = built_in_inputs()
+        certificate = certify(OfColumns, name="group", images=images, prompts=prompts, columns={"thing": prompts})
+        assert certificate.ok, certificate.text()
+
+    def test_numbers_for_videos_that_nobody_promised_are_no_fault(self):
+        certificate = certify(planted.MixesVideoFrames, name="frames")
+        assert certificate.ok, certificate.text()
+        message = certificate["video"].message
+        assert message.startswith("takes no videos: reward 'frames' gave 6 scores, expected 2")
+
+    def test_zeros_are_counted_and_those_of_a_picture_pass(self):
+        class Warmth(planted.Sound):
+            """0 for each picture without colour, whatever the prompt."""
+
+            def __call__(self, images, prompts, **columns):
+                scores = super().__call__(images, prompts)
+                return [score * bool(np.ptp(image, axis=-1).any()) for score, image in zip(scores, images)]
+
+        images, _ = built_in_inputs()
+        grey = sum(not np.ptp(image, axis=-1).any() for image in images)
+        certificate = certify(Warmth, name="warmth", checks={name: CHECKS[name] for name in ("answer", "silent zero")})
+        assert certificate.ok, certificate.text()
+        assert certificate["answer"].message.endswith(f", {grey} of 16 are exactly 0")
+
+    @pytest.mark.parametrize("steps", [1, 2, 3, 7, 15, 100])
+    def test_zeros_of_a_coarse_score_pass(self, steps):
+        class Coarse(planted.ZeroForSomePrompts):
+            """A share of some things, as won comparisons or letters; 0 under some prompts for each image."""
+
+            def __call__(self, images, prompts, **columns):
+                return [float(np.ceil(steps * (score % 1))) / steps for score in super().__call__(images, prompts)]
+
+        certificate = certify(Coarse, name="coarse", checks={name: CHECKS[name] for name in ("answer", "silent zero")})
+        assert certificate.ok, certificate.text()
+
+    @pytest.mark.parametrize(
+        ("fingerprint", "message"),
+        [
+            ("version 1", "fingerprint is a str; it must be a mapping"),
+            ({"mean": (0.5, 0.5), "version": "1"}, "something else for mean; give names"),
+            ({1: "one"}, "something else for 1; give names"),
+            ({"mean": np.float32(0.5)}, "JSON cannot hold the fingerprint: Object of type float32"),
+            ({"mean": float("nan")}, "JSON cannot hold the fingerprint: Out of range float"),
+        ],
+    )
+    def test_a_fingerprint_that_cannot_be_kept(self, fingerprint, message):
+        sound = planted.Sound()
+        sound.fingerprint = fingerprint
+        certificate = certify(lambda: sound, name="sound")
+        assert certificate.refused == ("fingerprint",)
+        assert message in certificate["fingerprint"].message
+
+    def test_no_fingerprint_is_none(self, tmp_path):
+        sound = planted.Sound()
+        sound.fingerprint = None
+        certificate = certify(lambda: sound, name="sound")
+        assert certificate.ok, certificate.text()
+        assert certificate["fingerprint"].message == "declares none"
+        certificate.golden(tmp_path / "golden.json")
+        assert certify(lambda: sound, name="sound", golden=tmp_path / "golden.json").ok
 
     def test_after_a_failed_gate_nothing_is_compared(self):
         certificate = certify(planted.NotANumber, name="nan")

@@ -173,6 +173,12 @@ def test_score_is_the_part_that_was_asked_for() -> None:
     assert len({CompositionReward(score=part)(images, prompts)["score"][0] for part in PARTS}) == 3
 
 
+def test_the_fingerprint_says_what_a_score_depends_on() -> None:
+    prints = [CompositionReward(score=part).fingerprint for part in PARTS]
+    assert prints[0] == {"reward": "composition", "version": "1", "score": "graded", "opencv": cv2.__version__}
+    assert [own["score"] for own in prints] == list(PARTS)
+
+
 def test_larger_pictures_score_as_the_small_ones_they_are_made_of(drawn) -> None:
     images, prompts = drawn[0][::40], drawn[1][::40]
     large = images.repeat(3, axis=1).repeat(3, axis=2)  # averaging 3x3 equal pixels gives them back

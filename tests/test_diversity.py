@@ -82,16 +82,17 @@ class TestClip:
 
     def test_options_change_score_and_fingerprint(self, folder, clip):
         images = noise(3, side=41)[:, :, :30]
-        for option in ({"resize": "plain"}, {"fit": "pad"}):
-            other = ClipDiversity(folder, **option)
-            assert other(images, ["a"] * 3) != pytest.approx(clip(images, ["a"] * 3), abs=1e-4)
-            assert other.fingerprint != clip.fingerprint
+        other = ClipDiversity(folder, resize="plain")
+        assert other(images, ["a"] * 3) != pytest.approx(clip(images, ["a"] * 3), abs=1e-4)
+        assert other.fingerprint != clip.fingerprint
         small = ClipDiversity(folder, batch_size=2)
         assert small(images, ["a"] * 3) == pytest.approx(clip(images, ["a"] * 3), abs=1e-6)
         with pytest.raises(ValueError, match="these are other weights"):
             ClipDiversity(folder, sha256="0" * 64)
         with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
-            ClipDiversity(folder, batch_size=0)
+            ClipDiversity("/nowhere/x", batch_size=0)
+        with pytest.raises(ValueError, match="resize must be pil, antialias, plain, got 'tensor'"):
+            ClipDiversity("/nowhere/x", resize="tensor")  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize("make", [lambda clip: PixelDiversity(), lambda clip: clip], ids=["pixel", "clip"])
@@ -119,4 +120,5 @@ class TestBoth:
     def test_it_says_that_it_compares(self, make, clip):
         assert make(clip).groupwise
         assert not make(clip).uses_prompt
+        assert make(clip).video
         assert make(clip).fingerprint["reward"].endswith("_diversity")

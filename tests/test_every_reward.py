@@ -91,9 +91,14 @@ def test_it_is_certified(options: Mapping[str, dict[str, Any]], name: str) -> No
     images, prompts = built_in_inputs()
     if name == "vlm_pairwise":  # it asks about every pair
         given = {"images": images[:6], "prompts": prompts[:6]}
-    if name == "geneval":  # what it looks for stands in a column
-        things = [[{"class": "computer mouse", "count": 1 + row % 3}] for row in range(len(images))]
-        given = {"images": images, "prompts": prompts, "columns": {"include": things}}
+    if name == "geneval":  # what it looks for stands in columns, as in GenEval's metadata
+        counts = [1 + row % 3 for row in range(len(images))]
+        columns = {
+            "tag": ["single_object" if count == 1 else "counting" for count in counts],
+            "include": [[{"class": "computer mouse", "count": count}] for count in counts],
+            "exclude": [[{"class": "computer mouse", "count": count + 1}] for count in counts],
+        }
+        given = {"images": images, "prompts": prompts, "columns": columns, "uses_prompt": False}
     certificate = certify(functools.partial(load_reward, name, **options[name]), name=name, **given)
     assert certificate.ok, certificate.text()
 

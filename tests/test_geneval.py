@@ -156,6 +156,9 @@ class TestRules:
         ("include", "message"),
         [
             (["bench"], "geneval cannot read 'bench'"),
+            (5, "geneval cannot read 5; include and exclude are lists of objects"),
+            (BENCH, "geneval cannot read {'class'.*; include and exclude are lists of objects"),
+            ([{"class": "bench", "count": float("inf")}], "geneval cannot read"),
             ([{"class": "bench"}], "geneval cannot read"),
             ([{"class": "bench", "count": "many"}], "geneval cannot read"),
             ([{"class": "banch", "count": 1}], "geneval cannot detect 'banch'; did you mean 'bench'?"),
@@ -205,6 +208,27 @@ class TestDetector:
             assert [segment.label for segment in found] == [label for _, label, _ in kept]
             assert [segment.confidence for segment in found] == pytest.approx([score for score, _, _ in kept], abs=1e-6)
             assert all((segment.mask == mask).all() for segment, (_, _, mask) in zip(found, kept))
+
+    def test_guesses_below_the_threshold_need_no_mask(self):
+        logits = torch.tensor([[0.0, 0.0, 9.0], [9.0, 0.0, 0.0]])  # the first is sure of nothing
+        masks = torch.ones(2, 6, 7)
+        read = []
+
+        class Masks:
+            def __getitem__(self, guess):
+                read.append(guess)
+                return masks[guess]
+
+        found = segments(logits, Masks(), labels=("x", "y"), threshold=0.3)  # pyright: ignore[reportArgumentType]
+        assert [segment.label for segment in found] == ["x"]
+        assert set(read) == {1}
+
+    def test_the_file_is_read_once(self, folder, monkeypatch):
+        read = []
+        counted = "flowsteer.rewards.mask2former.read_tensors"
+        monkeypatch.setattr(counted, lambda file: read.append(file) or read_tensors(file))
+        Mask2Former(str(folder))
+        assert read == [folder / "model.safetensors"]
 
     def test_a_box_holds_its_mask(self):
         mask = np.zeros((20, 30), bool)
@@ -260,12 +284,31 @@ class TestDetector:
         handle.remove()
         assert {segment.box for segment in found} == {(0, 0, 19, 48)}
 
+    def test_the_published_names_are_those_of_the_class(self, folder, detector):
+        """Each is where it belongs, and what the file lacks of the backbone, no mask reads."""
+        held = read_tensors(folder / "model.safetensors")
+        block = "model.pixel_level_module.encoder.encoder.layers.3.blocks.0"
+        loaded = detector.model.pixel_level_module.encoder.swin.encoder.layers[3].blocks[0]
+        assert torch.equal(loaded.attention.q_proj.weight, held[f"{block}.attention.self.query.weight"])
+        assert torch.equal(loaded.mlp.fc2.bias, held[f"{block}.output.dense.bias"])
+        before = detector(images(1), 0.0)[0]
+        norm = detector.model.pixel_level_module.encoder.swin.layernorm
+        kept = norm.weight.clone()
+        norm.weight.data.fill_(7)
+        after = detector(images(1), 0.0)[0]
+        norm.weight.data.copy_(kept)
+        assert [segment.confidence for segment in before] == [segment.confidence for segment in after]
+
     def test_another_model_is_refused(self, folder, tmp_path):
         with pytest.raises(ValueError, match=r"cannot be loaded as a Mask2FormerModel|it is no Mask2FormerModel"):
             Mask2Former(str(tiny_rewards.siglip(tmp_path / "siglip")))
         for key, message in (
             ("class_predictor.weight", "lacks class_predictor.weight"),
             ("model.transformer_module.level_embed.weight", "lacks transformer_module.level_embed.weight"),
+            (
+                "model.pixel_level_module.encoder.hidden_states_norms.stage4.bias",
+                "lacks pixel_level_module.encoder.hidden_states_norms.stage4.bias",
+            ),
         ):
             changed = tiny_rewards.mask2former(tmp_path / key)
             state = read_tensors(changed / "model.safetensors")
@@ -369,11 +412,26 @@ class TestReward:
         video = reward(frames.reshape(2, 2, 48, 60, 3), [""] * 2, include=[include] * 2)["graded"]
         assert video == pytest.approx(np.reshape(each, (2, 2)).mean(1).tolist())
 
-    def test_a_prompt_without_metadata_has_no_score_and_a_wrong_one_a_reason(self, reward):
-        rows = [[BENCH], None, [{"class": "cat", "count": 1}]]
-        scores = RewardSet([("geneval", reward, 1.0)]).score(torch.rand(3, 3, 48, 60), ["a"] * 3, {"include": rows})
-        assert scores.missing.tolist() == [False, True, True]
-        assert "geneval cannot detect 'cat'" in scores.failures[2]
+    def test_a_prompt_without_metadata_has_no_score_nor_has_one_with_wrong_metadata(self, reward, caplog):
+        cat = [{"class": "cat", "count": 1}]
+        rows, asked = [[BENCH], None, cat, cat, 7], []
+        handle = reward.detector.model.register_forward_pre_hook(
+            lambda module, args, kwargs: asked.append(len(kwargs["pixel_values"])), with_kwargs=True
+        )
+        scores = RewardSet([("geneval", reward, 1.0)]).score(torch.rand(5, 3, 48, 60), ["a"] * 5, {"include": rows})
+        handle.remove()
+        assert scores.missing.tolist() == [False, True, True, True, True]
+        assert asked == [1]  # the batch once, and not each image alone
+        said = "no score of some images, whose metadata are wrong: geneval cannot"
+        assert [record.getMessage() for record in caplog.records] == [
+            f"{said} detect 'cat'",
+            f"{said} read 7; include and exclude are lists of objects",
+        ]
+
+    def test_where_all_metadata_are_wrong_the_reason_is_raised(self, reward):
+        rows = [[{"class": "cat", "count": 1}]] * 2
+        scores = RewardSet([("geneval", reward, 1.0)]).score(torch.rand(2, 3, 48, 60), ["a"] * 2, {"include": rows})
+        assert all("geneval cannot detect 'cat'" in scores.failures[row] for row in (0, 1))
 
     def test_bad_calls(self, place, reward):
         with pytest.raises(
@@ -384,8 +442,13 @@ class TestReward:
             reward(images(1) / 255, ["a"], include=[[BENCH]])
         with pytest.raises(ValueError, match="score must be graded or strict, got 'loose'"):
             self.make(place, score="loose")
+        for option, value in (("short_side", 31), ("batch_size", 0), ("device", "gpu:x"), ("score", "loose")):
+            with pytest.raises(ValueError, match=option):  # before anything is looked for
+                GenEvalReward("/nowhere/x", **{option: value})
 
     def test_the_fingerprint_says_whose_numbers_these_are_not(self, reward):
         assert "not GenEval's numbers" in reward.fingerprint["version"]
         assert reward.fingerprint["detector_sha256"] == reward.detector.sha256
+        assert reward.fingerprint["reward"] == "geneval"
+        assert reward.video
         assert "not GenEval's numbers" in (GenEvalReward.__doc__ or "").splitlines()[0]

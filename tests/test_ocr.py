@@ -1,5 +1,8 @@
 """The OCR reward on drawn words: the reader's real models on real pixels."""
 
+from importlib.metadata import version
+
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -93,6 +96,19 @@ def test_an_image_that_cannot_be_read_has_no_score_and_a_reason(reward, monkeypa
 def test_a_video_is_the_mean_of_its_frames(reward):
     video = np.stack([draw("GO", 32, 32, 20), np.full((32, 32, 3), 255, np.uint8)])[None]
     assert reward(video, ['"GO"']) == {"score": [0.5], "exact": [0.5]}
+    assert reward.video
+
+
+def test_the_fingerprint_says_what_a_score_depends_on(reward):
+    assert reward.fingerprint == {
+        "reward": "ocr",
+        "version": "1",
+        "mode": "auto",
+        **{package: version(package) for package in ("rapidocr", "onnxruntime")},
+        "opencv": cv2.__version__,
+    }
+    other = OCRReward("recognize", num_threads=2)  # the number of threads changes no score
+    assert other.fingerprint == reward.fingerprint | {"mode": "recognize"}
 
 
 @pytest.mark.parametrize(

@@ -265,16 +265,36 @@ class TestClient:
 
         server.send = trickle
         start = time.monotonic()
-        assert rubric(server, timeout_s=0.4)(levels(255), ["a"]) == [None]
+        with pytest.raises(TimeoutError, match=r"answered none of 1 requests: no answer within 0\.4 s"):
+            rubric(server, timeout_s=0.4)(levels(255), ["a"])
         assert 0.4 <= time.monotonic() - start < 3
 
-    def test_a_judge_that_hangs_on_everything_costs_no_more_with_more_images(self, serve, caplog):
+    def test_a_judge_that_hangs_on_everything_costs_no_more_with_more_images(self, serve):
         server = serve(lambda images, texts, count: None)
         start = time.monotonic()
-        assert rubric(server, timeout_s=0.5, concurrency=4)(levels(*range(40)), ["a"] * 40) == [None] * 40
+        with pytest.raises(TimeoutError, match=r"answered none of 40 requests: no answer within 0\.5 s"):
+            rubric(server, timeout_s=0.5, concurrency=4)(levels(*range(40)), ["a"] * 40)
         assert time.monotonic() - start < 4  # ten times 0.5 s without giving up
         assert 4 <= len(server.seen) < 8  # when the fourth has ended, up to three others are on their way again
+
+    def test_requests_that_are_not_sent_are_counted(self, serve, caplog):
+        """The first four hang, but one that was on its way beside them gets its answer."""
+        server = serve(lambda images, texts, count: None if images[0].mean() else mean_of_first(images, texts, 0))
+        scores = rubric(server, timeout_s=0.5, concurrency=4)(levels(*range(40)), ["a"] * 40)
+        assert scores == [0.0] + [None] * 39
         assert f"{40 - len(server.seen)} x not sent, since 4 in a row got no answer" in caplog.text
+
+    def test_a_judge_that_hangs_costs_one_group_of_a_batch(self, serve):
+        server = serve(lambda images, texts, count: None)
+        judge = GroupwiseJudge(endpoint(server, timeout_s=0.3))
+        images, groups = (
+            torch.arange(12.0).reshape(12, 1, 1, 1).expand(-1, 3, 4, 4) / 12,
+            [row // 2 for row in range(12)],
+        )
+        scores = RewardSet([("judge", judge, 1.0)]).score(images, [f"{group}" for group in groups], group=groups)
+        assert scores.missing.all()
+        assert "TimeoutError: the judge at" in scores.failures[11]
+        assert len(server.seen) == 1
 
     def test_a_refused_connection_ends_the_call(self):
         with socket.socket() as free:
@@ -592,7 +612,7 @@ class TestGroupwiseJudge:
         assert len({tuple(GroupwiseJudge(endpoint(server), seed=seed)(images, ["a"] * 4)) for seed in range(5)}) > 1
 
     @pytest.mark.parametrize(
-        "reply", ["Scores: 1, 2", "Scores: 1, 2, 11", "Scores: none", "1, 2, 3", "Ranking: 1 > 2 > 3"]
+        "reply", ["Scores: 1, 2", "Scores: 1, 2, 11", "Scores: none", "1, 2, 3", "Ranking: 1 > 2 > 3", "Scores: 1 2 3"]
     )
     def test_a_reply_that_does_not_fit_leaves_the_group_without_scores(self, serve, reply):
         server = serve(lambda images, texts, count: reply)
@@ -613,6 +633,21 @@ class TestReading:
     def test_the_last_answer_counts(self):
         assert read_number("Score: 1 or Score: 2", re.compile(r"Score: (\d)"), 0, 5) == 2
         assert read_scores("Scores: 1, 1\nscores: **10, 5**", 2) == [1, 0.5]
+
+    @pytest.mark.parametrize(
+        "line",
+        ["7, 4.5", "**7**, **4.5**", "[7, 4.5]", "(7,4.5).", "7, 4.5.", "**[7, 4.5]**", "<7>, <4.5>", "\n7 , 4.5 "],
+    )
+    def test_scores_may_be_dressed(self, line):
+        assert read_scores(f"Scores: {line}\nThat is all.", 2) == [0.7, 0.45]
+
+    @pytest.mark.parametrize(
+        "line",
+        ["Image 1: 7\nImage 2: 9", "8/10", "7 9", "7, nine", "7-9", "7; 9", "1. 7, 9", "7, 9 of 10", "Image 1: 7, 9"],
+    )
+    def test_other_numbers_are_no_scores(self, line):
+        with pytest.raises(ValueError, match="is not 2 numbers with commas between them"):
+            read_scores(f"Scores: {line}", 2)
 
     @pytest.mark.parametrize("reply", ["Ranking: 1 > 2", "Ranking: 1 > 2 > 2", "Ranking: 0 > 1 > 2", "2 > 1 > 3"])
     def test_a_ranking_names_each_image_once(self, reply):

@@ -202,6 +202,17 @@ class TestFolders:
         with pytest.raises(ValueError, match=r"clip has the unexpected another.weight: it is no CLIPModel"):
             load_pretrained(CLIPModel, find_folder(str(folder)))
 
+    def test_keys_that_do_not_matter_may_be_missing_or_unexpected_and_no_others(self, folder):
+        self.rewrite(folder, lambda state: state.update({"old.a": torch.zeros(1), "model.old.b": torch.zeros(1)}))
+        self.rewrite(folder, lambda state: state.pop("visual_projection.weight"))
+        found = find_folder(str(folder))
+        both = {"missing": (r"visual_projection\.",), "unexpected": (r"old\.", r"model\.old\.")}
+        assert isinstance(load_pretrained(CLIPModel, found, **both), CLIPModel)
+        with pytest.raises(ValueError, match=r"lacks visual_projection\.weight"):
+            load_pretrained(CLIPModel, found, **both | {"missing": ("projection",)})  # not the key's start
+        with pytest.raises(ValueError, match=r"has the unexpected model\.old\.b: it"):
+            load_pretrained(CLIPModel, found, **both | {"unexpected": (r"old\.",)})
+
     def test_another_model_is_refused(self, folder):
         with pytest.raises(ValueError, match="BlipVisionModel"):
             load_pretrained(BlipVisionModel, find_folder(str(folder)))

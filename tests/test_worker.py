@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from worker_scorers import digest, digests
-from worker_tools import TOKEN, ask, random_images, scorer, serving, within
+from worker_tools import HERE, TOKEN, ask, random_images, scorer, serving, within
 
 from flowsteer.rewards.combine import RewardSet, is_groupwise
 from flowsteer.rewards.hosts import child, remote, wire, worker
@@ -153,13 +153,14 @@ class TestHandshake:
             fingerprint = reward.fingerprint
             assert reward(random_images(2, 4, 4, 3), ["a", "b"]) == [0, 3]
             assert is_groupwise(reward)
+            assert reward.video is True
             assert not reward.uses_prompt
-        assert fingerprint["target"] == scorer("Described")
+        assert fingerprint["target"] == "worker_scorers.py:Described"
         assert fingerprint["version"] == "7"
         assert fingerprint["options"] == '{"factor": 3}'
         assert fingerprint["weights_sha256"] == "ab" * 32
         assert fingerprint["antialias"] is False
-        assert fingerprint["python"] == ".".join(map(str, sys.version_info[:3]))
+        assert fingerprint["python"] == ".".join(map(str, sys.version_info[:2]))
         assert fingerprint["numpy"] == np.__version__
         assert fingerprint["torch"] == torch.__version__
         assert "torchvision" not in fingerprint
@@ -170,7 +171,9 @@ class TestHandshake:
         with WorkerReward(scorer("Described"), options=options) as reward:
             first = reward.hello
         with serving(scorer("Described"), "--options", json.dumps(options)) as url:
-            assert HTTPReward(url).hello == first
+            far = HTTPReward(url)
+            assert far.hello == first
+            assert (far.groupwise, far.video, far.uses_prompt) == (True, True, False)
         with WorkerReward(scorer("Described"), options={"factor": 4}) as reward:
             assert reward.hello.identity != first.identity
         file = tmp_path / "mine.py"
@@ -181,6 +184,22 @@ class TestHandshake:
                 versions.append(reward.fingerprint["version"])
                 assert reward(random_images(1, 2, 2, 3), [""]) == [value]
         assert versions[0] != versions[1]
+
+    def test_where_the_scorer_lies_changes_nothing(self, tmp_path):
+        copy = shutil.copy(HERE / "worker_scorers.py", tmp_path)
+        with WorkerReward(scorer("digests")) as here, WorkerReward(f"{copy}:digests") as there:
+            assert there.hello == here.hello
+
+    def test_a_scorer_that_says_nothing_of_itself(self):
+        with WorkerReward(scorer("Undescribed")) as reward:
+            assert reward(random_images(2, 4, 4, 3), ["a", "b"]) == [1, 1]
+            assert (reward.groupwise, reward.video, reward.uses_prompt) == (False, False, True)
+
+    @pytest.mark.parametrize(("name", "takes"), [("of_trl", "prompts, completions, columns"), ("OfTRL", "completions")])
+    def test_a_function_of_trl_would_get_images_for_prompts(self, name, takes):
+        message = rf"ValueError: .*:{name} takes \({takes}.*TRL knows them.* run in the trainer's process only"
+        with pytest.raises(ConnectionError, match=message):
+            WorkerReward(scorer(name))
 
     def test_a_module_of_the_current_folder_or_of_a_package(self, tmp_path, monkeypatch):
         (tmp_path / "here.py").write_text("def two(images, prompts, **columns):\n    return [2.0] * len(prompts)\n")

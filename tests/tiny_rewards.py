@@ -187,16 +187,17 @@ def image_reward(file: Path, *, seed: int = 0) -> Path:
 
 
 def mask2former(folder: Path, *, seed: int = 2) -> Path:
-    """A Mask2Former for instances of `LABELS`, as transformers writes one: the model's tensors, the head's, the loss's.
+    """A Mask2Former for instances of `LABELS` as facebook's are published: the model's tensors, the head's, the loss's.
 
     In noise it sees up to five objects, of all three classes, with confidences far from GenEval's threshold.
     """
+    window = 2
     backbone = SwinConfig(
         image_size=32,
         embed_dim=8,
         depths=[1, 1, 1, 1],
         num_heads=[1, 1, 1, 1],
-        window_size=2,
+        window_size=window,
         out_features=["stage1", "stage2", "stage3", "stage4"],
     )
     config = Mask2FormerConfig(
@@ -215,7 +216,14 @@ def mask2former(folder: Path, *, seed: int = 2) -> Path:
         architectures=["Mask2FormerForUniversalSegmentation"],
     )
     model, random = _seeded(Mask2FormerModel, config, seed), _Random(seed)
-    state = {f"model.{name}": value.contiguous() for name, value in model.state_dict().items()}
+    state: dict[str, Tensor] = {}
+    for name, value in model.state_dict().items():
+        published = _published_swin_name(name)
+        if published is not None:
+            state[f"model.{published}"] = value.contiguous()
+        if published and published.endswith("relative_position_bias_table"):
+            places = torch.arange(window**2).expand(window**2, -1)  # which of the table; nothing reads them
+            state[f"model.{published.removesuffix('bias_table')}index"] = places.contiguous()
     state |= random.linear("class_predictor", len(LABELS) + 1, 32)
     state["class_predictor.weight"] *= 6  # surer of what it sees
     state["criterion.empty_weight"] = torch.ones(len(LABELS) + 1)
@@ -223,6 +231,30 @@ def mask2former(folder: Path, *, seed: int = 2) -> Path:
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     config.save_pretrained(folder)
     return folder
+
+
+def _published_swin_name(name: str) -> str | None:
+    """The name of a Mask2Former's tensor in the published files; None of what they lack.
+
+    From transformers' ``convert_mask2former_original_pytorch_checkpoint_to_pytorch.py``, ``replace_swin_backbone``.
+    """
+    backbone = "pixel_level_module.encoder."
+    if not name.startswith(backbone):
+        return name
+    if name.startswith(f"{backbone}swin.layernorm."):
+        return None
+    for new, old in (
+        (".swin.", "."),
+        (".attention.q_proj.", ".attention.self.query."),
+        (".attention.k_proj.", ".attention.self.key."),
+        (".attention.v_proj.", ".attention.self.value."),
+        (".attention.o_proj.", ".attention.output.dense."),
+        (".attention.relative_position_bias.", ".attention.self."),
+        (".mlp.fc1.", ".intermediate.dense."),
+        (".mlp.fc2.", ".output.dense."),
+    ):
+        name = name.replace(new, old)
+    return name
 
 
 def _seeded(cls: Any, config: Any, seed: int) -> Any:

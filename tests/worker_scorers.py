@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -31,6 +32,7 @@ class Described:
     """Says of itself what a scorer can say."""
 
     groupwise = True
+    video = True
     uses_prompt = False
     version = "7"
 
@@ -40,6 +42,27 @@ class Described:
 
     def __call__(self, images, prompts, **columns):
         return [self.factor * row for row in range(len(prompts))]
+
+
+class Undescribed:
+    """Has no fingerprint to tell, and says so."""
+
+    fingerprint = None
+
+    def __call__(self, images, prompts, **columns):
+        return [1.0] * len(prompts)
+
+
+def of_trl(prompts, completions, **columns):
+    """Takes what a reward function of TRL takes."""
+    return [float(len(prompt)) for prompt in prompts]
+
+
+class OfTRL:
+    """The same as an object."""
+
+    def __call__(self, completions, **columns):
+        return [1.0] * len(completions)
 
 
 def constants(images, prompts, values=(), **columns):
@@ -104,6 +127,46 @@ class Waits:
             os.rename(self.file + ".part", self.file)
             time.sleep(self.seconds)
         return [float(image[0][0][0]) for image in images]
+
+
+def help_out(ready):
+    """What a process of ``Helped`` does."""
+    ready.set()
+    time.sleep(600)
+
+
+class Helped:
+    """Writes its process's id into a file and waits for another; then says by what a process that it ends was ended."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def __call__(self, images, prompts, **columns):
+        with open(self.file + ".part", "w") as file:
+            file.write(str(os.getpid()))
+        os.rename(self.file + ".part", self.file)
+        while not os.path.exists(self.file + ".go"):
+            time.sleep(0.02)
+        context = multiprocessing.get_context("fork")
+        ready = context.Event()
+        helper = context.Process(target=help_out, args=[ready])
+        helper.start()
+        ready.wait()
+        helper.terminate()
+        helper.join()
+        return [helper.exitcode] * len(prompts)
+
+
+class Notes:
+    """Writes the prompts of every call into a file."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def __call__(self, images, prompts, **columns):
+        with open(self.file, "a") as file:
+            file.write(" ".join(prompts) + "\n")
+        return [1.0] * len(prompts)
 
 
 class Alone:

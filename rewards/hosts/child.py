@@ -10,6 +10,7 @@ the scorer raises, or gives nonsense   RuntimeError("TYPE: text"), never asked a
 the deadline passes                    the process is killed and TimeoutError raised; the next call starts a new one
 the process dies, or breaks the        a new one is started and given the batch once more; then ConnectionError
 protocol
+`close`, also in the middle of a call  the process is killed at once; that call and all later ones ConnectionError
 =====================================  ===============================================================================
 
 `flowsteer.rewards.combine` makes the scores of a whole batch missing after a ConnectionError or TimeoutError.
@@ -123,12 +124,13 @@ class WorkerReward:
         self._deadline = (deadline_s, deadline_per_image_s)
         self._max_restarts = max_restarts
         self._restarts: deque[float] = deque()  # when, within the last hour
-        self._ending = "was closed"  # how the last worker ended
+        self._ending = ""  # how the last worker ended
         self._numbers = itertools.count(1)
         self._lock = threading.Lock()
+        self._closed = False
         self._worker: WorkerProcess | None = None
         self.hello: Hello = self._start()
-        self.groupwise, self.uses_prompt = self.hello.groupwise, self.hello.uses_prompt
+        self.groupwise, self.video, self.uses_prompt = self.hello.groupwise, self.hello.video, self.hello.uses_prompt
 
     @property
     def fingerprint(self) -> dict[str, Any]:
@@ -146,9 +148,10 @@ class WorkerReward:
             ConnectionError, TimeoutError: no answer; see the module's text.
         """
         number, size = next(self._numbers), len(images)
-        head, body = score_request(images, prompts, columns, number, self.hello.max_body_bytes)
+        seconds = self._deadline[0] + self._deadline[1] * size
+        head, body = score_request(images, prompts, columns, number, seconds, self.hello.max_body_bytes)
         with self._lock:
-            deadline = time.monotonic() + self._deadline[0] + self._deadline[1] * size
+            deadline = time.monotonic() + seconds
             for last_try in (False, True):
                 if self._worker is None:
                     begin = time.monotonic()
@@ -160,17 +163,21 @@ class WorkerReward:
                     return read_scores(answer, size, number, self.hello)
                 except OSError as error:
                     failure = self._failed(error, "did not answer in time")
-                    if last_try or isinstance(error, TimeoutError):
+                    if last_try or self._closed or isinstance(error, TimeoutError):
                         raise failure from error
                     logger.warning("%s; the batch is given to a new worker", failure)
         raise AssertionError("the second try returns or raises")
 
     def close(self) -> None:
-        """End the process. A later call would start it again, as a restart."""
+        """End the process for good, also in the middle of a call, which raises ConnectionError as every later one does."""
+        self._closed = True
+        worker = self._worker
+        if worker is not None:
+            worker.kill()  # before the lock: who holds it waits for an answer, and now gets none
         with self._lock:
             if self._worker is not None:
                 self._worker.end()
-            self._worker, self._ending = None, "was closed"
+            self._worker = None
 
     def __enter__(self) -> WorkerReward:
         return self
@@ -179,6 +186,8 @@ class WorkerReward:
         self.close()
 
     def _restart(self) -> None:
+        if self._closed:
+            raise ConnectionError(f"the worker of reward {self.name!r} was closed")
         now = time.monotonic()
         while self._restarts and self._restarts[0] < now - RESTART_WINDOW_S:
             self._restarts.popleft()
@@ -194,6 +203,8 @@ class WorkerReward:
         head = frame_head({"proto": PROTO, "op": "hello"}, 0)
         try:
             self._worker = WorkerProcess(self._command, self._env)
+            if self._closed:  # by another thread, which may have looked for a process before there was this one
+                raise ConnectionError
             answer = exchange(self._worker.connection, head, memoryview(b""), time.monotonic() + self._start_timeout_s)
             return read_hello(answer)
         except OSError as error:
@@ -214,6 +225,8 @@ class WorkerReward:
             worker.end(DYING_S)
             kind, self._ending = ConnectionError, worker.how_it_ended()
         lines = worker.last_lines() if worker else ""
+        if self._closed:  # which is why, whatever it looks like
+            kind, self._ending, lines = ConnectionError, "was closed", ""
         return kind(f"the worker of reward {self.name!r} {self._ending}{lines}")
 
 
@@ -236,13 +249,19 @@ class WorkerProcess:
         self._reader = threading.Thread(target=_keep_lines, args=[self._process.stdout, self._lines], daemon=True)
         self._reader.start()
 
+    def kill(self) -> None:
+        """Kill the process and all that it started, and end an exchange that is under way."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):  # macOS: no permission for what has ended
+            os.killpg(self._process.pid, signal.SIGKILL)
+        with contextlib.suppress(OSError):  # closed; not to be closed here, where another thread may be waiting on it
+            self.connection.shutdown(socket.SHUT_RDWR)
+
     def end(self, grace_s: float = 0.0) -> None:
-        """Kill the process and all that it started, after so long."""
+        """Kill the process and all that it started, after so long, and wait for it."""
         self.connection.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(grace_s)
-        with contextlib.suppress(ProcessLookupError, PermissionError):  # macOS: no permission for what has ended
-            os.killpg(self._process.pid, signal.SIGKILL)
+        self.kill()
         with contextlib.suppress(subprocess.TimeoutExpired):  # stuck in the kernel: it is left behind
             self._process.wait(DYING_S)
         self._reader.join(DYING_S)

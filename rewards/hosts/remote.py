@@ -63,7 +63,9 @@ class HTTPReward:
     """A scorer on another machine, where ``worker.py serve`` runs.
 
     The constructor asks for the handshake, and waits for a server that is not up yet. A call ends within ``deadline_s +
-    deadline_per_image_s * B`` seconds. Calls may be made from several threads; the server scores one batch at a time.
+    deadline_per_image_s * B`` seconds. Calls may be made from several threads; the server scores one batch at a time, so
+    the deadline includes the time of the batches, of all its clients, that are before this one in its queue. A batch whose
+    time is over before its turn is not scored.
 
     Args:
         url: ``http://host:port``, or https where a proxy before the server has a certificate. Over http the token can be
@@ -100,7 +102,7 @@ class HTTPReward:
         self.hello: Hello = self._persist(
             lambda: read_hello(self._request("GET", "hello", [], deadline)), deadline, num_tries=None
         )
-        self.groupwise, self.uses_prompt = self.hello.groupwise, self.hello.uses_prompt
+        self.groupwise, self.video, self.uses_prompt = self.hello.groupwise, self.hello.video, self.hello.uses_prompt
 
     @property
     def fingerprint(self) -> dict[str, Any]:
@@ -118,28 +120,32 @@ class HTTPReward:
             ConnectionError, TimeoutError: no answer; see the module's text.
         """
         number, size = next(self._numbers), len(images)
-        head, body = score_request(images, prompts, columns, number, self.hello.max_body_bytes)
         deadline = time.monotonic() + self._deadline[0] + self._deadline[1] * size
 
         def ask() -> Values | dict[str, Values]:
+            left = seconds_left(deadline)  # of each try, for the server
+            head, body = score_request(images, prompts, columns, number, left, self.hello.max_body_bytes)
             return read_scores(self._request("POST", "score", [head, body], deadline), size, number, self.hello)
 
         return self._persist(ask, deadline, num_tries=NUM_TRIES)
 
     def _persist(self, ask: Callable[[], Any], deadline: float, num_tries: int | None) -> Any:
         """Ask again where the transport failed, with growing waits, until the tries or the time are used up."""
+        before = ""
         for attempt in itertools.count(1):
             try:
                 return ask()
-            except TimeoutError as error:
-                raise TimeoutError(f"reward {self.name!r}: no answer within the deadline") from error
             except ProtocolError as error:
                 raise ProtocolError(f"reward {self.name!r}: {error}") from error
             except OSError as error:
                 wait = min(LONGEST_WAIT_S, FIRST_WAIT_S * 2 ** (attempt - 1)) * _jitter.uniform(0.5, 1.5)
-                if attempt == num_tries or time.monotonic() + wait >= deadline:
+                over = time.monotonic() + wait >= deadline
+                if over and isinstance(error, TimeoutError):  # else it is the system's: packets that nobody answers
+                    raise TimeoutError(f"reward {self.name!r}: no answer within the deadline{before}") from error
+                if attempt == num_tries or over:
                     raise ConnectionError(f"reward {self.name!r} after {attempt} tries: {error}") from error
                 logger.warning("reward %r: %s; it is asked again in %.1f s", self.name, error, wait)
+                before = f"; the try before: {error}"
                 time.sleep(wait)
 
     def _request(self, method: str, what: str, body: Sequence[Any], deadline: float) -> dict[str, Any]:

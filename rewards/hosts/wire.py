@@ -8,9 +8,11 @@ lengths are capped, and checked before anything is allocated. Nothing is pickled
 request      body                                    answer
 ===========  ======================================  =================================================================
 ``hello``    none                                    ``proto`` (lowest, highest), ``fingerprint``, ``identity`` (its
-                                                     hash), ``max_body_bytes``, ``groupwise``, ``uses_prompt``
+                                                     hash), ``max_body_bytes``, ``groupwise``, ``video``,
+                                                     ``uses_prompt``
 ``score``    uint8 pixels, shape in the header       ``scores``: ``parts`` with B numbers or null each, ``errors`` (row
-                                                     to text), ``identity``; or ``error``: what the scorer raised
+                                                     to text), ``identity``; or ``error``: what the scorer raised; or
+                                                     ``expired``: its turn came after its ``seconds``
 ===========  ======================================  =================================================================
 
 Letters: B samples, T frames.
@@ -54,6 +56,7 @@ class Hello:
     identity: str  # hash of the fingerprint; comes with every answer
     max_body_bytes: int
     groupwise: bool
+    video: bool
     uses_prompt: bool
 
 
@@ -136,7 +139,12 @@ def _no_constant(name: str) -> float:
 
 
 def score_request(
-    images: np.ndarray, prompts: Sequence[str], columns: Mapping[str, Sequence[Any]], number: int, limit: int
+    images: np.ndarray,
+    prompts: Sequence[str],
+    columns: Mapping[str, Sequence[Any]],
+    number: int,
+    seconds: float,
+    limit: int,
 ) -> tuple[bytes, memoryview]:
     """Head and body of the frame that asks for a batch's scores; the body is not copied where it is contiguous.
 
@@ -145,6 +153,7 @@ def score_request(
         prompts: B texts.
         columns: B values each, which JSON can hold; a tuple arrives as a list.
         number: comes back with the answer.
+        seconds: how long the answer is waited for; a server that cannot begin by then need not.
         limit: bytes that the body may have.
 
     Raises:
@@ -164,6 +173,7 @@ def score_request(
         "proto": PROTO,
         "op": "score",
         "id": number,
+        "seconds": seconds,
         "dtype": "uint8",
         "layout": LAYOUTS[images.ndim],
         "shape": images.shape,
@@ -184,7 +194,8 @@ def read_hello(answer: Mapping[str, Any]) -> Hello:
             f"the other side speaks the protocol {low} to {high}, this side {PROTO}; use the worker of this flowsteer"
         )
     fields = {
-        "fingerprint": dict, "identity": str, "max_body_bytes": int, "groupwise": bool, "uses_prompt": bool,
+        "fingerprint": dict, "identity": str, "max_body_bytes": int, "groupwise": bool, "video": bool,
+        "uses_prompt": bool,
     }  # fmt: skip
     wrong = [name for name, kind in fields.items() if type(answer.get(name)) is not kind]
     if wrong:
@@ -199,12 +210,15 @@ def read_scores(answer: Mapping[str, Any], size: int, number: int, hello: Hello)
 
     Raises:
         RuntimeError: the scorer raised; its exception's type and text are the message.
+        TimeoutError: the batch's turn came too late.
         ProtocolError: the answer to another question, by another scorer, of another length, or none at all.
     """
     if answer.get("id") != number:
         raise ProtocolError(f"the answer belongs to the request {answer.get('id')!r}, expected {number}")
     if answer.get("op") == "error":
         raise RuntimeError(str(answer.get("error")))
+    if answer.get("op") == "expired":
+        raise TimeoutError("the batch's turn came after its time was over")
     if answer.get("identity") != hello.identity:
         raise ProtocolError(
             "another scorer answers than the one that introduced itself: weights, options or packages have changed, and "

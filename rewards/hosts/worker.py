@@ -9,7 +9,7 @@ are the JSON object ``--options``, or a function. It is called as every reward, 
 at a time. ``images`` is a numpy array, uint8 [B, H, W, 3] or [B, T, H, W, 3]; where numpy is not installed a memoryview of
 that shape. It answers B numbers or None, or a mapping of such parts, of which "score" is the one that counts. Optional
 attributes of the scorer: ``fingerprint`` (what else decides its scores: weights' hash, preprocessing), ``version``,
-``groupwise``, ``uses_prompt``.
+``groupwise``, ``video``, ``uses_prompt``.
 
 The protocol is described in ``wire.py``. Over HTTP: GET /v1/hello and POST /v1/score with the frame as the body, answered
 by JSON, both with ``Authorization: Bearer TOKEN``; there is no encryption, so beyond this machine put it behind a tunnel.
@@ -34,6 +34,7 @@ import socket
 import struct
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -107,15 +108,16 @@ class Answerer:
         found: Any = load_target(target)
         is_class = inspect.isclass(found)
         scorer: Any = found(**options) if is_class else found
+        check_takes_images(target, scorer)
         self._score = scorer if is_class else functools.partial(found, **options)
         self._lock = threading.Lock()
         self.max_body_bytes = max_body_bytes
         fingerprint = {
-            "target": target,
+            "target": os.path.basename(target),  # wherever the file lies; its hash is the version
             "version": getattr(scorer, "version", None) or source_hash(found),
             "options": json.dumps(options, sort_keys=True),
             **package_versions(),
-            **getattr(scorer, "fingerprint", {}),
+            **(getattr(scorer, "fingerprint", None) or {}),
         }
         # before the platform is added: a server that moves to another machine is still the same scorer
         text = json.dumps(fingerprint, allow_nan=False, sort_keys=True)
@@ -127,11 +129,12 @@ class Answerer:
             "identity": self.identity,
             "max_body_bytes": max_body_bytes,
             "groupwise": bool(getattr(scorer, "groupwise", False)),
+            "video": bool(getattr(scorer, "video", False)),
             "uses_prompt": bool(getattr(scorer, "uses_prompt", True)),
         }
 
-    def answer(self, header: Mapping[str, Any], body: bytearray) -> dict[str, Any]:
-        """The answer to a frame. What the scorer raises is an answer too. Raises Refused."""
+    def answer(self, header: Mapping[str, Any], body: bytearray, begin: float) -> dict[str, Any]:
+        """The answer to a frame that began to arrive then. What the scorer raises is an answer too. Raises Refused."""
         if header.get("op") == "hello":
             return self.hello
         check_request(header, len(body))
@@ -139,6 +142,8 @@ class Answerer:
         reply: dict[str, Any] = {"id": header.get("id")}
         try:
             with self._lock:
+                if time.monotonic() - begin > header["seconds"]:  # nobody waits for it any more, and others do
+                    return dict(reply, op="expired")
                 given = self._score(as_images(body, header["shape"]), header["prompts"], **header["columns"])
             parts, errors = read_parts(given, size)
         except Exception as error:  # whatever it is, the other side is told, and this process lives on
@@ -167,6 +172,16 @@ def load_target(target: str) -> Any:
     return functools.reduce(getattr, attribute.split("."), module)
 
 
+def check_takes_images(target: str, scorer: Any) -> None:
+    """Raise ValueError for what would take the images for something else: it is called by position."""
+    parameters = list(inspect.signature(scorer).parameters)
+    if parameters[:1] != ["images"]:
+        raise ValueError(
+            f"the scorer {target} takes ({', '.join(parameters)}); here it must take (images, prompts, **columns), the "
+            "images first. Functions as TRL knows them, (prompts, completions, **columns), run in the trainer's process only"
+        )
+
+
 def source_hash(found: Any) -> str | None:
     """The hash of the file that the scorer is written in, which stands for a version."""
     try:
@@ -180,8 +195,8 @@ def source_hash(found: Any) -> str | None:
 
 
 def package_versions() -> dict[str, str]:
-    """Of what besides the scorer's own code decides its scores."""
-    versions = {"python": platform.python_version()}
+    """Of what besides the scorer's own code decides its scores. Not Python's patch version, which decides none."""
+    versions = {"python": "{}.{}".format(*sys.version_info)}
     for package in PACKAGES:
         try:
             versions[package] = metadata.version(package)
@@ -203,6 +218,9 @@ def check_request(header: Mapping[str, Any], body_bytes: int) -> None:
     layout = (header.get("dtype"), header.get("layout"), shape[-1:])
     if layout != ("uint8", LAYOUTS.get(len(shape)), [3]) or math.prod(shape) != body_bytes:
         raise Refused("{} {} of the shape {} in {} bytes are no images".format(*layout[:2], shape, body_bytes))
+    seconds = header.get("seconds")
+    if not isinstance(seconds, (int, float)) or not seconds > 0:
+        raise Refused(f"seconds is {seconds!r}, expected a number above 0")
     if not isinstance(columns, dict):
         raise Refused("columns are no JSON object")
     for name, values in [("prompts", prompts), *columns.items()]:
@@ -250,7 +268,7 @@ def run(answerer: Answerer, connection: socket.socket) -> None:
             header, body = read_frame(connection.recv_into, answerer.max_body_bytes)
         except EOFError:
             return
-        text = to_json(answerer.answer(header, body))
+        text = to_json(answerer.answer(header, body, time.monotonic()))
         del header, body  # not held while waiting for the next
         connection.sendall(PREFIX.pack(MAGIC, len(text), 0) + text)
 
@@ -264,6 +282,17 @@ def end_with_parent(connection: socket.socket) -> None:
     poll.register(connection, 0)  # only what is always reported: hang-up and errors
     poll.poll()
     os.killpg(os.getpgrp(), signal.SIGKILL)
+
+
+def outlive_signals() -> None:
+    """Pass over the signals by which a scheduler ends all processes of a job: the trainer still needs its step's scores.
+
+    `end_with_parent` ends this process. What the scorer starts keeps its defaults (hence a handler, not SIG_IGN, which is
+    inherited): multiprocessing ends its processes with SIGTERM, and waits for them.
+    """
+    for number in (signal.SIGTERM, signal.SIGINT):
+        before = signal.signal(number, lambda *_: None)
+        os.register_at_fork(after_in_child=functools.partial(signal.signal, number, before))
 
 
 class Server(ThreadingHTTPServer):
@@ -291,9 +320,10 @@ def make_handler(answerer: Answerer, token: str) -> type:
                 return self.refuse(411, "Content-Length must say how long the frame is")
             if int(length) > PREFIX.size + MAX_HEADER_BYTES + answerer.max_body_bytes:
                 return self.refuse(413, f"{length} bytes are too many; bodies have up to {answerer.max_body_bytes}")
+            begin = time.monotonic()
             try:
                 header, body = read_frame(self.rfile.readinto, answerer.max_body_bytes, int(length))
-                answer = answerer.answer(header, body)
+                answer = answerer.answer(header, body, begin)
             except EOFError:
                 return None
             except Refused as error:
@@ -354,6 +384,7 @@ def main() -> None:
     if args.mode == "run":
         if args.fd is None:
             parser.error("run needs --fd")
+        outlive_signals()
         connection = socket.socket(fileno=args.fd)
         connection.set_inheritable(False)
         threading.Thread(target=end_with_parent, args=[connection], daemon=True).start()
