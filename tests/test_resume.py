@@ -132,7 +132,8 @@ def test_what_does_not_belong_to_the_run_is_refused(make_config: Make, tmp_path:
     right = about.read_text()
     about.write_text(json.dumps(json.loads(right) | {"model": "another"}))
     assert "written with model another" in refusal(config, resume=True)
-    about.write_text(json.dumps(json.loads(right) | {"rewards": {"theirs": {"weights": "0a1b"}}}))
+    theirs = json.loads(right)["rewards"] | {"theirs": {"weights": "0a1b"}}
+    about.write_text(json.dumps(json.loads(right) | {"rewards": theirs}))
     assert "written with rewards.theirs.weights 0a1b, this run has None" in refusal(config, resume=True)
     about.write_text(right)
     other = tmp_path / "other.txt"  # another place may hold the same prompts, but not others
