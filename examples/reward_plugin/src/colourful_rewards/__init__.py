@@ -27,6 +27,8 @@ class Colourfulness:
 
     def __call__(self, images: np.ndarray, prompts: Sequence[str], **columns: Sequence[Any]) -> list[float]:
         """uint8 [B, H, W, 3] in RGB to B scores."""
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3 or 0 in images.shape[1:]:
+            raise ValueError(f"colourfulness is of images, uint8 [B, H, W, 3], got {images.dtype} {images.shape}")
         return [self._score(image) for image in images]
 
     def _score(self, image: np.ndarray) -> float:
