@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
     "arguments",
     [
         ["embedded_nft_composition", "num_steps=26", "rollout.prompts_per_step=32"],
-        ["embedded_flow_grpo_cps_composition"],
+        ["embedded_mixgrpo_composition"],
         ["embedded_flow_grpo_sde_composition"],
     ],
     ids=lambda arguments: arguments[0],
