@@ -88,13 +88,16 @@ def certify(
     """
     from functools import partial
 
+    from flowsteer.rewards.certify import CHECKS
     from flowsteer.rewards.certify import certify as hold_to_the_contract
+    from flowsteer.rewards.certify_hosted import hosted_checks
     from flowsteer.rewards.certify_inputs import read_folder
     from flowsteer.rewards.hosts.child import WorkerReward
     from flowsteer.rewards.registry import load_reward
     from flowsteer.rl.config import parse_overrides
 
     options = parse_overrides(option or [])
+    checks = CHECKS
     if environment is None:
         make: Any = partial(load_reward, name, **options)
     else:
@@ -102,8 +105,9 @@ def certify(
 
         python, target = locate(environment, name)
         make = partial(WorkerReward, target, python=str(python), options=options, name=name)
+        checks = {**CHECKS, **hosted_checks(lambda s: make(deadline_s=s, deadline_per_image_s=0.0))}
     pixels, prompts, columns = read_folder(images) if images is not None else (None, None, None)
-    given: Any = {"uses_prompt": prompt, "tolerance": tolerance}
+    given: Any = {"uses_prompt": prompt, "tolerance": tolerance, "checks": checks}
     with console.status(f"certifying {name}"):
         certificate = hold_to_the_contract(
             make, name=name, images=pixels, prompts=prompts, columns=columns, golden=golden, **given

@@ -133,6 +133,12 @@ class WorkerReward:
         self.groupwise, self.video, self.uses_prompt = self.hello.groupwise, self.hello.video, self.hello.uses_prompt
 
     @property
+    def pid(self) -> int | None:
+        """Of the worker's process; None between its end and the next call."""
+        worker = self._worker
+        return None if worker is None else worker.pid
+
+    @property
     def fingerprint(self) -> dict[str, Any]:
         """What decides the scores: target, version, options, packages, platform, and the scorer's own fingerprint."""
         return self.hello.fingerprint
@@ -248,6 +254,11 @@ class WorkerProcess:
         self._lines: deque[str] = deque(maxlen=LOG_LINES)
         self._reader = threading.Thread(target=_keep_lines, args=[self._process.stdout, self._lines], daemon=True)
         self._reader.start()
+
+    @property
+    def pid(self) -> int:
+        """Of the process."""
+        return self._process.pid
 
     def kill(self) -> None:
         """Kill the process and all that it started, and end an exchange that is under way."""
