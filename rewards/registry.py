@@ -17,7 +17,7 @@ import importlib
 import inspect
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, NamedTuple
 
@@ -132,6 +132,15 @@ def _import_target(name: str) -> Any:
     return target
 
 
+def refuse_unknown(what: str, options: Mapping[str, Any], accepted: Sequence[str]) -> None:
+    """Raise ValueError, with the nearest that is accepted, for the first option that is not."""
+    for key in options:
+        if key not in accepted:
+            near = difflib.get_close_matches(key, accepted, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"{what} has no option {key!r}{hint} It accepts: {', '.join(accepted) or 'none'}")
+
+
 def _check_options(name: str, cls: type, options: Mapping[str, Any]) -> None:
     """The options against the constructor's signature, before anything heavy is imported."""
     parameters = parameters_of(cls)
@@ -142,11 +151,7 @@ def _check_options(name: str, cls: type, options: Mapping[str, Any]) -> None:
     }
     accepted = ", ".join(named) or "none"
     if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
-        for key in options:
-            if key not in named:
-                near = difflib.get_close_matches(key, named, n=1)
-                hint = f"; did you mean {near[0]!r}?" if near else ""
-                raise ValueError(f"reward {name!r} has no option {key!r}{hint} It accepts: {accepted}")
+        refuse_unknown(f"reward {name!r}", options, list(named))
     lacking = [key for key, parameter in named.items() if parameter.default is parameter.empty and key not in options]
     if lacking:
         raise ValueError(f"reward {name!r} needs the option {', '.join(map(repr, lacking))}. It accepts: {accepted}")

@@ -6,7 +6,6 @@ The standard library's HTTP is all that it needs. Letters: B samples, T frames.
 from __future__ import annotations
 
 import contextlib
-import difflib
 import http.client
 import inspect
 import json
@@ -25,6 +24,7 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from flowsteer.rewards.batching import Fingerprint
+from flowsteer.rewards.registry import refuse_unknown
 from flowsteer.rewards.vlm_prompts import Part, image_part
 
 logger = logging.getLogger(__name__)
@@ -107,15 +107,10 @@ class ChatClient:
     def of(cls, endpoint: Mapping[str, Any]) -> ChatClient:
         """A client of these options. Raises ValueError, with what is accepted, for an unknown one or one that lacks."""
         accepted = inspect.signature(cls).parameters
-        names = ", ".join(accepted)
-        for key in endpoint:
-            if key not in accepted:
-                near = difflib.get_close_matches(key, accepted, n=1)
-                hint = f"; did you mean {near[0]!r}?" if near else ""
-                raise ValueError(f"endpoint has no option {key!r}{hint} It accepts: {names}")
+        refuse_unknown("endpoint", endpoint, list(accepted))
         lacking = [key for key, one in accepted.items() if one.default is one.empty and key not in endpoint]
         if lacking:
-            raise ValueError(f"endpoint lacks {' and '.join(lacking)}. It accepts: {names}")
+            raise ValueError(f"endpoint lacks {' and '.join(lacking)}. It accepts: {', '.join(accepted)}")
         return cls(**endpoint)
 
     def show(self, images: np.ndarray, size: int | None) -> list[list[Part]]:

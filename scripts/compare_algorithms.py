@@ -117,10 +117,7 @@ def configuration(name: str, reward: Reward, seed: int, folder: Path, captions: 
 
 
 def train_one(config: Config, reward: Reward, budgets: dict[str, float]) -> Outcome:
-    """One run in this process, read where each of ``budgets`` ("passes", "minutes") is used up.
-
-    Raises ValueError when the run ends before that.
-    """
+    """One run in this process, read where each of ``budgets`` ("passes", "minutes") is used up, if it comes to that."""
     from flowsteer.rl.build import start
     from flowsteer.rl.train import train
 
@@ -157,8 +154,6 @@ def train_one(config: Config, reward: Reward, budgets: dict[str, float]) -> Outc
         train(run)
     finally:
         run.close()
-    if missing := sorted(set(budgets) - set(readings)):
-        raise ValueError(f"{run.num_steps} training steps do not use up the budget of {missing}")
     return readings
 
 
@@ -208,6 +203,8 @@ def table_of(lines: dict[str, list[Outcome]], budgets: dict[str, float]) -> str:
         return format(float(np.mean(values)), form) if values else "-"
 
     def cell(outcomes: list[Outcome], moment: str) -> str:
+        if not all(moment in outcome for outcome in outcomes):
+            return "ended before"
         middle, half = gain(outcomes, moment)
         return f"{middle:+.3f} ({middle - half:+.3f} to {middle + half:+.3f})"
 

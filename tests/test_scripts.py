@@ -105,6 +105,17 @@ def test_algorithms_are_compared_and_a_finished_run_is_not_repeated(tmp_path: Pa
     assert times[0] == times[1]
 
 
+def test_a_run_that_ends_before_a_budget_keeps_its_line() -> None:
+    program = (
+        "import runpy, sys; sys.path.insert(0, 'scripts'); made = runpy.run_path('scripts/compare_algorithms.py')\n"
+    )
+    program += "at = lambda score: made['Reading'](score=score, steps=1, passes=9, minutes=0.1, agreement=None)\n"
+    program += "runs = [{'start': at(0.1), 'passes': at(0.2), 'end': at(0.3 + seed)} for seed in (0, 0.2)]\n"
+    program += "print(made['table_of']({'DGPO': runs}, {'passes': 8, 'minutes': 5.0}))"
+    cells = script("-c", program).splitlines()[-1].split(" | ")
+    assert cells[2:5] == ["+0.100 (+0.100 to +0.100)", "ended before", "+0.300 (-0.971 to +1.571)"]
+
+
 def test_every_line_of_the_comparison_can_run() -> None:
     program = "import runpy; from flowsteer.rl.config import load_config\n"
     program += "import sys; sys.path.insert(0, 'scripts'); made = runpy.run_path('scripts/compare_algorithms.py')\n"
