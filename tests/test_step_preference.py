@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
-import sys
 from pathlib import Path
 
 import numpy as np
+import preference_fit
+import preference_pairs
 import pytest
 import torch
+import train_step_preference
+import typer
 import zoo
 from PIL import Image
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig
@@ -20,21 +22,7 @@ from flowsteer.rewards.combine import RewardSet
 from flowsteer.rewards.registry import load_reward
 from flowsteer.rewards.step_preference import StepPreference, StepPreferenceModel
 
-ROOT = Path(__file__).resolve().parent.parent
 PROMPTS = ["a red circle", "two blue squares", "", "a red circle", "a very long prompt " * 20]
-
-
-def load_script():
-    """The training script as a module; scripts/ is no package."""
-    name = "train_step_preference"
-    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their own module up
-    spec.loader.exec_module(module)
-    return module
-
-
-script = load_script()
 
 
 def images(size: int, side: int = 20, seed: int = 0) -> np.ndarray:
@@ -196,40 +184,44 @@ class TestLoss:
         nan = math.nan
         scores = torch.tensor([1.0, 3.0, 0.5, 0.2, 0.9])
         groups = [
-            script.Group(prompt="a", latents=torch.zeros(2, 1), preference=torch.tensor([[nan, 1], [0, nan]])),
-            script.Group(prompt="b", latents=torch.zeros(3, 1), preference=torch.full((3, 3), nan), weight=0.5),
+            preference_pairs.Group(
+                prompt="a", latents=torch.zeros(2, 1), preference=torch.tensor([[nan, 1], [0, nan]])
+            ),
+            preference_pairs.Group(
+                prompt="b", latents=torch.zeros(3, 1), preference=torch.full((3, 3), nan), weight=0.5
+            ),
         ]
         groups[1].preference[0, 1], groups[1].preference[1, 0] = 0.5, 0.5  # a tie
-        loss, right = script.pair_loss(scores, groups)
+        loss, right = preference_fit.pair_loss(scores, groups)
         first = -torch.tensor([1.0, 3.0]).log_softmax(0)[0]
         second = -torch.tensor([0.5, 0.2]).log_softmax(0).mean()
         torch.testing.assert_close(loss, (first + 0.5 * second) / 1.5)
         assert right == 0  # the only clear pair is in the wrong order
 
     def test_ties_and_missing_scores_are_no_pairs(self):
-        found = script.preferences(torch.tensor([[1.0, 0.0, 0.04, math.nan]]), 0.05)[0]
+        found = preference_pairs.preferences(torch.tensor([[1.0, 0.0, 0.04, math.nan]]), 0.05)[0]
         expected = torch.full((4, 4), math.nan)
         expected[0, 1:3], expected[1:3, 0] = 1, 0
         assert torch.equal(found.nan_to_num(-1), expected.nan_to_num(-1))
 
     def test_levels_are_even_and_some_are_clean(self):
-        split = script.split_by_level(list(range(20)), [1, 2, 3, 4], 0.2, torch.Generator().manual_seed(0))
+        split = preference_fit.split_by_level(list(range(20)), [1, 2, 3, 4], 0.2, torch.Generator().manual_seed(0))
         assert {index: len(some) for index, some in split.items()} == dict.fromkeys((None, 1, 2, 3, 4), 4)
         assert sorted(place for some in split.values() for place in some) == list(range(20))
-        assert script.split_by_level([0, 1], [1], 1.0, torch.Generator()).keys() == {None}
+        assert preference_fit.split_by_level([0, 1], [1], 1.0, torch.Generator()).keys() == {None}
 
     def test_equal_and_missing_scores_count_half(self):
-        preference = script.preferences(torch.tensor([[3.0, 2.0, 1.0]]), 0.0)[0]
-        group = script.Group(prompt="a", latents=torch.zeros(3, 1), preference=preference)
-        assert script.pairs_in_order(torch.tensor([3.0, 2.0, 1.0]), [group]) == 3
-        assert script.pairs_in_order(torch.tensor([2.0, 2.0, 1.0]), [group]) == 2.5
-        assert script.pairs_in_order(torch.tensor([math.nan, 2.0, 1.0]), [group]) == 2
+        preference = preference_pairs.preferences(torch.tensor([[3.0, 2.0, 1.0]]), 0.0)[0]
+        group = preference_pairs.Group(prompt="a", latents=torch.zeros(3, 1), preference=preference)
+        assert preference_fit.pairs_in_order(torch.tensor([3.0, 2.0, 1.0]), [group]) == 3
+        assert preference_fit.pairs_in_order(torch.tensor([2.0, 2.0, 1.0]), [group]) == 2.5
+        assert preference_fit.pairs_in_order(torch.tensor([math.nan, 2.0, 1.0]), [group]) == 2
 
 
 def run(*arguments: str | Path) -> None:
     """The script's command in this process."""
-    app = script.typer.Typer()
-    app.command()(script.main)
+    app = typer.Typer()
+    app.command()(train_step_preference.main)
     done = CliRunner().invoke(app, list(map(str, arguments)))
     if done.exception is not None:
         raise done.exception
@@ -326,10 +318,12 @@ class TestScript:
 class TestPairs:
     @pytest.fixture(scope="class")
     def base(self):
-        return script.Base(zoo.shared("sdxl"), num_inference_steps=2, guidance_scale=1.0, negative_prompt=None)
+        return preference_pairs.Base(
+            zoo.shared("sdxl"), num_inference_steps=2, guidance_scale=1.0, negative_prompt=None
+        )
 
     def test_people_s_pairs_are_encoded_as_the_pipeline_wants_them(self, base, pairs):
-        groups = script.read_pairs(pairs, base)
+        groups = preference_pairs.read_pairs(pairs, base)
         assert [group.prompt for group in groups] == [f"caption {number // 2}" for number in range(6)]
         assert groups[0].weight == 0.5
         assert groups[2].preference[0, 1] == 0.5
@@ -337,7 +331,7 @@ class TestPairs:
         assert groups[1].preference[1, 0] == 1
         # the way back: what is decoded is what the autoencoder makes of the picture
         vae = base.pipeline.pipe.vae
-        picture = script._read_image(pairs / "0.png", (16, 16))[None]
+        picture = preference_pairs._read_image(pairs / "0.png", (16, 16))[None]
         with torch.no_grad():
             expected = (vae.decode(vae.encode(picture).latent_dist.mean).sample / 2 + 0.5).clamp(0, 1)
         shown = base.predict(["caption 0"], groups[0].latents[:1], torch.zeros(1), None)
@@ -345,13 +339,17 @@ class TestPairs:
 
     def test_the_images_of_a_group_get_the_same_noise(self, base):
         latents = torch.randn(1, *base.latent_shape).expand(3, -1, -1, -1)
-        groups = [script.Group(prompt=prompt, latents=latents, preference=torch.zeros(3, 3)) for prompt in "ab"]
-        shown = script.show(base, groups, base.indices[0], torch.Generator().manual_seed(0))
+        groups = [
+            preference_pairs.Group(prompt=prompt, latents=latents, preference=torch.zeros(3, 3)) for prompt in "ab"
+        ]
+        shown = preference_fit.show(base, groups, base.indices[0], torch.Generator().manual_seed(0))
         assert np.abs(shown[0].astype(int) - shown[1]).max() <= 1  # rounding
         assert np.abs(shown[0].astype(int) - shown[3]).max() > 1
 
     def test_prompts_that_cannot_share_a_batch_are_predicted_one_by_one(self):
-        base = script.Base(zoo.shared("qwen"), num_inference_steps=2, guidance_scale=1.0, negative_prompt=None)
+        base = preference_pairs.Base(
+            zoo.shared("qwen"), num_inference_steps=2, guidance_scale=1.0, negative_prompt=None
+        )
         prompts = ["a cat", "a cat", "a much longer prompt"]
         latents, pictures = base.draw(prompts, torch.tensor([0, 1, 2]))
         alone, _ = base.draw(prompts[2:], torch.tensor([2]))
@@ -364,14 +362,16 @@ class TestPairs:
 
     def test_videos_are_refused(self):
         with pytest.raises(ValueError, match="trains on images"):
-            script.Base(zoo.shared("wan"), num_inference_steps=2, guidance_scale=1.0, negative_prompt=None)
+            preference_pairs.Base(zoo.shared("wan"), num_inference_steps=2, guidance_scale=1.0, negative_prompt=None)
 
     def test_latents_that_are_no_image_are_refused(self, pairs):
-        base = script.Base(zoo.shared("flux"), num_inference_steps=2, guidance_scale=1.0, negative_prompt=None)
+        base = preference_pairs.Base(
+            zoo.shared("flux"), num_inference_steps=2, guidance_scale=1.0, negative_prompt=None
+        )
         with pytest.raises(
             ValueError, match=r"latents \[B, C, H, W\]; this one has AutoencoderKL and latents \[16, 16\]"
         ):
-            script.read_pairs(pairs, base)
+            preference_pairs.read_pairs(pairs, base)
 
     def test_bad_lines_are_named(self, base, tmp_path):
         file = tmp_path / "pairs.jsonl"
@@ -384,24 +384,27 @@ class TestPairs:
         ]:
             file.write_text(row)
             with pytest.raises(ValueError, match=message):
-                script.read_pairs(file, base)
+                preference_pairs.read_pairs(file, base)
         with pytest.raises(ValueError, match="there is no file"):
-            script.read_pairs(tmp_path / "nothing", base)
+            preference_pairs.read_pairs(tmp_path / "nothing", base)
+        alone = preference_pairs.Group(prompt="a", latents=torch.zeros(2, 1), preference=torch.zeros(2, 2))
         with pytest.raises(ValueError, match="at least two captions"):
-            script.split_pairs([script.Group(prompt="a", latents=torch.zeros(2, 1), preference=torch.zeros(2, 2))], 0)
+            preference_pairs.split_pairs([alone], 0)
 
     def test_a_new_model_needs_a_clip_text_tower(self):
-        base = script.Base(zoo.shared("zimage"), num_inference_steps=2, guidance_scale=1.0, negative_prompt=None)
+        base = preference_pairs.Base(
+            zoo.shared("zimage"), num_inference_steps=2, guidance_scale=1.0, negative_prompt=None
+        )
         with pytest.raises(ValueError, match=r"Qwen3Model.*--init"):
-            script.new_model(base, image_size=None, patch_size=4, width=32, num_blocks=1, projection=8)
+            preference_fit.new_model(base, image_size=None, patch_size=4, width=32, num_blocks=1, projection=8)
 
     def test_a_published_clip_begins_as_it_is(self, tmp_path):
         clip = tiny_clip()
         clip.save_pretrained(tmp_path)
         zoo.clip_tokenizer().save_pretrained(tmp_path)
-        model = script.pretrained_model(str(tmp_path)).eval()
+        model = preference_fit.pretrained_model(str(tmp_path)).eval()
         with torch.no_grad():
             scores = [found(images(3), torch.rand(3), PROMPTS[:3]) for found in (model, tiny_model())]
         assert torch.equal(*scores)
         with pytest.raises(ValueError, match=r"--init .*no CLIP checkpoint"):
-            script.pretrained_model(str(tmp_path / "nothing"))
+            preference_fit.pretrained_model(str(tmp_path / "nothing"))
