@@ -1,30 +1,31 @@
-"""Which algorithm learns how much: every one on the embedded pipeline, over training seeds, at equal costs; makes two tables.
+"""Which algorithm learns how much: every one on the embedded pipeline, over training seeds, at equal costs; makes three tables.
 
     python scripts/compare_algorithms.py --root runs/compare                  # train what is not there yet: hours
     python scripts/compare_algorithms.py --root runs/compare --write          # and put the tables into docs/algorithms.md
-    python scripts/compare_algorithms.py DGPO DiffusionNFT --reward dense     # some of them, one reward
+    python scripts/compare_algorithms.py DGPO DiffusionNFT --table dense      # some of them, one table
 
-Each algorithm is a shipped configuration, changed only in what its line of `ENTRIES` says. Every training seed is one run on
-one thread. Its score is read before the first step, after the first step that used up the network passes that all are given,
-after the first that used up their minutes, and at its own end. Passes are samples that go through the denoiser while training;
-one that also goes back counts three. Minutes are those of the processor, so that runs side by side do not disturb each other's.
-Scores are of reserved captions, four noise seeds each, without guidance; intervals are 95 % over training seeds (Student's t).
-A run that is finished with the same settings is not repeated, so the comparison can be interrupted and continued.
+Each algorithm is a shipped configuration, changed only in what its line of `ENTRIES` says; the table `changes` sets single
+changes of the policy gradient's rollouts beside what they change. Every training seed is one run on one thread. Its score is
+read before the first step, after the first step that used up the network passes that all are given, after the first that used
+up their minutes, and at its own end. Passes are samples that go through the denoiser while training; one that also goes back
+counts three. Minutes are those of the processor, so that runs side by side do not disturb each other's. Scores are of reserved
+captions, four noise seeds each, without guidance; intervals are 95 % over training seeds (Student's t). A run that is finished
+with the same settings is not repeated, so the comparison can be interrupted and continued.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -33,13 +34,14 @@ from learn import gain_over_seeds
 from rich.console import Console
 from rich.progress import Progress, TimeElapsedColumn
 
-from flowsteer.rl.config import Config, load_config
+from flowsteer.rl.config import Config, load_config, parse_config
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "algorithms.md"
-Reward = Literal["composition", "dense"]
+Reward = str  # "composition" or "dense"
 PART = {"composition": "composition/strict", "dense": "jpeg_compressibility"}
-PASSES, MINUTES = {"composition": 100, "dense": 30}, {"composition": 2.0, "dense": 0.5}  # passes in thousands
+PASSES: dict[Reward, int] = {"composition": 100, "dense": 30}  # thousands
+MINUTES: dict[Reward, float] = {"composition": 2.0, "dense": 0.5}
 CAPTIONS = {"composition": 264, "dense": 66}
 # The dense reward: every picture has one of its own, and every change of a picture changes it a little.
 DENSE = ["rewards={jpeg_compressibility: {}}"]
@@ -99,8 +101,30 @@ ENTRIES: dict[str, Entry] = {
         ("algorithm.refresh_every=null",),
         ("algorithm.beta=500.0", *FEWER_FORWARD),
     ),
-    "RAFT": Entry("embedded_raft_composition", dense=FEWER_FORWARD),
-    "reward-weighted regression": Entry("embedded_raft_composition", ("algorithm.weights=exponential",), FEWER_FORWARD),
+    "RAFT": Entry("embedded_raft_composition", dense=("rollout.prompts_per_step=36", "num_steps=20")),
+    "reward-weighted regression": Entry(
+        "embedded_raft_composition",
+        ("algorithm.weights=exponential",),
+        ("rollout.prompts_per_step=36", "num_steps=20"),
+    ),
+}
+ALGORITHMS = tuple(ENTRIES)
+SDE, ANCHORS = "embedded_flow_grpo_sde_composition", "embedded_g2rpo_composition"
+ENTRIES |= {
+    "Flow-GRPO, each group's own deviation": Entry(SDE, ("advantage.deviation=group",)),
+    "Flow-GRPO, groups of 8": Entry(SDE, ("rollout.group_size=8", "rollout.prompts_per_step=48")),
+    "Flow-GRPO, groups of 32": Entry(SDE, ("rollout.group_size=32", "rollout.prompts_per_step=12")),
+    "Flow-GRPO, shared noise": Entry(SDE, ("rollout.shared_noise=true",)),
+    "Flow-GRPO, steps 2 to 4": Entry(SDE, ("rollout.plan.indices=[2,3,4]",)),
+    "MixGRPO, noise of its own": Entry("embedded_mixgrpo_composition", ("rollout.shared_noise=false",)),
+    "G2RPO, one granularity": Entry(ANCHORS, ("rollout.branching.granularities=[1]",)),
+    "G2RPO, three granularities": Entry(ANCHORS, ("rollout.branching.granularities=[1,2,3]",)),
+}
+CHANGES = ("Flow-GRPO, SDE", "MixGRPO", "G2RPO", *(name for name in ENTRIES if name not in ALGORITHMS))
+TABLES: dict[str, tuple[Reward, tuple[str, ...]]] = {
+    "dense": ("dense", ALGORITHMS),
+    "composition": ("composition", ALGORITHMS),
+    "changes": ("composition", CHANGES),
 }
 
 
@@ -172,22 +196,33 @@ def agreement_of(folder: Path) -> float | None:
     return float(np.mean(values)) if values else None
 
 
-def train_in_a_process(config: Config, reward: Reward, budgets: dict[str, float], arguments: list[str]) -> Outcome:
+def train_in_a_process(config: Config, reward: Reward, budgets: dict[str, float]) -> Outcome:
     """One run in a process of its own, unless it is finished. Raises RuntimeError with the end of its output."""
     folder = Path(config.output)
-    finished = folder / "outcome.json"
+    finished, asked = folder / "outcome.json", folder.with_suffix(".json")
     made = {"config": json.loads(config.model_dump_json()), "budgets": budgets}
     kept = json.loads(finished.read_text(encoding="utf-8")) if finished.exists() else {}
     if kept.get("made") != made:
         shutil.rmtree(folder, ignore_errors=True)  # of other settings, or of an interrupted run
-        command = [sys.executable, __file__, *arguments, "--one", str(config.seed)]
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        asked.write_text(json.dumps({**made, "reward": reward}), encoding="utf-8")
+        command = [sys.executable, __file__, "--one", str(asked)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error"}
         done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
         if done.returncode:
-            raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout[-1000:]}{done.stderr[-3000:]}")
+            raise RuntimeError(f"{folder} failed:\n{done.stdout[-1000:]}{done.stderr[-3000:]}")
         kept = {"made": made, "readings": json.loads((folder / "readings.json").read_text(encoding="utf-8"))}
         finished.write_text(json.dumps(kept, indent=1), encoding="utf-8")
     return {moment: Reading(**values) for moment, values in kept["readings"].items()}
+
+
+def train_as_asked(asked: Path) -> None:
+    """What `train_in_a_process` lets that process do."""
+    job = json.loads(asked.read_text(encoding="utf-8"))
+    config = parse_config(job["config"])
+    readings = train_one(config, job["reward"], job["budgets"])
+    text = json.dumps({moment: asdict(now) for moment, now in readings.items()}, indent=1)
+    (Path(config.output) / "readings.json").write_text(text, encoding="utf-8")
 
 
 def gain(outcomes: list[Outcome], moment: str) -> tuple[float, float]:
@@ -222,18 +257,18 @@ def table_of(lines: dict[str, list[Outcome]], budgets: dict[str, float]) -> str:
     return "\n".join(rows)
 
 
-def write_page(reward: Reward, table: str, names: list[str], seeds: int) -> None:
+def write_page(name: str, rows: str, lines: list[str], seeds: int) -> None:
     """Put a table, and how it was made, between its marks in docs/algorithms.md."""
     text = PAGE.read_text(encoding="utf-8")
-    begin, end = f"<!-- begin {reward} -->", f"<!-- end {reward} -->"
+    begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
     head, _, rest = text.partition(begin)
     _, _, tail = rest.partition(end)
     if not rest or not tail:
         raise ValueError(f"{PAGE} has no marks {begin!r} and {end!r}")
-    commands = "\n".join(f"# {name}\n{command_of(ENTRIES[name], reward)}" for name in names)
+    commands = "\n".join(f"# {line}\n{command_of(ENTRIES[line], TABLES[name][0])}" for line in lines)
     made = f"Training seeds 0 to {seeds - 1}, one thread each:\n\n```bash\n{commands}\n```"
     details = f"<details><summary>How each line was made</summary>\n\n{made}\n\n</details>"
-    PAGE.write_text(f"{head}{begin}\n{table}\n\n{details}\n{end}{tail}", encoding="utf-8")
+    PAGE.write_text(f"{head}{begin}\n{rows}\n\n{details}\n{end}{tail}", encoding="utf-8")
 
 
 def command_of(entry: Entry, reward: Reward) -> str:
@@ -243,54 +278,50 @@ def command_of(entry: Entry, reward: Reward) -> str:
 
 
 def main(
-    names: Annotated[list[str] | None, typer.Argument(help="Lines of the table; all of them unless given.")] = None,
-    reward: Annotated[list[str] | None, typer.Option(help="composition or dense; both unless given.")] = None,
+    names: Annotated[list[str] | None, typer.Argument(help="Lines of the tables; all of them unless given.")] = None,
+    table: Annotated[list[str] | None, typer.Option(help="dense, composition or changes; all unless given.")] = None,
     seeds: Annotated[int, typer.Option(min=2, max=8, help="Training seeds.")] = 3,
-    passes: Annotated[int | None, typer.Option(min=1, help="Thousands of passes to compare at; 150, dense 60.")] = None,
+    passes: Annotated[int | None, typer.Option(min=1, help="Thousands of passes to compare at; 100, dense 30.")] = None,
     minutes: Annotated[float | None, typer.Option(min=0.001, help="Minutes to compare at; 2, dense 0.5.")] = None,
     parallel: Annotated[int, typer.Option(min=1, help="Runs at a time, one thread each.")] = 2,
     captions: Annotated[int | None, typer.Option(min=2, help="Reserved captions to evaluate; 264, dense 66.")] = None,
     root: Annotated[Path, typer.Option(help="Folder for the runs.")] = Path("runs/compare"),
     steps: Annotated[int | None, typer.Option(min=1, help="End each run after so many steps, for a trial.")] = None,
     write: Annotated[bool, typer.Option("--write", help="Put the tables into docs/algorithms.md.")] = False,
-    one: Annotated[int | None, typer.Option(hidden=True, help="Train this seed, in this process.")] = None,
+    one: Annotated[Path | None, typer.Option(hidden=True, help="Train this one, in this process.")] = None,
 ) -> None:
     """Train every algorithm on the embedded pipeline and print what each gained at equal costs and at its end."""
-    unknown = sorted(set(names or ()) - set(ENTRIES))
-    if unknown:
-        console.print(f"unknown: {', '.join(unknown)}; there are {', '.join(ENTRIES)}")
+    if one is not None:
+        train_as_asked(one)
+        return
+    wrong = [*sorted(set(names or ()) - set(ENTRIES)), *sorted(set(table or ()) - set(TABLES))]
+    if wrong:
+        console.print(f"unknown: {'; '.join(wrong)}. Lines: {'; '.join(ENTRIES)}. Tables: {'; '.join(TABLES)}")
         raise typer.Exit(2)
-    chosen, flat = names or list(ENTRIES), []
-    rewards: list[Any] = reward or ["dense", "composition"]
-    jobs: dict[Any, dict[str, list[Any]]] = {of: {name: [] for name in chosen} for of in rewards}
-    budgets = {of: {"passes": (passes or PASSES[of]) * 1000, "minutes": minutes or MINUTES[of]} for of in rewards}
+    chosen = names or ENTRIES
+    tables = {of: (TABLES[of][0], [line for line in TABLES[of][1] if line in chosen]) for of in table or TABLES}
+    jobs = {(reward, line): list[Future[Outcome]]() for reward, lines in tables.values() for line in lines}
+    budgets = {of: {"passes": (passes or PASSES[of]) * 1000, "minutes": minutes or MINUTES[of]} for of in PASSES}
     with ThreadPoolExecutor(parallel) as pool, Progress(*Progress.get_default_columns(), TimeElapsedColumn()) as bar:
-        for of, name in itertools.product(rewards, chosen):
-            task = bar.add_task(f"{of}: {name}", total=seeds, visible=one is None)
-            evaluated = captions or CAPTIONS[of]
-            arguments = [name, "--reward", of, "--captions", str(evaluated), "--root", str(root)]
-            arguments += ["--passes", str(budgets[of]["passes"] // 1000), "--minutes", str(budgets[of]["minutes"])]
-            arguments += ["--steps", str(steps)] if steps else []
-            for seed in range(seeds) if one is None else [one]:
-                folder = root / of / name.lower().replace(",", "").replace(" ", "_") / f"seed_{seed}"
-                config = configuration(name, of, seed, folder, evaluated, steps)
-                if one is not None:
-                    readings = {moment: asdict(now) for moment, now in train_one(config, of, budgets[of]).items()}
-                    (folder / "readings.json").write_text(json.dumps(readings, indent=1), encoding="utf-8")
-                    return
-                jobs[of][name].append(pool.submit(train_in_a_process, config, of, budgets[of], arguments))
-                jobs[of][name][-1].add_done_callback(lambda _, task=task: bar.advance(task))
-    for of in rewards:
-        lines = {name: [job.result() for job in own] for name, own in jobs[of].items()}
-        table = table_of(lines, budgets[of])
-        console.print(f"\n{of}\n{table}", highlight=False, soft_wrap=True)
+        for (reward, line), own in jobs.items():
+            task = bar.add_task(f"{reward}: {line}", total=seeds)
+            for seed in range(seeds):
+                folder = root / reward / re.sub(r"[^\w-]+", "_", line.lower().replace("'", "")) / f"seed_{seed}"
+                config = configuration(line, reward, seed, folder, captions or CAPTIONS[reward], steps)
+                own.append(pool.submit(train_in_a_process, config, reward, budgets[reward]))
+                own[-1].add_done_callback(lambda _, task=task: bar.advance(task))
+    flat = []
+    for of, (reward, lines) in tables.items():
+        outcomes = {line: [job.result() for job in jobs[reward, line]] for line in lines}
+        rows = table_of(outcomes, budgets[reward])
+        console.print(f"\n{of}\n{rows}", highlight=False, soft_wrap=True)
         if write:
-            write_page(of, table, chosen, seeds)
-        for name, outcomes in lines.items():
-            middle, half = gain(outcomes, "end")
-            flat += [f"{name} ({of})"] * (not middle - half > 0)
+            write_page(of, rows, lines, seeds)
+        for line in lines if of != "changes" else []:
+            middle, half = gain(outcomes[line], "end")
+            flat += [f"{line} ({of})"] * (not middle - half > 0)
     if flat:
-        console.print(f"no gain beyond the interval: {', '.join(flat)}")
+        console.print(f"no gain beyond the interval: {'; '.join(flat)}")
         raise typer.Exit(1)
 
 

@@ -81,7 +81,7 @@ def test_algorithms_are_compared_and_a_finished_run_is_not_repeated(tmp_path: Pa
     arguments = [
         "scripts/compare_algorithms.py",
         "DGPO",
-        "--reward",
+        "--table",
         "dense",
         "--passes",
         "1",
@@ -119,8 +119,9 @@ def test_a_run_that_ends_before_a_budget_keeps_its_line() -> None:
 def test_every_line_of_the_comparison_can_run() -> None:
     program = "import runpy; from flowsteer.rl.config import load_config\n"
     program += "import sys; sys.path.insert(0, 'scripts'); made = runpy.run_path('scripts/compare_algorithms.py')\n"
-    program += "for entry in made['ENTRIES'].values():\n"
-    program += "    for reward in ('composition', 'dense'):\n"
+    program += "for reward, lines in made['TABLES'].values():\n"
+    program += "    for line in lines:\n"
+    program += "        entry = made['ENTRIES'][line]\n"
     program += "        load_config(entry.config, made['settings_of'](entry, reward)).check(1)\n"
-    program += "print(len(made['ENTRIES']))"
-    assert int(script("-c", program)) >= 17
+    program += "        print(line)"
+    assert len(set(script("-c", program).splitlines())) >= 25
