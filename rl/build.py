@@ -33,6 +33,7 @@ from flowsteer.rl.config import Config, PlanConfig, RewardConfig, save_config
 from flowsteer.rl.engine import Engine, OptimizerSettings
 from flowsteer.rl.evaluate import Evaluation, evaluate, save_grid
 from flowsteer.rl.export import export_lora, export_weights
+from flowsteer.rl.forward import ForwardSettings
 from flowsteer.rl.metrics import Log, Meter
 from flowsteer.rl.policy import Policy
 from flowsteer.rl.scoring import StepScorer
@@ -267,7 +268,6 @@ def build_algorithm(config: Config, plan: Plan, engine: Engine) -> Algorithm:
         "kernel": kernel.name,
         "log_prob_weight": kernel.log_prob_weight,
         "num_transitions": pools if branching else plan.num_transitions,
-        "num_inference_steps": rollout.num_inference_steps,
         "group_size": rollout.group_size,
         "advantage_clip": config.advantage.clip,
         "seed": config.seed,
@@ -276,6 +276,9 @@ def build_algorithm(config: Config, plan: Plan, engine: Engine) -> Algorithm:
     chosen = ALGORITHMS[type(config.algorithm)]
     asked = inspect.signature(chosen).parameters
     forgotten = set(type(config.algorithm).model_fields) - {"name", "updates_per_rollout"} - set(asked)
+    if isinstance(config.algorithm, ForwardSettings) and "levels" in asked:
+        settings["levels"] = config.algorithm.levels(rollout.num_inference_steps, config.seed)
+        forgotten -= set(ForwardSettings.model_fields)
     assert not forgotten, f"{chosen.__name__} has settings that do nothing: {forgotten}"
     return chosen(**{name: settings[name] for name in asked})
 

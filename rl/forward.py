@@ -11,13 +11,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+from pydantic import Field, PositiveInt
 from torch import Tensor
 
-from flowsteer.rl.types import Comparison, PolicyView, schedule_of
+from flowsteer.rl.types import AlgorithmSettings, Comparison, PolicyView, schedule_of
 from flowsteer.rollout.noise import mix, stream_noise
 from flowsteer.rollout.types import Rollout, Schedule, flat_mean
 
@@ -102,6 +103,21 @@ class NoiseLevels:
         generator = np.random.default_rng(mix(self.seed, *key))
         edges = np.linspace(self.first, self.end, self.count + 1).astype(int)
         return [int(generator.integers(low, high)) for low, high in pairwise(edges)]
+
+
+class ForwardSettings(AlgorithmSettings):
+    """What the configurations of forward-process algorithms have."""
+
+    noise_levels_per_sample: PositiveInt = 1
+    """How many of the sampler's noise levels each rollout batch is trained at."""
+    first_level: Annotated[int, Field(ge=0)] = 0
+    end_level: PositiveInt | None = None
+    """Denoising indices to train at, ``first_level <= index < end_level``; null leaves out the last one."""
+
+    def levels(self, num_inference_steps: int, seed: int) -> NoiseLevels:
+        """Of the sampler's, those that these settings leave. Raises ValueError for too few."""
+        count = self.noise_levels_per_sample
+        return NoiseLevels(num_inference_steps, count=count, first=self.first_level, end=self.end_level, seed=seed)
 
 
 def forward_batches(

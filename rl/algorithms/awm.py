@@ -19,16 +19,23 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
 
-from flowsteer.rl.forward import ForwardBatch, NoiseLevels, forward_batches, matching_loss, prediction_of
+from flowsteer.rl.forward import (
+    ForwardBatch,
+    ForwardSettings,
+    NoiseLevels,
+    forward_batches,
+    matching_loss,
+    prediction_of,
+)
 from flowsteer.rl.losses import clipped_objective, loss_metrics, ratio_metrics
-from flowsteer.rl.types import AlgorithmSettings, Comparison, Metrics, PolicyView, Requirements, changed
+from flowsteer.rl.types import Comparison, Metrics, PolicyView, Requirements, changed
 from flowsteer.rollout.types import Rollout
 
 Weighting = Literal["uniform", "sigma", "sigma_squared", "huber", "general_huber"]
 HUBER_POWER = 0.25  # p of the published generalised Huber function
 
 
-class AWMConfig(AlgorithmSettings):
+class AWMConfig(ForwardSettings):
     """AWM's hyper-parameters; the defaults are the published ones for Stable Diffusion 3.5."""
 
     needs: ClassVar[Requirements] = Requirements(transitions=False, clipped_advantage=True)
@@ -45,9 +52,6 @@ class AWMConfig(AlgorithmSettings):
     old_decay_max: Annotated[float, Field(ge=0, le=1)] = 0.3
     """After n updates the old policy keeps min(slope * n, max) of itself and takes the rest from the current one."""
     noise_levels_per_sample: PositiveInt = 6
-    first_level: Annotated[int, Field(ge=0)] = 0
-    end_level: PositiveInt | None = None
-    """Denoising indices to train at, ``first_level <= index < end_level``; null leaves out the last one."""
 
     def idle(self) -> Iterator[str]:
         """The old policy's schedule, where nothing asks for it."""
@@ -59,32 +63,25 @@ class AWM:
     """See the module's docstring.
 
     Args:
-        num_inference_steps: denoising steps of the rollout's schedule.
+        levels: noise levels to train at.
         advantage_clip: the clip of the advantages, which scales them to [-1, 1].
-        seed: of the choice of noise levels.
         The others as in `AWMConfig`.
     """
 
     def __init__(
         self,
         *,
-        num_inference_steps: int,
+        levels: NoiseLevels,
         advantage_clip: float,
-        seed: int,
         weighting: Weighting,
         clip_range: float | None,
         kl_coef: float,
         old_coef: float,
         old_decay_slope: float,
         old_decay_max: float,
-        noise_levels_per_sample: int,
-        first_level: int,
-        end_level: int | None,
     ) -> None:
-        self.levels = NoiseLevels(
-            num_inference_steps, count=noise_levels_per_sample, first=first_level, end=end_level, seed=seed
-        )
-        self.passes_per_batch = noise_levels_per_sample
+        self.levels = levels
+        self.passes_per_batch = levels.count
         self.advantage_clip = advantage_clip
         self.weighting: Weighting = weighting
         self.clip_range = clip_range

@@ -26,14 +26,21 @@ import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
 
-from flowsteer.rl.forward import ForwardBatch, NoiseLevels, forward_batches, matching_loss, prediction_of
+from flowsteer.rl.forward import (
+    ForwardBatch,
+    ForwardSettings,
+    NoiseLevels,
+    forward_batches,
+    matching_loss,
+    prediction_of,
+)
 from flowsteer.rl.losses import loss_metrics
-from flowsteer.rl.types import AlgorithmSettings, Comparison, Metrics, PolicyView, Requirements, changed
+from flowsteer.rl.types import Comparison, Metrics, PolicyView, Requirements, changed
 from flowsteer.rollout.noise import mix
 from flowsteer.rollout.types import Rollout
 
 
-class DGPOConfig(AlgorithmSettings):
+class DGPOConfig(ForwardSettings):
     """DGPO's hyper-parameters; the defaults are the published ones for Stable Diffusion 3.5 with guided rollouts."""
 
     needs: ClassVar[Requirements] = Requirements(transitions=False, groups_in_a_pass=True)
@@ -50,9 +57,6 @@ class DGPOConfig(AlgorithmSettings):
     old_decay_max: Annotated[float, Field(ge=0, le=1)] = 0.3
     """After n updates the old policy keeps min(slope * n, max) of itself and takes the rest from the current one."""
     noise_levels_per_sample: PositiveInt = 4
-    first_level: Annotated[int, Field(ge=0)] = 0
-    end_level: PositiveInt | None = None
-    """Denoising indices to train at, ``first_level <= index < end_level``; null leaves out the last one."""
 
     def idle(self) -> Iterator[str]:
         """The old policy's schedule, where nothing asks for it."""
@@ -68,9 +72,9 @@ class DGPO:
     """See the module's docstring.
 
     Args:
-        num_inference_steps: denoising steps of the rollout's schedule.
+        levels: noise levels to train at.
         group_size: G.
-        seed: of the choice of noise levels and of the noise.
+        seed: of the noise.
         gather: concatenates [B] over processes to [N].
         The others as in `DGPOConfig`.
     """
@@ -80,7 +84,7 @@ class DGPO:
     def __init__(
         self,
         *,
-        num_inference_steps: int,
+        levels: NoiseLevels,
         group_size: int,
         seed: int,
         gather: Callable[[Tensor], Tensor],
@@ -90,14 +94,9 @@ class DGPO:
         kl_coef: float,
         old_decay_slope: float,
         old_decay_max: float,
-        noise_levels_per_sample: int,
-        first_level: int,
-        end_level: int | None,
     ) -> None:
-        self.levels = NoiseLevels(
-            num_inference_steps, count=noise_levels_per_sample, first=first_level, end=end_level, seed=seed
-        )
-        self.passes_per_batch = noise_levels_per_sample
+        self.levels = levels
+        self.passes_per_batch = levels.count
         self.group_size = group_size
         self.seed = seed
         self.gather = gather

@@ -16,18 +16,25 @@ Letters: B samples, P groups of a batch, X latent shape of one sample.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
 
-from flowsteer.rl.forward import ForwardBatch, NoiseLevels, forward_batches, matching_loss, prediction_of
+from flowsteer.rl.forward import (
+    ForwardBatch,
+    ForwardSettings,
+    NoiseLevels,
+    forward_batches,
+    matching_loss,
+    prediction_of,
+)
 from flowsteer.rl.pairs import best_and_worst, preference_loss
-from flowsteer.rl.types import AlgorithmSettings, Comparison, Metrics, PolicyView, Requirements
+from flowsteer.rl.types import Comparison, Metrics, PolicyView, Requirements
 from flowsteer.rollout.types import Rollout
 
 
-class DiffusionDPOConfig(AlgorithmSettings):
+class DiffusionDPOConfig(ForwardSettings):
     """Diffusion-DPO's hyper-parameters."""
 
     needs: ClassVar[Requirements] = Requirements(transitions=False, groups_in_a_batch=True)
@@ -37,18 +44,13 @@ class DiffusionDPOConfig(AlgorithmSettings):
     """How sharply preferences are fitted, in units of the mean squared error of one latent dimension."""
     refresh_every: PositiveInt | None = None
     """Training steps after which the reference, and with it the samples, are the current policy's; null: never."""
-    noise_levels_per_sample: PositiveInt = 1
-    first_level: Annotated[int, Field(ge=0)] = 0
-    end_level: PositiveInt | None = None
-    """Denoising indices to train at, ``first_level <= index < end_level``; null leaves out the last one."""
 
 
 class DiffusionDPO:
     """See the module's docstring.
 
     Args:
-        num_inference_steps: denoising steps of the rollout's schedule.
-        seed: of the choice of noise levels and of the noise.
+        levels: noise levels to train at.
         The others as in `DiffusionDPOConfig`.
     """
 
@@ -58,19 +60,13 @@ class DiffusionDPO:
     def __init__(
         self,
         *,
-        num_inference_steps: int,
-        seed: int,
+        levels: NoiseLevels,
         beta: float,
         refresh_every: int | None,
-        noise_levels_per_sample: int,
-        first_level: int,
-        end_level: int | None,
         updates_per_rollout: int,
     ) -> None:
-        self.levels = NoiseLevels(
-            num_inference_steps, count=noise_levels_per_sample, first=first_level, end=end_level, seed=seed
-        )
-        self.passes_per_batch = noise_levels_per_sample
+        self.levels = levels
+        self.passes_per_batch = levels.count
         self.beta = beta
         self.refresh_updates = None if refresh_every is None else refresh_every * updates_per_rollout
 

@@ -21,14 +21,21 @@ import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
 
-from flowsteer.rl.forward import ForwardBatch, NoiseLevels, forward_batches, matching_loss, prediction_of
+from flowsteer.rl.forward import (
+    ForwardBatch,
+    ForwardSettings,
+    NoiseLevels,
+    forward_batches,
+    matching_loss,
+    prediction_of,
+)
 from flowsteer.rl.losses import loss_metrics
-from flowsteer.rl.types import AlgorithmSettings, Comparison, Metrics, PolicyView, Requirements
+from flowsteer.rl.types import Comparison, Metrics, PolicyView, Requirements
 from flowsteer.rollout.kernels import denoised
 from flowsteer.rollout.types import Rollout, flat_mean
 
 
-class DiffusionNFTConfig(AlgorithmSettings):
+class DiffusionNFTConfig(ForwardSettings):
     """DiffusionNFT's hyper-parameters; the defaults are the published ones for Stable Diffusion 3.5."""
 
     needs: ClassVar[Requirements] = Requirements(transitions=False, clipped_advantage=True)
@@ -37,10 +44,6 @@ class DiffusionNFTConfig(AlgorithmSettings):
     beta: PositiveFloat = 1.0
     """b, how far the implicit policies reach: small values take long steps."""
     noise_levels_per_sample: PositiveInt = 9
-    """How many of the sampler's noise levels each rollout batch is trained at."""
-    first_level: Annotated[int, Field(ge=0)] = 0
-    end_level: PositiveInt | None = None
-    """Denoising indices to train at, ``first_level <= index < end_level``; null leaves out the last one."""
     kl_coef: NonNegativeFloat = 1e-4
     """Weight of the squared distance of the prediction to the reference's."""
     old_decay_slope: NonNegativeFloat = 1e-3
@@ -52,9 +55,8 @@ class DiffusionNFT:
     """See the module's docstring.
 
     Args:
-        num_inference_steps: denoising steps of the rollout's schedule.
+        levels: noise levels to train at.
         advantage_clip: the clip of the advantages, which maps them to [0, 1].
-        seed: of the choice of noise levels.
         The others as in `DiffusionNFTConfig`.
     """
 
@@ -63,21 +65,15 @@ class DiffusionNFT:
     def __init__(
         self,
         *,
-        num_inference_steps: int,
+        levels: NoiseLevels,
         advantage_clip: float,
-        seed: int,
         beta: float,
-        noise_levels_per_sample: int,
         kl_coef: float,
         old_decay_slope: float,
         old_decay_max: float,
-        first_level: int,
-        end_level: int | None,
     ) -> None:
-        self.levels = NoiseLevels(
-            num_inference_steps, count=noise_levels_per_sample, first=first_level, end=end_level, seed=seed
-        )
-        self.passes_per_batch = noise_levels_per_sample
+        self.levels = levels
+        self.passes_per_batch = levels.count
         self.advantage_clip = advantage_clip
         self.beta = beta
         self.kl_coef = kl_coef

@@ -10,9 +10,8 @@ Nothing is pushed away from: the yardstick of all the others. But then the sampl
 of few steps vary less than the data, guided ones overshoot, and a policy that is trained on its own samples again and again
 inherits that each time, until it collapses. ``refresh_every`` lets the policy that draws stay for a while, or for good.
 
-Differences from Flow-GRPO's
-script: several best samples of a group share its weight, and a group of equal scores teaches nothing. Left out: its weighting
-by the raw reward, which depends on the reward's zero.
+Differences from Flow-GRPO's script: several best samples of a group share its weight, and a group of equal scores teaches
+nothing. Left out: its weighting by the raw reward, which depends on the reward's zero.
 
 Letters: B samples, X latent shape of one sample.
 """
@@ -20,21 +19,28 @@ Letters: B samples, X latent shape of one sample.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
 
-from flowsteer.rl.forward import ForwardBatch, NoiseLevels, forward_batches, matching_loss, prediction_of
+from flowsteer.rl.forward import (
+    ForwardBatch,
+    ForwardSettings,
+    NoiseLevels,
+    forward_batches,
+    matching_loss,
+    prediction_of,
+)
 from flowsteer.rl.losses import loss_metrics
-from flowsteer.rl.types import AlgorithmSettings, Comparison, Metrics, PolicyView, Requirements, changed
+from flowsteer.rl.types import Comparison, Metrics, PolicyView, Requirements, changed
 from flowsteer.rollout.types import Rollout
 
 SampleWeights = Literal["best", "positive", "exponential"]
 
 
-class WeightedSFTConfig(AlgorithmSettings):
+class WeightedSFTConfig(ForwardSettings):
     """Which samples count, and how far the prediction may go."""
 
     needs: ClassVar[Requirements] = Requirements(transitions=False, groups_in_a_batch=True)
@@ -47,10 +53,6 @@ class WeightedSFTConfig(AlgorithmSettings):
     """Training steps after which the policy that draws is the current one again; null: the start of training draws always."""
     kl_coef: NonNegativeFloat = 0.0
     """Weight of the squared distance of the prediction to the reference's."""
-    noise_levels_per_sample: PositiveInt = 1
-    first_level: Annotated[int, Field(ge=0)] = 0
-    end_level: PositiveInt | None = None
-    """Denoising indices to train at, ``first_level <= index < end_level``; null leaves out the last one."""
 
     def idle(self) -> Iterator[str]:
         """The temperature, where no weight is exponential."""
@@ -62,29 +64,22 @@ class WeightedSFT:
     """See the module's docstring.
 
     Args:
-        num_inference_steps: denoising steps of the rollout's schedule.
-        seed: of the choice of noise levels.
+        levels: noise levels to train at.
         The others as in `WeightedSFTConfig`.
     """
 
     def __init__(
         self,
         *,
-        num_inference_steps: int,
-        seed: int,
+        levels: NoiseLevels,
         weights: SampleWeights,
         temperature: float,
         refresh_every: int | None,
         kl_coef: float,
-        noise_levels_per_sample: int,
-        first_level: int,
-        end_level: int | None,
         updates_per_rollout: int,
     ) -> None:
-        self.levels = NoiseLevels(
-            num_inference_steps, count=noise_levels_per_sample, first=first_level, end=end_level, seed=seed
-        )
-        self.passes_per_batch = noise_levels_per_sample
+        self.levels = levels
+        self.passes_per_batch = levels.count
         self.weights: SampleWeights = weights
         self.temperature = temperature
         self.kl_coef = kl_coef
