@@ -245,13 +245,14 @@ def table_of(lines: dict[str, list[Outcome]], budgets: dict[str, float]) -> str:
 
     rows = [
         f"| algorithm | before | gain after {budgets['passes']:,} passes | gain after {budgets['minutes']:g} min | "
-        "gain at the end | after | steps | passes | minutes | agreement |",
+        "gain at the end | after, by seed | steps | passes | minutes | agreement |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, outcomes in sorted(lines.items(), key=lambda line: -gain(line[1], "end")[0]):
         cells = [name, mean(outcomes, "start", "score", ".3f")]
         cells += [cell(outcomes, moment) for moment in ("passes", "minutes", "end")]
-        fields = {"score": ".3f", "steps": ".0f", "passes": ",.0f", "minutes": ".1f", "agreement": ".3f"}
+        cells.append(", ".join(format(outcome["end"].score, ".3f") for outcome in outcomes))
+        fields = {"steps": ".0f", "passes": ",.0f", "minutes": ".1f", "agreement": ".3f"}
         cells += [mean(outcomes, "end", field, form) for field, form in fields.items()]
         rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows)

@@ -29,8 +29,23 @@ ROOT = Path(__file__).resolve().parent.parent
     ids=lambda arguments: arguments[0],
 )
 def test_learns_composition(arguments: list[str], tmp_path: Path) -> None:
-    options = ["--seeds", "3", "--parallel", "2", "--root", str(tmp_path)]
-    command = [sys.executable, "scripts/learn.py", *arguments, *options]
+    script("learn.py", *arguments, "--seeds", "3", "--parallel", "2", "--root", str(tmp_path))
+
+
+@pytest.mark.slow
+def test_step_aware_dpo_learns_composition_from_a_judge_of_its_own(tmp_path: Path) -> None:
+    """The judge of predictions is trained first, on labels of the strict score; half an hour in all."""
+    judge, prompts = tmp_path / "judge", ["--prompts", "shapes_train.txt", "--held-out", "shapes_reserved.txt"]
+    script("train_step_preference.py", str(judge), "--model", "embedded", *prompts, "--reward-option", "score=strict")
+    levels = json.loads((judge / "accuracy.json").read_text(encoding="utf-8"))["accuracy"]
+    assert all(level["after"] > level["before"] + 0.05 for level in levels)
+    arguments = ["embedded_spo_step_preference", f"rewards.step_preference.options.path={judge}"]
+    script("learn.py", *arguments, "--seeds", "3", "--parallel", "2", "--root", str(tmp_path))
+
+
+def script(name: str, *arguments: str) -> None:
+    """Run one of scripts/ and expect that it ends well; learn.py does when the interval is above zero."""
+    command = [sys.executable, f"scripts/{name}", *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     print(done.stdout)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
