@@ -173,9 +173,9 @@ def start(config: Config, *, resume: bool = False, quiet: bool = False) -> Run:
     folder = Path(config.output)
     open_run(folder, config, resume=resume)
     plan = build_plan(config.rollout.plan, config)
-    build_branching(config)  # its faults, like all others, before anything is written
+    build_branching(config)  # its faults, like all others, before anything is loaded or written
     engine = build_engine(config)  # before the rewards: a model of theirs then lands on this process's device
-    algorithm = build_algorithm(config, plan, engine)
+    build_algorithm(config, plan, engine)
     prompts = read_prompts(config.prompts.train)
     evaluation_prompts = read_prompts(config.evaluation.prompts) if config.evaluation else None
     with ExitStack() as undo:  # a reward may be a process, which must not stay behind when anything below fails
@@ -187,6 +187,8 @@ def start(config: Config, *, resume: bool = False, quiet: bool = False) -> Run:
         pipeline = build_pipeline(config, engine.device)
         model = fingerprint(dict(pipeline.denoisers))
         plan = _checked_plan(config, pipeline, plan, prompts)
+        # processes meet in every pass under ZeRO, so they must ask the same one of several denoisers at the same time
+        algorithm = build_algorithm(config, plan, engine, common_indices=len(pipeline.denoisers) > 1)
         policy = build_policy(config, pipeline, algorithm)
         engine.prepare(policy, build_optimizer_settings(config), passes_per_batch=algorithm.passes_per_batch)
         checkpoints = Checkpoints(
@@ -254,8 +256,11 @@ def build_branching(config: Config) -> Branching | None:
     return Branching(**section.model_dump()) if section else None
 
 
-def build_algorithm(config: Config, plan: Plan, engine: Engine) -> Algorithm:
-    """The algorithm with plain arguments: its own settings, and what it asks for of the others."""
+def build_algorithm(config: Config, plan: Plan, engine: Engine, *, common_indices: bool = False) -> Algorithm:
+    """The algorithm with plain arguments: its own settings, and what it asks for of the others.
+
+    ``common_indices``: all batches of a training step are trained at the same denoising indices.
+    """
     kernel, rollout, branching = config.rollout.kernel, config.rollout, config.rollout.branching
     pools = len([index for index in plan.indices(0) if branching is None or index >= branching.first])
     if branching is not None and not pools:
@@ -271,13 +276,16 @@ def build_algorithm(config: Config, plan: Plan, engine: Engine) -> Algorithm:
         "group_size": rollout.group_size,
         "advantage_clip": config.advantage.clip,
         "seed": config.seed,
+        "common_indices": common_indices,
         "gather": engine.gather,
     }
     chosen = ALGORITHMS[type(config.algorithm)]
     asked = inspect.signature(chosen).parameters
     forgotten = set(type(config.algorithm).model_fields) - {"name", "updates_per_rollout"} - set(asked)
     if isinstance(config.algorithm, ForwardSettings) and "levels" in asked:
-        settings["levels"] = config.algorithm.levels(rollout.num_inference_steps, config.seed)
+        settings["levels"] = config.algorithm.levels(
+            rollout.num_inference_steps, seed=config.seed, common=common_indices
+        )
         forgotten -= set(ForwardSettings.model_fields)
     assert not forgotten, f"{chosen.__name__} has settings that do nothing: {forgotten}"
     return chosen(**{name: settings[name] for name in asked})

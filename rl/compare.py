@@ -44,6 +44,8 @@ def compare(
     weights: Mapping[str, float],
     combine: Combine = "rewards",
     deviation: Deviation,
+    ddof: int = 0,
+    epsilon: float = 1e-4,
     clip: float | None,
     best_and_worst: int | None = None,
     min_scored: float,
@@ -58,6 +60,8 @@ def compare(
         combine: several rewards by summing ``rewards``, or ``advantages`` (each compared on its own scale), or ``gdpo`` (these,
             normalised once more over the whole step).
         deviation: what a difference is divided by, see `group_advantage`.
+        ddof: of the deviation.
+        epsilon: added to it.
         clip: of the advantage.
         best_and_worst: of each group only so many count, half of them its best and half its worst; None: all.
         min_scored: the part of all samples that must have a score.
@@ -87,16 +91,16 @@ def compare(
             f"only {scored:.1%} of the samples have a score, advantage.min_scored asks for {min_scored:.1%}; "
             f"the most frequent reason: {common}"
         )
+    divided = {"deviation": deviation, "ddof": ddof, "epsilon": epsilon, "clip": clip}
     if combine == "rewards":
-        advantage = group_advantage(total, group, deviation=deviation, clip=clip)
+        advantage = group_advantage(total, group, **divided)
     else:
         known = {name: table[:, 1 + parts.index(name)] for name, weight in weights.items() if weight and name in parts}
         advantage = combined_advantage(
             {name: values.where(~total.isnan(), torch.nan) for name, values in known.items()},
             {name: weights[name] for name in known},
             group,
-            deviation=deviation,
-            clip=clip,
+            **divided,
             over_step=combine == "gdpo",
         )
     counts = usable(total, group)

@@ -228,6 +228,10 @@ class AdvantageConfig(Section):
     """How a sample is compared with its group."""
 
     deviation: Literal["group", "global", "none"] = "group"
+    ddof: Literal[0, 1] = 0
+    """Of the deviation, which is that of n - ddof samples; Flow-GRPO's is 0, that of DanceGRPO, MixGRPO and G2RPO 1."""
+    epsilon: NonNegativeFloat = 1e-4
+    """Added to the deviation; DanceGRPO, MixGRPO and G2RPO have 1e-8."""
     clip: PositiveFloat | None = 5.0
     combine: Literal["rewards", "advantages", "gdpo"] = "rewards"
     """Several rewards: sum the scores; or compare each on its own scale and sum that; or normalise that sum once more."""
@@ -339,6 +343,8 @@ class Config(Section):
             yield f"{name} compares candidates that leave the same state; set rollout.branching, e.g. 'rollout.branching={{}}'"
         if needs.gaussian_log_prob and rollout.kernel.log_prob_weight != "gaussian":
             yield f"{name} normalises Gaussian log densities; set rollout.kernel.log_prob_weight=gaussian"
+        if needs.flow and rollout.kernel.name == "ddim":
+            yield f"{name} divides by the step length of a flow, which rollout.kernel.name=ddim has not; use flow_grpo"
         if needs.clipped_advantage and self.advantage.clip is None:
             yield f"{name} scales advantages by their clip; set advantage.clip, 5.0 is published"
         at_once = rollout.batch_size * (num_processes if needs.groups_in_a_pass else 1)
@@ -375,6 +381,12 @@ class Config(Section):
             )
         if (kept := self.advantage.best_and_worst) is not None and kept >= rollout.group_size:
             yield f"advantage.best_and_worst={kept} leaves nothing out of groups of {rollout.group_size}; leave it out"
+        ranked = {"deviation", "clip", "ddof", "epsilon"} | ({"combine"} if kept is None else set())
+        if self.algorithm.needs.scores_only and (idle := sorted(changed(self.advantage) & ranked)):
+            yield (
+                f"algorithm.name={self.algorithm.name} ranks the weighted sum of the scores and asks for no advantage; leave "
+                f"{' and '.join(f'advantage.{key}' for key in idle)} out"
+            )
         if rollout.train_guidance_scale is not None and self.algorithm.needs.transitions:
             yield (
                 f"algorithm.name={self.algorithm.name} trains the very steps that were drawn, with their guidance; leave "

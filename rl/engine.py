@@ -197,6 +197,10 @@ class Engine:
             gradients = [p.grad for p in self._parameters if p.grad is not None] if self.zero_stage == 0 else []
             before = nn.utils.get_total_norm(gradients) if boundary else 0.0
             self._deepspeed.step()  # at the boundary clips, steps and clears
+            if (
+                boundary and self.zero_stage == 3
+            ):  # which it does not clear: a parameter that the next update's passes do
+                self._optimizer.grad_partitions_flat_buffer.zero_()  # not reach would be given this gradient once more
             norm = float(before or self._deepspeed.get_global_grad_norm() or 0.0)
             self._refuse_not_finite(norm)
         if not boundary:
@@ -215,11 +219,11 @@ class Engine:
 
     def _reduce_gradients(self) -> None:
         """Average over processes in one message; a parameter that no pass reached counts as zero."""
+        for parameter in self._parameters:
+            if parameter.grad is None:  # its momentum goes on, as under DeepSpeed
+                parameter.grad = torch.zeros_like(parameter)
         if self.num_processes == 1:
             return
-        for parameter in self._parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
         flat = torch.cat([parameter.grad.flatten() for parameter in self._parameters if parameter.grad is not None])
         reduced: Any = self.accelerator.reduce(flat, reduction="mean")
         for parameter, mean in zip(self._parameters, reduced.split([p.numel() for p in self._parameters])):

@@ -72,13 +72,21 @@ class NoiseLevels:
         count: noise levels of each rollout batch.
         first, end: the range of denoising indices, ``first <= index < end``; ``end`` None leaves out the last step.
         seed: of the choice.
+        common: all batches of a step get the same ones.
 
     Raises:
         ValueError: the range holds fewer noise levels than ``count``.
     """
 
     def __init__(
-        self, num_inference_steps: int, *, count: int, first: int = 0, end: int | None = None, seed: int
+        self,
+        num_inference_steps: int,
+        *,
+        count: int,
+        first: int = 0,
+        end: int | None = None,
+        seed: int,
+        common: bool = False,
     ) -> None:
         end = max(num_inference_steps - 1, 1) if end is None else end
         if not 0 <= first < end <= num_inference_steps:
@@ -91,18 +99,21 @@ class NoiseLevels:
                 f"algorithm.noise_levels_per_sample={count}, but {end - first} noise levels are there to train at (indices "
                 f"{first} to {end - 1} of {num_inference_steps}); take at most as many"
             )
-        self.count, self.first, self.end, self.seed = count, first, end, seed
+        self.count, self.first, self.end, self.seed, self.common = count, first, end, seed, common
 
-    def spread(self, *key: int) -> list[int]:
-        """``count`` different indices, uniformly; the key (step, sample, ...) says which draw it is."""
-        generator = np.random.default_rng(mix(self.seed, *key))
+    def spread(self, step: int, sample: int | None = None) -> list[int]:
+        """``count`` different indices, uniformly, for the batch that begins with a sample; None: for all of the step."""
+        generator = self._generator(step, sample)
         return [self.first + int(place) for place in generator.permutation(self.end - self.first)[: self.count]]
 
-    def stratified(self, *key: int) -> list[int]:
+    def stratified(self, step: int, sample: int | None = None) -> list[int]:
         """``count`` indices, one from each of as many equal strata (AWM)."""
-        generator = np.random.default_rng(mix(self.seed, *key))
+        generator = self._generator(step, sample)
         edges = np.linspace(self.first, self.end, self.count + 1).astype(int)
         return [int(generator.integers(low, high)) for low, high in pairwise(edges)]
+
+    def _generator(self, step: int, sample: int | None) -> np.random.Generator:
+        return np.random.default_rng(mix(self.seed, step, *([] if sample is None or self.common else [sample])))
 
 
 class ForwardSettings(AlgorithmSettings):
@@ -114,10 +125,10 @@ class ForwardSettings(AlgorithmSettings):
     end_level: PositiveInt | None = None
     """Denoising indices to train at, ``first_level <= index < end_level``; null leaves out the last one."""
 
-    def levels(self, num_inference_steps: int, seed: int) -> NoiseLevels:
-        """Of the sampler's, those that these settings leave. Raises ValueError for too few."""
+    def levels(self, num_inference_steps: int, **options: Any) -> NoiseLevels:
+        """Of the sampler's, those that these settings leave; ``options`` as in `NoiseLevels`, and its errors."""
         count = self.noise_levels_per_sample
-        return NoiseLevels(num_inference_steps, count=count, first=self.first_level, end=self.end_level, seed=seed)
+        return NoiseLevels(num_inference_steps, count=count, first=self.first_level, end=self.end_level, **options)
 
 
 def forward_batches(

@@ -56,27 +56,36 @@ def transition_batches(
     step: int,
     seed: int = 0,
     each: int | None = None,
+    common: bool = False,
 ) -> Iterator[TransitionBatch]:
     """Every transition of every batch once, or ``each`` of its transitions, drawn anew for each batch and step.
 
     Rollouts that share their trajectory are one pool that was finished in several ways (G2RPO's granularities): their
-    advantages add up.
+    advantages add up. With ``common`` all batches of a step train the same ones.
     """
     for _, same in groupby(zip(rollouts, comparisons), key=lambda pair: id(pair[0].trajectory)):
         ways = list(same)
         rollout, comparison = ways[0]
         if len(ways) > 1:
-            comparison = Comparison(
-                score=torch.stack([other.score for _, other in ways]).mean(0),
-                advantage=torch.stack([other.advantage for _, other in ways]).sum(0),
-                weight=torch.stack([other.weight for _, other in ways]).mean(0),
-            )
+            comparison = _of_all_ways([other for _, other in ways])
         assert rollout.trajectory is not None, "the configuration guarantees stochastic steps"
         count = len(rollout.trajectory.indices)
-        generator = np.random.default_rng(mix(seed, step, int(rollout.sample[0])))
+        generator = np.random.default_rng(mix(seed, step, *([] if common else [int(rollout.sample[0])])))
         chosen = range(count) if each is None else sorted(generator.permutation(count)[:each].tolist())
         for transition in chosen:
             yield TransitionBatch(rollout=rollout, comparison=comparison, transition=transition)
+
+
+def _of_all_ways(ways: Sequence[Comparison]) -> Comparison:
+    """One comparison of a pool that was finished in several ways: what weight times advantage comes to in all of them."""
+    weights = torch.stack([comparison.weight for comparison in ways])  # [W, B], 0 where one was not compared
+    advantages = torch.stack([comparison.advantage for comparison in ways])
+    weight = weights.mean(0)
+    return Comparison(
+        score=torch.stack([comparison.score for comparison in ways]).mean(0),
+        advantage=torch.where(weight > 0, (weights * advantages).sum(0) / weight.clamp(min=1e-12), 0.0),
+        weight=weight,
+    )
 
 
 def gaussian(policy: PolicyView, batch: TransitionBatch, kernel: str) -> kernels.Gaussian:

@@ -38,12 +38,16 @@ class Requirements:
     """The kernel's means are stored."""
     gaussian_log_prob: bool = False
     """Log densities in the Gaussian convention."""
+    flow: bool = False
+    """A flow's kernel: a change of the prediction moves the mean by the difference of the noise levels times as much."""
     pools: bool = False
     """Samples of a group leave the same state (``rollout.branching``)."""
     groups_in_a_batch: bool = False
     """All samples of a group are in one rollout batch."""
     groups_in_a_pass: bool = False
     """All samples of a group are in the batches that the processes train on at the same time."""
+    scores_only: bool = False
+    """Ranks the scores of a group; advantages are not asked for."""
     clipped_advantage: bool = False
     """The clip of the advantage, which is part of the loss."""
 

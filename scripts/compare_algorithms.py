@@ -101,11 +101,11 @@ ENTRIES: dict[str, Entry] = {
         ("algorithm.refresh_every=null",),
         ("algorithm.beta=500.0", *FEWER_FORWARD),
     ),
-    "RAFT": Entry("embedded_raft_composition", dense=("rollout.prompts_per_step=36", "num_steps=20")),
+    "RAFT": Entry("embedded_raft_composition", dense=("rollout.prompts_per_step=40",)),
     "reward-weighted regression": Entry(
         "embedded_raft_composition",
         ("algorithm.weights=exponential",),
-        ("rollout.prompts_per_step=36", "num_steps=20"),
+        ("rollout.prompts_per_step=40",),
     ),
 }
 ALGORITHMS = tuple(ENTRIES)

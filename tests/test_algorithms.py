@@ -245,6 +245,8 @@ def test_nft_refuses_more_noise_levels_than_there_are() -> None:
 def test_nft_old_policy_follows_more_slowly_as_training_goes_on() -> None:
     algorithm = ToyRun(diffusion_nft(old_decay_slope=0.001)).algorithm
     assert [algorithm.old_decay(updates) for updates in (0, 100, 500, 5000)] == [0, 0.1, 0.5, 0.5]
+    later = ToyRun(diffusion_nft(old_decay_slope=0.0075, old_decay_max=0.999, old_decay_start=75)).algorithm
+    assert [later.old_decay(updates) for updates in (0, 75, 115, 5000)] == [0, 0, 0.3, 0.999]
 
 
 # --- what is left out ---------------------------------------------------------------------------------------------------
@@ -339,15 +341,16 @@ def two_rewards() -> tuple[list[Rollout], list[Scores]]:
 def test_several_rewards_are_compared_as_the_configuration_says(combine: Any) -> None:
     rollouts, scores = two_rewards()
     weights = {"large": 1.0, "small": 2.0, "only reported": 0.0}
-    settings: dict[str, Any] = {"deviation": "group", "clip": None, "min_scored": 1.0}
+    settings: dict[str, Any] = {"deviation": "group", "ddof": 1, "epsilon": 1e-8, "clip": None, "min_scored": 1.0}
     found, _ = compare(rollouts, scores, lambda x: x, weights=weights, combine=combine, **settings)
     group = torch.cat([rollout.group for rollout in rollouts])
     columns = {name: torch.cat([score.parts[name] for score in scores]) for name in ("large", "small")}
+    divided = {"ddof": 1, "epsilon": 1e-8}
     if combine == "rewards":
-        expected = group_advantage(columns["large"] + 2 * columns["small"], group, clip=None)
+        expected = group_advantage(columns["large"] + 2 * columns["small"], group, clip=None, **divided)
     else:
         pair = {"large": 1.0, "small": 2.0}
-        expected = combined_advantage(columns, pair, group, clip=None, over_step=combine == "gdpo")
+        expected = combined_advantage(columns, pair, group, clip=None, over_step=combine == "gdpo", **divided)
     assert torch.equal(torch.cat([comparison.advantage for comparison in found]), expected)
     assert found[1].advantage.tolist() == [0.0] * 8  # tied in both: exactly nothing, also after GDPO's second step
     assert torch.equal(found[0].score, scores[0].total)

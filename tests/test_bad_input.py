@@ -178,6 +178,14 @@ def test_rewards_that_are_not_there(tmp_path, make_config):
             },
             "set advantage.clip",
         ),
+        (
+            {"algorithm": {"name": "pso"}, "advantage": {"combine": "gdpo", "deviation": "global"}},
+            "asks for no advantage; leave advantage.combine and advantage.deviation out",
+        ),
+        (
+            {"algorithm": {"name": "grpo_guard"}, "rollout.kernel": {"name": "ddim", "log_prob_weight": "gaussian"}},
+            "which rollout.kernel.name=ddim has not",
+        ),
         ({"engine": {"device": "cpu", "zero_stage": 0}, "model.dtype": "bfloat16"}, "use stage 1 to 3"),
     ],
 )

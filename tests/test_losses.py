@@ -403,6 +403,14 @@ def test_strata_cover_the_range_and_hold_one_level_each() -> None:
     assert levels.stratified(3) == drawn[3]
 
 
+def test_common_levels_are_those_of_all_batches_of_a_step() -> None:
+    """Several denoisers share the levels between them, and processes must ask the same one at the same time."""
+    levels = NoiseLevels(10, count=3, seed=0, common=True)
+    for draw in (levels.spread, levels.stratified):
+        assert {tuple(draw(4, sample)) for sample in range(20)} == {tuple(draw(4))}
+        assert len({tuple(draw(step, 0)) for step in range(20)}) > 5
+
+
 def test_spread_levels_are_different_and_cover_the_range() -> None:
     levels = NoiseLevels(10, count=3, first=2, end=7, seed=0)
     drawn = [levels.spread(step, 5) for step in range(200)]
@@ -435,6 +443,20 @@ def test_granularities_of_a_pool_are_trained_once_with_the_sum_of_their_advantag
     assert len(batches) == 3 * 2 == 3 * run.algorithm.passes_per_batch
     assert [float(batch.comparison.advantage[0]) for batch in batches] == [1, 5, 9, 13, 17, 21]
     assert [batch.index for batch in batches] == [1, 2] * 3
+
+
+def test_a_granularity_that_was_not_compared_is_left_out_of_the_sum() -> None:
+    """Weight 0 there, as for a missing score: the pool counts half, with the advantage of the way that was compared."""
+    run = ToyRun(VARIANTS["g2rpo"])
+    rollouts = run.rollouts()
+    fine = comparison([1.0] * GROUP, weight=[2.0] * GROUP)
+    coarse = comparison([-5.0] * GROUP, weight=[0.0] * (GROUP - 1) + [2.0])
+    nowhere = comparison([7.0] * GROUP, weight=[0.0] * GROUP)
+    made = [fine, coarse, nowhere, nowhere] * 3
+    first, second, *_ = run.algorithm.batches(rollouts, made, 0)
+    assert first.comparison.weight.tolist() == [1.0] * (GROUP - 1) + [2.0]
+    assert (first.comparison.weight * first.comparison.advantage).tolist() == [2.0] * (GROUP - 1) + [-8.0]
+    assert second.comparison.weight.tolist() == second.comparison.advantage.tolist() == [0.0] * GROUP
 
 
 def test_transitions_are_drawn_anew_for_every_batch_and_step() -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import launch
 import pytest
 import torch
+import zoo
 from conftest import Make
 from safetensors.torch import load_file
 from variants import VARIANTS
@@ -60,8 +61,9 @@ def lines(folder: Path, *, without: tuple[str, ...] = ()) -> list[dict[str, floa
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    (file,) = (folder / "export").rglob("*.safetensors")
-    return load_file(file)
+    files = sorted((folder / "export").rglob("*.safetensors"))  # one for each denoiser
+    assert files
+    return {f"{file.name} {key}": value for file in files for key, value in load_file(file).items()}
 
 
 def assert_equal_runs(first: Path, second: Path) -> None:
@@ -108,6 +110,28 @@ def test_two_processes_under_zero_2_are_one_and_resume_bit_for_bit(
     config = make_config(tmp_path / "resumed", **zero)
     launch.run(config | {"num_steps": 1}, processes=2)
     assert_equal_runs(launch.run(config, processes=2, resume=True), two)
+
+
+def test_denoisers_that_share_the_steps_are_asked_alike_by_all_processes(runs: Runs, tmp_path: Path) -> None:
+    """Wan 2.2 has a transformer for high noise levels and one for low ones; ZeRO's processes meet in every pass."""
+    zoo.build("wan").save_pretrained(tmp_path / "wan")
+    overrides = {
+        "num_steps": 2,
+        **VARIANTS["weighted_sft"],
+        "model": {
+            "path": str(tmp_path / "wan"),
+            "lora": {"rank": 4, "alpha": 12, "targets": ["to_q", "to_k", "to_v"]},
+            "height": 16,
+            "width": 16,
+            "call": {"num_frames": 1},
+        },
+        "rewards": {"brightness:Brightness": {}},
+        "optimizer.learning_rate": 3e-3,  # its gradient is a hundred times the other model's
+    }
+    one = runs("wan on one", **overrides)
+    for stage in (2, 3):
+        two = runs(f"wan under {stage}", processes=2, **overrides, **{"engine.zero_stage": stage})
+        assert_close_runs(one, two)
 
 
 def test_a_group_of_dgpo_may_lie_on_two_processes(runs: Runs) -> None:

@@ -37,7 +37,7 @@ from flowsteer.rollout.types import Rollout
 class DiffusionDPOConfig(ForwardSettings):
     """Diffusion-DPO's hyper-parameters."""
 
-    needs: ClassVar[Requirements] = Requirements(transitions=False, groups_in_a_batch=True)
+    needs: ClassVar[Requirements] = Requirements(scores_only=True, transitions=False, groups_in_a_batch=True)
 
     name: Literal["diffusion_dpo"] = "diffusion_dpo"
     beta: PositiveFloat = 2000.0

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, ClassVar, Literal
 
 import torch
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from flowsteer.rl.forward import (
@@ -48,7 +48,9 @@ class DiffusionNFTConfig(ForwardSettings):
     """Weight of the squared distance of the prediction to the reference's."""
     old_decay_slope: NonNegativeFloat = 1e-3
     old_decay_max: Annotated[float, Field(ge=0, le=1)] = 0.5
-    """After n updates the old policy keeps min(slope * n, max) of itself and takes the rest from the current one."""
+    old_decay_start: NonNegativeInt = 0
+    """After n updates the old policy keeps min(slope * (n - start), max) of itself, nothing before ``start``, and takes the
+    rest from the current one. Published: slope 0.001 and max 0.5; for text rendering 0.0075, 0.999 and start 75."""
 
 
 class DiffusionNFT:
@@ -71,6 +73,7 @@ class DiffusionNFT:
         kl_coef: float,
         old_decay_slope: float,
         old_decay_max: float,
+        old_decay_start: int = 0,
     ) -> None:
         self.levels = levels
         self.passes_per_batch = levels.count
@@ -79,6 +82,7 @@ class DiffusionNFT:
         self.kl_coef = kl_coef
         self.old_decay_slope = old_decay_slope
         self.old_decay_max = old_decay_max
+        self.old_decay_start = old_decay_start
 
     @property
     def variants(self) -> frozenset[str]:
@@ -87,7 +91,7 @@ class DiffusionNFT:
 
     def old_decay(self, num_updates: int) -> float:
         """The published schedule: nearly on-policy at first, slower later."""
-        return min(self.old_decay_slope * num_updates, self.old_decay_max)
+        return min(self.old_decay_slope * max(num_updates - self.old_decay_start, 0), self.old_decay_max)
 
     def batches(
         self, rollouts: Sequence[Rollout], comparisons: Sequence[Comparison], step: int

@@ -58,6 +58,7 @@ class FlowGRPO:
         log_prob_weight: its log-density convention, see `kernels.log_prob`.
         num_transitions: K, stored transitions per sample.
         seed: of the choice of transitions.
+        common_indices: all batches of a step train the same ones.
         The others as in `FlowGRPOConfig`.
     """
 
@@ -70,6 +71,7 @@ class FlowGRPO:
         log_prob_weight: kernels.LogProbWeight,
         num_transitions: int,
         seed: int,
+        common_indices: bool = False,
         clip_range: float,
         kl_coef: float,
         transitions_per_sample: int | None = None,
@@ -84,6 +86,7 @@ class FlowGRPO:
         self.transitions_per_sample = transitions_per_sample
         self.passes_per_batch = transitions_per_sample or num_transitions
         self.seed = seed
+        self.common_indices = common_indices
         self.clip_range = clip_range
         self.kl_coef = kl_coef
 
@@ -100,9 +103,8 @@ class FlowGRPO:
         self, rollouts: Sequence[Rollout], comparisons: Sequence[Comparison], step: int
     ) -> Iterator[TransitionBatch]:
         """Every transition that is trained of every rollout batch."""
-        yield from transition_batches(
-            rollouts, comparisons, step=step, seed=self.seed, each=self.transitions_per_sample
-        )
+        chosen = {"seed": self.seed, "each": self.transitions_per_sample, "common": self.common_indices}
+        yield from transition_batches(rollouts, comparisons, step=step, **chosen)
 
     def loss(self, policy: PolicyView, batch: TransitionBatch) -> tuple[Tensor, Metrics]:
         """The clipped objective of one transition, and the KL to the reference."""

@@ -6,7 +6,7 @@ so that one clip range means another thing at each step. Guard's log ratio is q 
 because a change of the velocity moves the mean by that times as much.
 
 As in the published code b carries a gradient. Differences: the division by the step's length, which Flow-Factory leaves out,
-and any kernel may be used. Left out: the variance convention of the log density, which has no q to remove.
+and any kernel of a flow may be used. Left out: the variance convention of the log density, which has no q to remove.
 
 Letters: B samples, X latent shape of one sample.
 """
@@ -30,7 +30,7 @@ from flowsteer.rollout.types import Rollout
 class GRPOGuardConfig(AlgorithmSettings):
     """GRPO-Guard's hyper-parameters."""
 
-    needs: ClassVar[Requirements] = Requirements(transitions=True, means=True, gaussian_log_prob=True)
+    needs: ClassVar[Requirements] = Requirements(transitions=True, means=True, flow=True, gaussian_log_prob=True)
 
     name: Literal["grpo_guard"] = "grpo_guard"
     clip_range: PositiveFloat = 2e-6

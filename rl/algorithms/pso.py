@@ -31,7 +31,7 @@ from flowsteer.rollout.types import Rollout
 class PSOConfig(AlgorithmSettings):
     """PSO's hyper-parameters; the defaults are the published ones for SDXL-Turbo."""
 
-    needs: ClassVar[Requirements] = Requirements(transitions=True, groups_in_a_batch=True)
+    needs: ClassVar[Requirements] = Requirements(scores_only=True, transitions=True, groups_in_a_batch=True)
 
     name: Literal["pso"] = "pso"
     beta: PositiveFloat = 50.0

@@ -36,7 +36,7 @@ from flowsteer.rollout.types import Rollout, flat_mean
 class StepDPOConfig(AlgorithmSettings):
     """Step-aware DPO's hyper-parameters; the defaults are the published ones for Stable Diffusion 1.5."""
 
-    needs: ClassVar[Requirements] = Requirements(transitions=True, pools=True, groups_in_a_batch=True)
+    needs: ClassVar[Requirements] = Requirements(scores_only=True, transitions=True, pools=True, groups_in_a_batch=True)
 
     name: Literal["step_dpo"] = "step_dpo"
     beta: PositiveFloat = 10.0
