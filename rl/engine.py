@@ -197,10 +197,9 @@ class Engine:
             gradients = [p.grad for p in self._parameters if p.grad is not None] if self.zero_stage == 0 else []
             before = nn.utils.get_total_norm(gradients) if boundary else 0.0
             self._deepspeed.step()  # at the boundary clips, steps and clears
-            if (
-                boundary and self.zero_stage == 3
-            ):  # which it does not clear: a parameter that the next update's passes do
-                self._optimizer.grad_partitions_flat_buffer.zero_()  # not reach would be given this gradient once more
+            if boundary and self.zero_stage == 3:
+                # not cleared there: a parameter that the next update's passes do not reach would get this gradient again
+                self._optimizer.grad_partitions_flat_buffer.zero_()
             norm = float(before or self._deepspeed.get_global_grad_norm() or 0.0)
             self._refuse_not_finite(norm)
         if not boundary:

@@ -1,6 +1,7 @@
 """What algorithms that learn from stochastic transitions have in common.
 
-Letters: B samples, K stored transitions, S states that samples left, X latent shape of one sample.
+Letters: B samples, R of them that take part in a loss, K stored transitions, S states that samples left, X latent shape of one
+sample.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ class TransitionBatch:
     comparison: Comparison
     transition: int  # k, the place in the trajectory
 
+    rows: Tensor | None = None  # [R] int64, the rollout's samples that take part; None: all, R = B
+
     @property
     def trajectory(self) -> Trajectory:
         """The rollout's trajectory, which a configuration for these algorithms guarantees."""
@@ -40,13 +43,15 @@ class TransitionBatch:
 
     @property
     def next_latents(self) -> Tensor:
-        """[B, *X]."""
-        return self.trajectory.next_latents[:, self.transition]
+        """[R, *X]."""
+        latents = self.trajectory.next_latents[:, self.transition]
+        return latents if self.rows is None else latents[self.rows]
 
     @property
     def old_log_prob(self) -> Tensor:
-        """[B], under the policy that drew it."""
-        return self.trajectory.log_prob[:, self.transition]
+        """[R], under the policy that drew it."""
+        log_prob = self.trajectory.log_prob[:, self.transition]
+        return log_prob if self.rows is None else log_prob[self.rows]
 
 
 def transition_batches(
@@ -89,18 +94,22 @@ def _of_all_ways(ways: Sequence[Comparison]) -> Comparison:
 
 
 def gaussian(policy: PolicyView, batch: TransitionBatch, kernel: str) -> kernels.Gaussian:
-    """The step under the active policy, mean [B, *X]. One network pass over the states serves all samples that left them."""
+    """The step under the active policy, mean [R, *X]. One network pass over the states serves all samples that left them."""
     of_states, shared = state_gaussian(policy, batch, kernel), batch.trajectory.shared
-    return of_states if shared is None else replace(of_states, mean=of_states.mean[shared.state])
+    if shared is None:
+        return of_states
+    return replace(of_states, mean=of_states.mean[shared.state if batch.rows is None else shared.state[batch.rows]])
 
 
 def state_gaussian(policy: PolicyView, batch: TransitionBatch, kernel: str) -> kernels.Gaussian:
-    """The step under the active policy, mean [S, *X]: one for each state."""
+    """The step under the active policy, mean [S, *X]: one for each state, of those that take part where none is shared."""
     trajectory, k = batch.trajectory, batch.transition
     # contiguous as when they were drawn: strided ones take other kernels in half precision, and the ratio leaves 1
     latents = trajectory.latents[:, k].contiguous()  # [S, *X]
     shared = trajectory.shared
     conditioning = batch.rollout.conditioning if shared is None else shared.conditioning
+    if shared is None and batch.rows is not None:
+        latents, conditioning = latents[batch.rows], conditioning.take(batch.rows)
     velocity = policy.velocity(latents, batch.index, conditioning)
     return kernels.KERNELS[kernel](
         velocity, latents, schedule_of(batch.rollout), batch.index, trajectory.noise_levels[k]

@@ -10,7 +10,8 @@ read before the first step, after the first step that used up the network passes
 up their minutes, and at its own end. Passes are samples that go through the denoiser while training; one that also goes back
 counts three. Minutes are those of the processor, so that runs side by side do not disturb each other's. Scores are of reserved
 captions, four noise seeds each, without guidance; intervals are 95 % over training seeds (Student's t). A run that is finished
-with the same settings is not repeated, so the comparison can be interrupted and continued.
+with the same settings is not repeated, so the comparison can be interrupted and continued; after a change of what the code
+computes, remove its folder.
 """
 
 from __future__ import annotations
@@ -78,6 +79,9 @@ FEWER_FORWARD = ("rollout.prompts_per_step=16", "num_steps=20")
 
 ENTRIES: dict[str, Entry] = {
     "Flow-GRPO, SDE": Entry("embedded_flow_grpo_sde_composition", dense=(GAUSSIAN, *FEWER)),
+    "Flow-GRPO, SDE on all steps": Entry(
+        "embedded_flow_grpo_sde_composition", ("rollout.plan={name: all}",), (GAUSSIAN, *FEWER)
+    ),
     "Flow-GRPO, CPS": Entry("embedded_flow_grpo_cps_composition", dense=FEWER),
     "Flow-GRPO-Fast": Entry("embedded_flow_grpo_fast_composition", dense=FEWER),
     "MixGRPO": Entry("embedded_mixgrpo_composition", dense=(GAUSSIAN, *FEWER)),
@@ -86,7 +90,7 @@ ENTRIES: dict[str, Entry] = {
     "G2RPO": Entry("embedded_g2rpo_composition", dense=(GAUSSIAN, "num_steps=20")),
     "GRPO-Guard": Entry("embedded_grpo_guard_composition", dense=FEWER),
     "step-aware DPO": Entry("embedded_step_dpo_composition", dense=(GAUSSIAN, "algorithm.beta=10.0", *FEWER)),
-    "PSO": Entry("embedded_pso_composition", dense=(GAUSSIAN, "algorithm.beta=10.0", *FEWER)),
+    "PSO": Entry("embedded_pso_composition", dense=(GAUSSIAN, "algorithm.beta=10.0", "rollout.group_size=8", *FEWER)),
     "DGPO": Entry("embedded_dgpo_composition", dense=("algorithm.beta=10.0", *FEWER_FORWARD)),
     "DiffusionNFT": Entry(
         "embedded_nft_composition", ("num_steps=20",), ("optimizer.learning_rate=6.0e-4", *FEWER_FORWARD)
@@ -128,15 +132,16 @@ TABLES: dict[str, tuple[Reward, tuple[str, ...]]] = {
 }
 
 
-def settings_of(entry: Entry, reward: Reward) -> list[str]:
-    """The overrides of an entry with a reward."""
-    return [*entry.overrides, *(DENSE if reward == "dense" else []), *(entry.dense if reward == "dense" else ())]
+def settings_of(entry: Entry, reward: Reward, seed: int, captions: int) -> list[str]:
+    """The overrides of a run: how it is measured, and what its line changes."""
+    measured = [f"seed={seed}", f"evaluation.num_prompts={captions}", "evaluation.num_seeds=4"]
+    return [*measured, *entry.overrides, *((*DENSE, *entry.dense) if reward == "dense" else ())]
 
 
 def configuration(name: str, reward: Reward, seed: int, folder: Path, captions: int, steps: int | None) -> Config:
     """Of one run."""
-    settings = [f"seed={seed}", f"output={folder}", "trackers=[]", "evaluation.every=1", "evaluation.num_seeds=4"]
-    settings += [f"evaluation.num_prompts={captions}", *settings_of(ENTRIES[name], reward)]
+    settings = [f"output={folder}", "trackers=[]", "evaluation.every=1"]
+    settings += settings_of(ENTRIES[name], reward, seed, captions)
     return load_config(ENTRIES[name].config, [*settings, *([f"num_steps={steps}"] if steps else [])])
 
 
@@ -202,7 +207,7 @@ def train_in_a_process(config: Config, reward: Reward, budgets: dict[str, float]
     finished, asked = folder / "outcome.json", folder.with_suffix(".json")
     made = {"config": json.loads(config.model_dump_json()), "budgets": budgets}
     kept = json.loads(finished.read_text(encoding="utf-8")) if finished.exists() else {}
-    if kept.get("made") != made:
+    if not is_made_so(kept, config, budgets):
         shutil.rmtree(folder, ignore_errors=True)  # of other settings, or of an interrupted run
         folder.parent.mkdir(parents=True, exist_ok=True)
         asked.write_text(json.dumps({**made, "reward": reward}), encoding="utf-8")
@@ -214,6 +219,14 @@ def train_in_a_process(config: Config, reward: Reward, budgets: dict[str, float]
         kept = {"made": made, "readings": json.loads((folder / "readings.json").read_text(encoding="utf-8"))}
         finished.write_text(json.dumps(kept, indent=1), encoding="utf-8")
     return {moment: Reading(**values) for moment, values in kept["readings"].items()}
+
+
+def is_made_so(kept: dict[str, Any], config: Config, budgets: dict[str, float]) -> bool:
+    """Whether an outcome is that of a configuration; keys that came into being since then have their defaults."""
+    try:
+        return parse_config(kept["made"]["config"]) == config and kept["made"]["budgets"] == budgets
+    except (KeyError, ValueError):
+        return False
 
 
 def train_as_asked(asked: Path) -> None:
@@ -260,22 +273,25 @@ def table_of(lines: dict[str, list[Outcome]], budgets: dict[str, float]) -> str:
 
 def write_page(name: str, rows: str, lines: list[str], seeds: int) -> None:
     """Put a table, and how it was made, between its marks in docs/algorithms.md."""
-    text = PAGE.read_text(encoding="utf-8")
-    begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
-    head, _, rest = text.partition(begin)
-    _, _, tail = rest.partition(end)
-    if not rest or not tail:
-        raise ValueError(f"{PAGE} has no marks {begin!r} and {end!r}")
+    head, tail = around(name)
     commands = "\n".join(f"# {line}\n{command_of(ENTRIES[line], TABLES[name][0])}" for line in lines)
-    made = f"Training seeds 0 to {seeds - 1}, one thread each:\n\n```bash\n{commands}\n```"
+    made = f"Here with training seed 0 of 0 to {seeds - 1}; one thread each:\n\n```bash\n{commands}\n```"
     details = f"<details><summary>How each line was made</summary>\n\n{made}\n\n</details>"
-    PAGE.write_text(f"{head}{begin}\n{rows}\n\n{details}\n{end}{tail}", encoding="utf-8")
+    PAGE.write_text(f"{head}\n{rows}\n\n{details}\n{tail}", encoding="utf-8")
+
+
+def around(name: str) -> tuple[str, str]:
+    """The page up to the mark that begins a table, and from the one that ends it. Raises ValueError where they are missing."""
+    found = re.fullmatch(f"(.*<!-- begin {name} -->).*(<!-- end {name} -->.*)", PAGE.read_text("utf-8"), re.DOTALL)
+    if found is None:
+        raise ValueError(f"{PAGE} has no <!-- begin {name} --> and <!-- end {name} -->")
+    return found[1], found[2]
 
 
 def command_of(entry: Entry, reward: Reward) -> str:
     """What to type for one run."""
-    changes = " ".join(f"'{change}'" for change in settings_of(entry, reward))
-    return f"flowsteer train {entry.config} {changes}".strip()
+    changes = " ".join(f"'{change}'" for change in settings_of(entry, reward, 0, CAPTIONS[reward]))
+    return f"flowsteer train {entry.config} {changes}"
 
 
 def main(
@@ -299,6 +315,14 @@ def main(
     if wrong:
         console.print(f"unknown: {'; '.join(wrong)}. Lines: {'; '.join(ENTRIES)}. Tables: {'; '.join(TABLES)}")
         raise typer.Exit(2)
+    if write:
+        if names or steps or captions or passes or minutes:
+            console.print(
+                "--write puts whole tables into the page; leave names, steps, captions, passes and minutes out"
+            )
+            raise typer.Exit(2)
+        for of in table or TABLES:
+            around(of)
     chosen = names or ENTRIES
     tables = {of: (TABLES[of][0], [line for line in TABLES[of][1] if line in chosen]) for of in table or TABLES}
     jobs = {(reward, line): list[Future[Outcome]]() for reward, lines in tables.values() for line in lines}

@@ -478,12 +478,21 @@ def test_more_transitions_than_there_are_is_refused() -> None:
         ToyRun({"algorithm": {"name": "flow_grpo", "transitions_per_sample": 9}})
 
 
-def test_pools_share_one_network_pass_in_training() -> None:
-    run = ToyRun(VARIANTS["g2rpo"] | {"algorithm": {"name": "flow_grpo"}} | POOLS)
+@pytest.mark.parametrize(
+    ("overrides", "sizes"),
+    [
+        pytest.param(
+            VARIANTS["g2rpo"] | {"algorithm": {"name": "flow_grpo"}} | POOLS, [1] * 6, id="a pool's one state"
+        ),
+        pytest.param(VARIANTS["pso"], [2] * 24, id="a pair of both policies"),
+    ],
+)
+def test_only_what_the_loss_needs_passes_the_network(overrides: dict[str, Any], sizes: list[int]) -> None:
+    run = ToyRun(overrides)
     rollouts = run.rollouts()
-    sizes = []
+    seen = []
     forward = run.toy.velocity
-    run.toy.velocity = lambda latents, *rest: (sizes.append(len(latents)), forward(latents, *rest))[1]  # type: ignore[method-assign]
+    run.toy.velocity = lambda latents, *rest: (seen.append(len(latents)), forward(latents, *rest))[1]  # type: ignore[method-assign]
     for batch in run.algorithm.batches(rollouts, [comparison(SPREAD)] * len(rollouts), 0):
         run.algorithm.loss(run.policy, batch)
-    assert sizes == [1] * 6
+    assert seen == sizes

@@ -116,12 +116,31 @@ def test_a_run_that_ends_before_a_budget_keeps_its_line() -> None:
     assert cells[2:5] == ["+0.100 (+0.100 to +0.100)", "ended before", "+0.300 (-0.971 to +1.571)"]
 
 
+def test_each_table_of_the_comparison_has_its_place_on_the_page(tmp_path: Path) -> None:
+    program = "import runpy, sys; from pathlib import Path; sys.path.insert(0, 'scripts')\n"
+    program += "made = runpy.run_path('scripts/compare_algorithms.py'); page = Path(sys.argv[1])\n"
+    program += (
+        "page.write_text(made['PAGE'].read_text('utf-8'), 'utf-8'); made['write_page'].__globals__['PAGE'] = page\n"
+    )
+    program += "for name in made['TABLES']: made['write_page'](name, f'| rows of {name} |', ['DGPO', 'RAFT'], 3)\n"
+    program += "for name in made['TABLES']: made['write_page'](name, f'| rows of {name} again |', ['DGPO'], 3)\n"
+    page = tmp_path / "page.md"
+    script("-c", program, str(page))
+    before, after = (ROOT / "docs" / "algorithms.md").read_text("utf-8"), page.read_text("utf-8")
+    for name in ("dense", "composition", "changes"):
+        assert f"<!-- begin {name} -->\n| rows of {name} again |\n\n<details>" in after
+    assert after.count("'seed=0' 'evaluation.num_prompts=264' 'evaluation.num_seeds=4'") == 2
+    assert "RAFT\nflowsteer train" not in after
+    assert after.startswith(before.partition("<!-- begin")[0])
+    assert after.count("<!--") == before.count("<!--") == 6
+
+
 def test_every_line_of_the_comparison_can_run() -> None:
     program = "import runpy; from flowsteer.rl.config import load_config\n"
     program += "import sys; sys.path.insert(0, 'scripts'); made = runpy.run_path('scripts/compare_algorithms.py')\n"
     program += "for reward, lines in made['TABLES'].values():\n"
     program += "    for line in lines:\n"
     program += "        entry = made['ENTRIES'][line]\n"
-    program += "        load_config(entry.config, made['settings_of'](entry, reward)).check(1)\n"
+    program += "        load_config(entry.config, made['settings_of'](entry, reward, 0, 9)).check(1)\n"
     program += "        print(line)"
     assert len(set(script("-c", program).splitlines())) >= 25

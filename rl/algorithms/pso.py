@@ -15,6 +15,7 @@ Letters: B samples, P groups of a batch, X latent shape of one sample.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import ClassVar, Literal
 
 import torch
@@ -70,13 +71,14 @@ class PSO:
         yield from transition_batches(rollouts, comparisons, step=step)
 
     def loss(self, policy: PolicyView, batch: TransitionBatch) -> tuple[Tensor, Metrics]:
-        """The preference loss of one step of each pair."""
+        """The preference loss of one step of each pair; only the pairs' samples pass the network."""
         pairs = best_and_worst(batch.rollout.group, batch.comparison)
+        batch = replace(batch, rows=pairs.sides())
         current = self._log_prob(policy, batch)
         with torch.no_grad(), policy.using("reference"):
             reference = self._log_prob(policy, batch)
-        log_ratio = current - reference  # [B]
-        return preference_loss(self.beta * (log_ratio[pairs.win] - log_ratio[pairs.lose]), pairs)
+        win, lose = (current - reference).chunk(2)  # [P] each
+        return preference_loss(self.beta * (win - lose), pairs)
 
     def _log_prob(self, policy: PolicyView, batch: TransitionBatch) -> Tensor:
         return kernels.log_prob(gaussian(policy, batch, self.kernel), batch.next_latents, weight=self.log_prob_weight)
