@@ -218,6 +218,48 @@ FAULTS = (
         wrong="average.lerp_(current.float(), decay)",
         tests="tests/test_policy.py",
     ),
+    Fault(
+        name="granularities summed without their weights",
+        file="rl/transitions.py",
+        right="(weights * advantages).sum(0) / weight.clamp(min=1e-12)",
+        wrong="advantages.sum(0)",
+        tests="tests/test_losses.py",
+    ),
+    Fault(
+        name="Diffusion-DPO without its reference",
+        file="rl/algorithms/diffusion_dpo.py",
+        right="        win, lose = (error - reference).chunk(2)",
+        wrong="        win, lose = error.chunk(2)",
+        tests="tests/test_losses.py tests/test_every_algorithm.py -k dpo",
+    ),
+    Fault(
+        name="winner and loser of PSO swapped",
+        file="rl/algorithms/pso.py",
+        right="self.beta * (win - lose)",
+        wrong="self.beta * (lose - win)",
+        tests="tests/test_losses.py tests/test_every_algorithm.py -k pso",
+    ),
+    Fault(
+        name="GRPO-Guard without the step's length",
+        file="rl/algorithms/grpo_guard.py",
+        right="((per_sample / length + ",
+        wrong="((per_sample + ",
+        tests="tests/test_losses.py",
+    ),
+    Fault(
+        name="processes ask different denoisers at the same time",
+        file="rl/build.py",
+        right="common_indices=len(pipeline.denoisers) > 1",
+        wrong="common_indices=False",
+        tests="tests/test_processes.py -k asked_alike",
+    ),
+    Fault(
+        name="old gradients of what no pass reached under ZeRO-3",
+        file="rl/engine.py",
+        right="                self._optimizer.grad_partitions_flat_buffer.zero_()",
+        wrong="                pass",
+        tests="tests/test_processes.py -k asked_alike",
+    ),
 )
 
 

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import subprocess
 import sys
 from pathlib import Path
 
+import mutate
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-_spec = importlib.util.spec_from_file_location("mutate", ROOT / "scripts" / "mutate.py")
-assert _spec
-assert _spec.loader
-mutate = importlib.util.module_from_spec(_spec)
-sys.modules["mutate"] = mutate
-_spec.loader.exec_module(mutate)
 
 
 @pytest.mark.parametrize("fault", mutate.FAULTS, ids=lambda fault: fault.name)

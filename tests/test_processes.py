@@ -90,17 +90,22 @@ def assert_close_runs(first: Path, second: Path) -> None:
         torch.testing.assert_close(left[key], right[key], rtol=0, atol=WEIGHTS)
 
 
-# The first variant of every algorithm, and those that draw in ways of their own.
+# At every commit the first variant of every algorithm, those that draw in ways of their own, and a reference that is renewed.
 FIRST = {overrides["algorithm"]["name"]: name for name, overrides in reversed(VARIANTS.items())}
-CHOSEN = [*FIRST.values(), "dance_grpo", "mix_grpo flash", "g2rpo", "step_dpo resampled"]
+CHOSEN = {*FIRST.values(), "dance_grpo", "mix_grpo flash", "g2rpo", "step_dpo resampled", "diffusion_dpo online"}
 
 
-@pytest.mark.parametrize("name", CHOSEN)
+@pytest.mark.parametrize(
+    "name", [name if name in CHOSEN else pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS]
+)
 def test_two_processes_under_zero_2_are_one_and_resume_bit_for_bit(
     runs: Runs, make_config: Make, tmp_path: Path, name: str
 ) -> None:
-    """One process without DeepSpeed against two with it; and these two stopped after a step against these unbroken."""
-    overrides = {"num_steps": 2, "ema_decay": 0.9, **VARIANTS[name]}
+    """One process without DeepSpeed against two with it; and these two stopped before the last step against these unbroken."""
+    steps = (
+        VARIANTS[name]["algorithm"].get("refresh_every", 1) + 1
+    )  # the policy that draws has been renewed before the stop
+    overrides = {"num_steps": steps, "ema_decay": 0.9, **VARIANTS[name]}
     one = runs(f"{name} on one", **overrides)
     zero = {**overrides, "engine.zero_stage": 2}
     two = runs(f"{name} on two", processes=2, **zero)
@@ -108,7 +113,7 @@ def test_two_processes_under_zero_2_are_one_and_resume_bit_for_bit(
     assert all(line["grad_norm"] > 0 for line in lines(one))
 
     config = make_config(tmp_path / "resumed", **zero)
-    launch.run(config | {"num_steps": 1}, processes=2)
+    launch.run(config | {"num_steps": steps - 1}, processes=2)
     assert_equal_runs(launch.run(config, processes=2, resume=True), two)
 
 
