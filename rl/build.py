@@ -33,7 +33,7 @@ from flowsteer.rl.config import Config, PlanConfig, RewardConfig, save_config
 from flowsteer.rl.engine import Engine, OptimizerSettings
 from flowsteer.rl.evaluate import Evaluation, evaluate, save_grid
 from flowsteer.rl.export import export_lora, export_weights
-from flowsteer.rl.forward import ForwardSettings
+from flowsteer.rl.forward import ForwardSettings, NoiseLevels
 from flowsteer.rl.metrics import Log, Meter
 from flowsteer.rl.policy import Policy
 from flowsteer.rl.scoring import StepScorer
@@ -175,7 +175,7 @@ def start(config: Config, *, resume: bool = False, quiet: bool = False) -> Run:
     plan = build_plan(config.rollout.plan, config)
     build_branching(config)  # its faults, like all others, before anything is loaded or written
     engine = build_engine(config)  # before the rewards: a model of theirs then lands on this process's device
-    build_algorithm(config, plan, engine)
+    build_algorithm(config, plan, engine)  # likewise; made again when the pipeline's denoisers are known
     prompts = read_prompts(config.prompts.train)
     evaluation_prompts = read_prompts(config.evaluation.prompts) if config.evaluation else None
     with ExitStack() as undo:  # a reward may be a process, which must not stay behind when anything below fails
@@ -283,8 +283,13 @@ def build_algorithm(config: Config, plan: Plan, engine: Engine, *, common_indice
     asked = inspect.signature(chosen).parameters
     forgotten = set(type(config.algorithm).model_fields) - {"name", "updates_per_rollout"} - set(asked)
     if isinstance(config.algorithm, ForwardSettings) and "levels" in asked:
-        settings["levels"] = config.algorithm.levels(
-            rollout.num_inference_steps, seed=config.seed, common=common_indices
+        settings["levels"] = NoiseLevels(
+            rollout.num_inference_steps,
+            count=config.algorithm.noise_levels_per_sample,
+            first=config.algorithm.first_level,
+            end=config.algorithm.end_level,
+            seed=config.seed,
+            common=common_indices,
         )
         forgotten -= set(ForwardSettings.model_fields)
     assert not forgotten, f"{chosen.__name__} has settings that do nothing: {forgotten}"

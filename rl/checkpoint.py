@@ -11,12 +11,13 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from flowsteer.rl.config import Config
+from flowsteer.rl.config import Config, parse_config
 from flowsteer.rl.engine import Engine
 
 FORMAT = 2
@@ -122,9 +123,12 @@ def open_run(folder: Path, config: Config, *, resume: bool) -> None:
             f"the output folder {folder} holds a run already; continue it with --resume, or choose another with output=FOLDER"
         )
     try:
-        before = _flat(json.loads(saved.read_text(encoding="utf-8")))
+        then = json.loads(saved.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{saved} is damaged ({error}); start a new run with output=FOLDER") from None
+    with suppress(ValueError):  # keys that came into being since then have their defaults
+        then = json.loads(parse_config(then).model_dump_json())
+    before = _flat(then)
     now = _flat(json.loads(config.model_dump_json()))
     changed = [
         f"{key}: {before.get(key)!r} then, {now.get(key)!r} now"

@@ -381,8 +381,10 @@ class Config(Section):
             )
         if (kept := self.advantage.best_and_worst) is not None and kept >= rollout.group_size:
             yield f"advantage.best_and_worst={kept} leaves nothing out of groups of {rollout.group_size}; leave it out"
-        ranked = {"deviation", "clip", "ddof", "epsilon"} | ({"combine"} if kept is None else set())
-        if self.algorithm.needs.scores_only and (idle := sorted(changed(self.advantage) & ranked)):
+        advantage = changed(self.advantage)
+        if self.advantage.deviation == "none" and (idle := sorted(advantage & {"ddof", "epsilon"})):
+            yield f"advantage.deviation=none divides by nothing; leave {' and '.join(f'advantage.{key}' for key in idle)} out"
+        if self.algorithm.needs.scores_only and (idle := sorted(advantage - {"min_scored"})):
             yield (
                 f"algorithm.name={self.algorithm.name} ranks the weighted sum of the scores and asks for no advantage; leave "
                 f"{' and '.join(f'advantage.{key}' for key in idle)} out"

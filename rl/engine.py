@@ -151,6 +151,8 @@ class Engine:
             self._deepspeed = self._wrap(policy, optimizer)
             self._optimizer = self._deepspeed.optimizer
             policy.pipeline.route(self._deepspeed)
+        # Not cleared by ZeRO-3: a parameter that the next update's passes do not reach would get its last gradient again.
+        self._uncleared: Tensor | None = self._optimizer.grad_partitions_flat_buffer if self.zero_stage == 3 else None
         self._parameters: list[nn.Parameter] = parameters
         self._agreement = GradientAgreement(parameters, batches=self._batches, passes_per_batch=passes_per_batch)
         policy.ready()
@@ -197,9 +199,8 @@ class Engine:
             gradients = [p.grad for p in self._parameters if p.grad is not None] if self.zero_stage == 0 else []
             before = nn.utils.get_total_norm(gradients) if boundary else 0.0
             self._deepspeed.step()  # at the boundary clips, steps and clears
-            if boundary and self.zero_stage == 3:
-                # not cleared there: a parameter that the next update's passes do not reach would get this gradient again
-                self._optimizer.grad_partitions_flat_buffer.zero_()
+            if boundary and self._uncleared is not None:
+                self._uncleared.zero_()
             norm = float(before or self._deepspeed.get_global_grad_norm() or 0.0)
             self._refuse_not_finite(norm)
         if not boundary:

@@ -125,11 +125,6 @@ class ForwardSettings(AlgorithmSettings):
     end_level: PositiveInt | None = None
     """Denoising indices to train at, ``first_level <= index < end_level``; null leaves out the last one."""
 
-    def levels(self, num_inference_steps: int, **options: Any) -> NoiseLevels:
-        """Of the sampler's, those that these settings leave; ``options`` as in `NoiseLevels`, and its errors."""
-        count = self.noise_levels_per_sample
-        return NoiseLevels(num_inference_steps, count=count, first=self.first_level, end=self.end_level, **options)
-
 
 def forward_batches(
     rollouts: Sequence[Rollout], comparisons: Sequence[Comparison], indices: Sequence[Sequence[int]]

@@ -63,10 +63,10 @@ def transition_batches(
     each: int | None = None,
     common: bool = False,
 ) -> Iterator[TransitionBatch]:
-    """Every transition of every batch once, or ``each`` of its transitions, drawn anew for each batch and step.
+    """Every transition of every batch once, or ``each`` of its transitions, drawn for each step and batch.
 
     Rollouts that share their trajectory are one pool that was finished in several ways (G2RPO's granularities): their
-    advantages add up. With ``common`` all batches of a step train the same ones.
+    advantages add up. With ``common`` the draw is for all batches of a step.
     """
     for _, same in groupby(zip(rollouts, comparisons), key=lambda pair: id(pair[0].trajectory)):
         ways = list(same)
@@ -117,7 +117,7 @@ def state_gaussian(policy: PolicyView, batch: TransitionBatch, kernel: str) -> k
 
 
 def kl_to_reference(policy: PolicyView, batch: TransitionBatch, kernel: str, current: kernels.Gaussian) -> Tensor:
-    """The KL of the current policy's step to the reference's, [B]; its gradient is the current policy's."""
+    """The KL of the current policy's step to the reference's, [R]; its gradient is the current policy's."""
     with torch.no_grad(), policy.using("reference"):
         reference = gaussian(policy, batch, kernel)
     return kernels.kl(current, reference)

@@ -39,7 +39,7 @@ class Requirements:
     gaussian_log_prob: bool = False
     """Log densities in the Gaussian convention."""
     flow: bool = False
-    """A flow's kernel: a change of the prediction moves the mean by the difference of the noise levels times as much."""
+    """A flow's kernel: a change of the prediction moves the mean by about the difference of the noise levels times as much."""
     pools: bool = False
     """Samples of a group leave the same state (``rollout.branching``)."""
     groups_in_a_batch: bool = False

@@ -321,10 +321,10 @@ def main(
                 "--write puts whole tables into the page; leave names, steps, captions, passes and minutes out"
             )
             raise typer.Exit(2)
-        for of in table or TABLES:
-            around(of)
+        for name in table or TABLES:
+            around(name)
     chosen = names or ENTRIES
-    tables = {of: (TABLES[of][0], [line for line in TABLES[of][1] if line in chosen]) for of in table or TABLES}
+    tables = {name: (TABLES[name][0], [line for line in TABLES[name][1] if line in chosen]) for name in table or TABLES}
     jobs = {(reward, line): list[Future[Outcome]]() for reward, lines in tables.values() for line in lines}
     budgets = {of: {"passes": (passes or PASSES[of]) * 1000, "minutes": minutes or MINUTES[of]} for of in PASSES}
     with ThreadPoolExecutor(parallel) as pool, Progress(*Progress.get_default_columns(), TimeElapsedColumn()) as bar:
@@ -336,15 +336,17 @@ def main(
                 own.append(pool.submit(train_in_a_process, config, reward, budgets[reward]))
                 own[-1].add_done_callback(lambda _, task=task: bar.advance(task))
     flat = []
-    for of, (reward, lines) in tables.items():
+    for name, (reward, lines) in tables.items():
+        if not lines:
+            continue
         outcomes = {line: [job.result() for job in jobs[reward, line]] for line in lines}
         rows = table_of(outcomes, budgets[reward])
-        console.print(f"\n{of}\n{rows}", highlight=False, soft_wrap=True)
+        console.print(f"\n{name}\n{rows}", highlight=False, soft_wrap=True)
         if write:
-            write_page(of, rows, lines, seeds)
-        for line in lines if of != "changes" else []:
+            write_page(name, rows, lines, seeds)
+        for line in lines if name != "changes" else []:
             middle, half = gain(outcomes[line], "end")
-            flat += [f"{line} ({of})"] * (not middle - half > 0)
+            flat += [f"{line} ({name})"] * (not middle - half > 0)
     if flat:
         console.print(f"no gain beyond the interval: {'; '.join(flat)}")
         raise typer.Exit(1)

@@ -256,7 +256,7 @@ FAULTS = (
     Fault(
         name="old gradients of what no pass reached under ZeRO-3",
         file="rl/engine.py",
-        right="                self._optimizer.grad_partitions_flat_buffer.zero_()",
+        right="                self._uncleared.zero_()",
         wrong="                pass",
         tests="tests/test_processes.py -k asked_alike",
     ),

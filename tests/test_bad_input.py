@@ -179,9 +179,10 @@ def test_rewards_that_are_not_there(tmp_path, make_config):
             "set advantage.clip",
         ),
         (
-            {"algorithm": {"name": "pso"}, "advantage": {"combine": "gdpo", "deviation": "global"}},
-            "asks for no advantage; leave advantage.combine and advantage.deviation out",
+            {"algorithm": {"name": "pso"}, "advantage": {"combine": "gdpo", "best_and_worst": 2}},
+            "asks for no advantage; leave advantage.best_and_worst and advantage.combine out",
         ),
+        ({"advantage": {"deviation": "none", "ddof": 1}}, "divides by nothing; leave advantage.ddof out"),
         (
             {"algorithm": {"name": "grpo_guard"}, "rollout.kernel": {"name": "ddim", "log_prob_weight": "gaussian"}},
             "which rollout.kernel.name=ddim has not",

@@ -14,6 +14,7 @@ from variants import NONE, POOLS, VARIANTS
 
 from flowsteer.rl.algorithms.awm import penalty
 from flowsteer.rl.algorithms.weighted_sft import sample_weights
+from flowsteer.rl.build import build_algorithm
 from flowsteer.rl.forward import NoiseLevels, matching_loss
 from flowsteer.rl.pairs import best_and_worst, preference_loss
 from flowsteer.rl.transitions import gaussian, transition_batches
@@ -446,7 +447,7 @@ def test_granularities_of_a_pool_are_trained_once_with_the_sum_of_their_advantag
 
 
 def test_a_granularity_that_was_not_compared_is_left_out_of_the_sum() -> None:
-    """Weight 0 there, as for a missing score: the pool counts half, with the advantage of the way that was compared."""
+    """Weight 0 there, as for a missing score: weight times advantage is that of the way that was compared, over both."""
     run = ToyRun(VARIANTS["g2rpo"])
     rollouts = run.rollouts()
     fine = comparison([1.0] * GROUP, weight=[2.0] * GROUP)
@@ -471,6 +472,61 @@ def test_transitions_are_drawn_anew_for_every_batch_and_step() -> None:
     assert chosen(0) == chosen(0)
     assert len({tuple(chosen(step)) for step in range(10)}) > 5
     assert {place for step in range(20) for place in chosen(step)} == {0, 1, 2, 3}
+
+
+def test_with_several_denoisers_all_batches_train_the_same_transitions() -> None:
+    """Twin of the noise levels: processes must ask the same denoiser at the same time."""
+    run = ToyRun(VARIANTS["dance_grpo"])
+    algorithm = build_algorithm(run.config, run.plan, run.engine, common_indices=True)
+    rollouts = run.rollouts()
+    made = [comparison(SPREAD)] * len(rollouts)
+
+    def chosen(step: int) -> list[tuple[int, ...]]:
+        places = [batch.transition for batch in algorithm.batches(rollouts, made, step)]
+        return list(zip(places[::2], places[1::2]))
+
+    assert all(len(set(chosen(step))) == 1 for step in range(10))
+    assert len({chosen(step)[0] for step in range(10)}) > 3
+
+
+def test_pso_by_hand() -> None:
+    """-log sigmoid of beta times the difference of mean log ratios, of the best and the worst sample, for every transition."""
+    run = ToyRun(VARIANTS["pso"])
+    rollout = run.rollouts()[0]
+    with torch.no_grad():
+        run.toy.network.bias += 0.05
+    made = comparison(SPREAD)
+    best, worst = int(made.score.argmax()), int(made.score.argmin())
+    for batch in run.algorithm.batches([rollout], [made], 0):
+        loss, _ = run.algorithm.loss(run.policy, batch)
+
+        def log_prob(batch: Any) -> Tensor:
+            step = gaussian(run.policy, batch, run.algorithm.kernel)
+            density = torch.distributions.Normal(step.mean.double(), step.std)
+            return density.log_prob(batch.next_latents.double()).flatten(1).mean(1)
+
+        with run.policy.using("reference"):
+            reference = log_prob(batch)
+        ratio = log_prob(batch) - reference
+        wanted = -torch.nn.functional.logsigmoid(5.0 * (ratio[best] - ratio[worst]))
+        assert loss.item() == pytest.approx(wanted.item(), rel=1e-5)
+        assert abs(loss.item() - math.log(2)) > 1e-4  # the policy has moved
+
+
+def test_rows_of_a_batch_are_those_of_the_whole() -> None:
+    """With states of their own and with a common one."""
+    for overrides in (VARIANTS["pso"], VARIANTS["g2rpo"]):
+        run = ToyRun(overrides)
+        rollouts = run.rollouts()
+        batch = next(iter(run.algorithm.batches(rollouts, [comparison(SPREAD)] * len(rollouts), 0)))
+        rows = torch.tensor([5, 0])
+        part = replace(batch, rows=rows)
+        kernel = run.algorithm.kernel
+        torch.testing.assert_close(
+            gaussian(run.policy, part, kernel).mean, gaussian(run.policy, batch, kernel).mean[rows]
+        )
+        assert torch.equal(part.next_latents, batch.next_latents[rows])
+        assert torch.equal(part.old_log_prob, batch.old_log_prob[rows])
 
 
 def test_more_transitions_than_there_are_is_refused() -> None:

@@ -18,6 +18,7 @@ from conftest import Make
 from safetensors.torch import load_file
 from variants import VARIANTS
 
+from flowsteer.rl.forward import NoiseLevels
 from flowsteer.rl.metrics import read_metrics
 
 # Sums of float32 numbers in another order differ by some 1e-7 of the largest term. Norms, divergences and scores are sums
@@ -133,6 +134,8 @@ def test_denoisers_that_share_the_steps_are_asked_alike_by_all_processes(runs: R
         "rewards": {"brightness:Brightness": {}},
         "optimizer.learning_rate": 3e-3,  # its gradient is a hundred times the other model's
     }
+    levels = NoiseLevels(4, count=2, seed=0, common=True)
+    assert [set(levels.spread(step)) for step in (0, 1)] == [{0, 2}, {0, 1}]  # both transformers, then only the first
     one = runs("wan on one", **overrides)
     for stage in (2, 3):
         two = runs(f"wan under {stage}", processes=2, **overrides, **{"engine.zero_stage": stage})

@@ -98,7 +98,7 @@ class WeightedSFT:
     def batches(
         self, rollouts: Sequence[Rollout], comparisons: Sequence[Comparison], step: int
     ) -> Iterator[ForwardBatch]:
-        """Every rollout batch at its own draw of noise levels."""
+        """Every rollout batch at the noise levels that are drawn for it."""
         indices = [self.levels.spread(step, int(rollout.sample[0])) for rollout in rollouts]
         yield from forward_batches(rollouts, comparisons, indices)
 
