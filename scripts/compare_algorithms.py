@@ -80,7 +80,7 @@ FEWER_FORWARD = ("rollout.prompts_per_step=16", "num_steps=20")
 ENTRIES: dict[str, Entry] = {
     "Flow-GRPO, SDE": Entry("embedded_flow_grpo_sde_composition", dense=(GAUSSIAN, *FEWER)),
     "Flow-GRPO, SDE on all steps": Entry(
-        "embedded_flow_grpo_sde_composition", ("rollout.plan={name: all}",), (GAUSSIAN, *FEWER)
+        "embedded_flow_grpo_sde_composition", ("rollout.plan={name: all}", "num_steps=40"), (GAUSSIAN, *FEWER)
     ),
     "Flow-GRPO, CPS": Entry("embedded_flow_grpo_cps_composition", dense=FEWER),
     "Flow-GRPO-Fast": Entry("embedded_flow_grpo_fast_composition", dense=FEWER),
