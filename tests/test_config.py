@@ -115,7 +115,7 @@ def test_overrides_that_cannot_be_read(override, message):
             {"algorithm": {"name": "diffusion_nft", "clip_range": 0.1}},
             "algorithm.clip_range: unknown key for name=diffusion_nft; allowed here: "
             "beta, end_level, first_level, kl_coef, name, noise_levels_per_sample, old_decay_max, old_decay_slope, "
-            "updates_per_rollout",
+            "old_decay_start, updates_per_rollout",
         ),
         (
             {"rollout": {"plan": {"name": "window", "sise": 2}}},
