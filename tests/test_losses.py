@@ -514,12 +514,13 @@ def test_pso_by_hand() -> None:
 
 
 def test_rows_of_a_batch_are_those_of_the_whole() -> None:
-    """With states of their own and with a common one."""
-    for overrides in (VARIANTS["pso"], VARIANTS["g2rpo"]):
+    """With states of their own, and with one for each of the two groups of a batch."""
+    two_groups = {"rollout.prompts_per_step": 2, "rollout.batch_size": 2 * GROUP}
+    for overrides in (VARIANTS["pso"] | two_groups, VARIANTS["g2rpo"] | two_groups):
         run = ToyRun(overrides)
         rollouts = run.rollouts()
         batch = next(iter(run.algorithm.batches(rollouts, [comparison(SPREAD)] * len(rollouts), 0)))
-        rows = torch.tensor([5, 0])
+        rows = torch.tensor([GROUP + 5, 0])
         part = replace(batch, rows=rows)
         kernel = run.algorithm.kernel
         torch.testing.assert_close(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from flowsteer.rewards.types import Scores
+from flowsteer.rl.algorithms import ALGORITHMS
 from flowsteer.rl.build import build_algorithm, build_engine, build_plan, build_worker
 from flowsteer.rl.compare import compare
 from flowsteer.rl.config import Config, parse_config
@@ -69,7 +70,7 @@ class Toy:
         return latents.view(-1, 1, 2, 2)
 
 
-RANKING = ("step_dpo", "pso", "diffusion_dpo")  # they ask for no advantage
+RANKING = {config.model_fields["name"].default for config in ALGORITHMS if config.needs.scores_only}  # no advantages
 
 
 def toy_config(overrides: Mapping[str, Any]) -> Config:
