@@ -117,14 +117,11 @@ SDE, ANCHORS = "embedded_flow_grpo_sde_composition", "embedded_g2rpo_composition
 ENTRIES |= {
     "Flow-GRPO, each group's own deviation": Entry(SDE, ("advantage.deviation=group",)),
     "Flow-GRPO, groups of 8": Entry(SDE, ("rollout.group_size=8", "rollout.prompts_per_step=48")),
-    "Flow-GRPO, groups of 32": Entry(SDE, ("rollout.group_size=32", "rollout.prompts_per_step=12")),
     "Flow-GRPO, shared noise": Entry(SDE, ("rollout.shared_noise=true",)),
-    "Flow-GRPO, steps 2 to 4": Entry(SDE, ("rollout.plan.indices=[2,3,4]",)),
-    "MixGRPO, noise of its own": Entry("embedded_mixgrpo_composition", ("rollout.shared_noise=false",)),
     "G2RPO, one granularity": Entry(ANCHORS, ("rollout.branching.granularities=[1]",)),
-    "G2RPO, three granularities": Entry(ANCHORS, ("rollout.branching.granularities=[1,2,3]",)),
 }
-CHANGES = ("Flow-GRPO, SDE", "MixGRPO", "G2RPO", *(name for name in ENTRIES if name not in ALGORITHMS))
+UNCHANGED = ("Flow-GRPO, SDE", "Flow-GRPO, SDE on all steps", "MixGRPO", "G2RPO")
+CHANGES = (*UNCHANGED, *(name for name in ENTRIES if name not in ALGORITHMS))
 TABLES: dict[str, tuple[Reward, tuple[str, ...]]] = {
     "dense": ("dense", ALGORITHMS),
     "composition": ("composition", ALGORITHMS),
