@@ -122,8 +122,10 @@ SDE, ANCHORS = "embedded_flow_grpo_sde_composition", "embedded_g2rpo_composition
 ENTRIES |= {
     "Flow-GRPO, each group's own deviation": Entry(SDE, ("advantage.deviation=group",)),
     "Flow-GRPO, groups of 8": Entry(SDE, ("rollout.group_size=8", "rollout.prompts_per_step=48")),
+    "Flow-GRPO, groups of 32": Entry(SDE, ("rollout.group_size=32", "rollout.prompts_per_step=12")),
     "Flow-GRPO, shared noise": Entry(SDE, ("rollout.shared_noise=true",)),
     "G2RPO, one granularity": Entry(ANCHORS, ("rollout.branching.granularities=[1]",)),
+    "G2RPO, three granularities": Entry(ANCHORS, ("rollout.branching.granularities=[1,2,3]",)),
 }
 UNCHANGED = ("Flow-GRPO, SDE", "Flow-GRPO, SDE on all steps", "MixGRPO", "G2RPO")
 CHANGES = (*UNCHANGED, *(name for name in ENTRIES if name not in ALGORITHMS))
