@@ -75,11 +75,6 @@ Outcome = dict[str, Reading]  # of a run, at "start", "passes", "minutes", "end"
 # With the dense reward every step of the trajectory has a say, so log densities have their Gaussian weight; steps are smaller.
 GAUSSIAN = "rollout.kernel.log_prob_weight=gaussian"
 FEWER = ("rollout.prompts_per_step=12", "rollout.batch_size=48", "num_steps=20")
-DANCE_ON_ALL_STEPS = (
-    "rollout.plan={name: all}",
-    "rollout.kernel.noise_level=0.7",
-    "algorithm.transitions_per_sample=3",
-)
 FEWER_FORWARD = ("rollout.prompts_per_step=16", "num_steps=20")
 
 ENTRIES: dict[str, Entry] = {
@@ -91,7 +86,16 @@ ENTRIES: dict[str, Entry] = {
     "Flow-GRPO-Fast": Entry("embedded_flow_grpo_fast_composition", dense=FEWER),
     "MixGRPO": Entry("embedded_mixgrpo_composition", dense=(GAUSSIAN, *FEWER)),
     "MixGRPO-Flash": Entry("embedded_mixgrpo_flash_composition", dense=(GAUSSIAN, *FEWER)),
-    "DanceGRPO": Entry("embedded_dance_grpo_composition", dense=(*DANCE_ON_ALL_STEPS, GAUSSIAN, *FEWER)),
+    "DanceGRPO": Entry(
+        "embedded_dance_grpo_composition",
+        dense=(
+            "rollout.plan={name: all}",
+            "rollout.kernel.noise_level=0.7",
+            "algorithm.transitions_per_sample=3",
+            GAUSSIAN,
+            *FEWER,
+        ),
+    ),
     "G2RPO": Entry("embedded_g2rpo_composition", dense=(GAUSSIAN, "num_steps=20")),
     "GRPO-Guard": Entry("embedded_grpo_guard_composition", dense=FEWER),
     "step-aware DPO": Entry("embedded_step_dpo_composition", dense=(GAUSSIAN, "algorithm.beta=10.0", *FEWER)),
