@@ -70,6 +70,9 @@ class _SilentBar:
 class FlowPipeline:
     """A diffusers pipeline, lifted.
 
+    A safety checker that blacks pictures out (Stable Diffusion 1) is not asked: black is worth something to most rewards, and
+    a policy would learn to be caught. The pipeline itself keeps its checker.
+
     Args:
         pipe: the pipeline. An epsilon or v_prediction pipeline gets a DDIM scheduler in place of its own.
         height, width: pixels, None for the pipeline's default.
@@ -102,6 +105,7 @@ class FlowPipeline:
             self.pipe.scheduler = scheduler
         # What an earlier call of the pipeline left on it (pipe._guidance_scale) must not move under prepared rows.
         self._private = {name: value for name, value in vars(pipe).items() if name.startswith("_")}
+        self.unchecked: dict[str, Any] = {"safety_checker": None} if hasattr(pipe, "run_safety_checker") else {}
         at_one = self._view({"_guidance_scale": 1.0})
         self._arguments = CallArguments(
             type(pipe),
@@ -266,7 +270,7 @@ class FlowPipeline:
         view = object.__new__(type(self.pipe))
         public = {name: value for name, value in vars(self.pipe).items() if not name.startswith("_")}
         proxies = {name: _Denoiser(self, name) for name in self.denoisers}
-        view.__dict__.update({**self._private, **public, **proxies, **attributes})
+        view.__dict__.update({**self._private, **public, **proxies, **self.unchecked, **attributes})
         return view
 
     def _bind(self, conditioning: Conditioning, names: frozenset[str]) -> dict[str, Any]:

@@ -229,7 +229,7 @@ def _parity(pipeline: FlowPipeline, latents: Tensor, row: Conditioning, argument
     private.__dict__["scheduler"] = copy.deepcopy(pipe.scheduler)
     if own_step:
         private.scheduler.step = _Stepper(row.schedule)
-    private.__dict__["_progress_bar_config"] = {"disable": True}
+    private.__dict__.update({"_progress_bar_config": {"disable": True}, **pipeline.unchecked})
     with fixed_randomness(latents.device):  # as the prologue had it
         expected = private(**arguments, latents=latents.clone())[0].float()
     current = latents

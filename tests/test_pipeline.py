@@ -9,9 +9,12 @@ import pytest
 import torch
 import zoo
 from accelerate.hooks import ModelHook, add_hook_to_module
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from peft import LoraConfig
 from torch import Tensor
+from transformers import CLIPConfig, CLIPImageProcessor
 
+from flowsteer.rollout import selfcheck
 from flowsteer.rollout.conditioning import Conditioning, Count, ListRows, Nested, Rows, UnlikeConditioning, find_layout
 from flowsteer.rollout.pipeline import FlowPipeline, load_diffusers
 from flowsteer.rollout.schedules import read_schedule, steppable
@@ -548,6 +551,59 @@ def test_schedulers_that_do_not_fit():
     rescaled.alphas_cumprod = rescaled.alphas_cumprod * 0.5
     with pytest.raises(ValueError, match=r"noise levels that DDIMScheduler.from_config does not reproduce"):
         steppable(rescaled)
+
+
+# --- decoding ---
+
+
+def stable_diffusion_that_is_always_caught() -> diffusers.StableDiffusionPipeline:
+    """Stable Diffusion 1 with a safety checker that flags every picture."""
+    xl = zoo.build("sdxl")
+    config = CLIPConfig(
+        text_config={"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1},
+        vision_config={
+            "hidden_size": 8,
+            "intermediate_size": 8,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 1,
+            "image_size": 16,
+            "patch_size": 8,
+        },
+        projection_dim=8,
+    )
+    checker = StableDiffusionSafetyChecker(config)
+    checker.concept_embeds_weights.data.fill_(-2)  # the cosine from which a picture is flagged
+    return diffusers.StableDiffusionPipeline(
+        unet=diffusers.UNet2DConditionModel(
+            block_out_channels=(8, 16),
+            layers_per_block=1,
+            sample_size=8,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            attention_head_dim=4,
+            cross_attention_dim=32,
+            norm_num_groups=2,
+        ),
+        scheduler=diffusers.DDIMScheduler(),
+        vae=xl.vae,
+        text_encoder=zoo.clip_text(projection=False),
+        tokenizer=xl.tokenizer,
+        safety_checker=checker,
+        feature_extractor=CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}),
+    )
+
+
+@torch.no_grad()
+def test_a_flagged_picture_is_not_black_and_the_pipeline_keeps_its_checker():
+    pipe = stable_diffusion_that_is_always_caught()
+    pipe.set_progress_bar_config(disable=True)
+    pipeline = FlowPipeline(pipe, height=16, width=16)
+    conditioning = prepare(pipeline, [PROMPT], 5.0)
+    latents = noise(conditioning)
+    assert draw(pipeline, latents, conditioning)[0].std() > 0.01
+    assert plainly("sdxl", pipe, [PROMPT], latents, 5.0).abs().max() == 0  # what the pipeline itself makes of it
+    report = selfcheck.check(pipeline, guidance_scale=5.0)
+    assert report.ok, report.text()
 
 
 # --- loading ---
