@@ -99,7 +99,8 @@ class Engine:
             "gradient_clipping": max_grad_norm,
             # shares of every parameter, however small: `policy.part` then always is where the values are kept
             "zero_optimization": {"stage": zero_stage, "stage3_param_persistence_threshold": 0},
-            "bf16": {"enabled": dtype == torch.bfloat16},
+            # the check skips an update that is not finite
+            "bf16": {"enabled": dtype == torch.bfloat16, "check_grad_overflow": True},
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
             "steps_per_print": 1 << 62,
@@ -197,7 +198,8 @@ class Engine:
             self._deepspeed.backward(loss)  # divides by the accumulation
             # DeepSpeed does not report the norm at stage 0
             gradients = [p.grad for p in self._parameters if p.grad is not None] if self.zero_stage == 0 else []
-            before = nn.utils.get_total_norm(gradients) if boundary else 0.0
+            before = float(nn.utils.get_total_norm(gradients)) if boundary else 0.0
+            self._refuse_not_finite(before)
             self._deepspeed.step()  # at the boundary clips, steps and clears
             if boundary and self._uncleared is not None:
                 self._uncleared.zero_()
@@ -211,7 +213,7 @@ class Engine:
         return UpdateInfo(grad_norm=norm, learning_rate=rate, gradient_agreement=agreement)
 
     def _refuse_not_finite(self, norm: float) -> None:
-        if not math.isfinite(norm):
+        if not math.isfinite(norm) or norm < 0:  # DeepSpeed's -1 is a norm that is not finite
             raise NotFinite(
                 f"the gradient of update {self.num_updates + 1} is not finite ({norm}); lower optimizer.learning_rate, or use "
                 "model.dtype=float32; the newest checkpoint is from before it"

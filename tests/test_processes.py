@@ -6,6 +6,8 @@ Samples are the same bits everywhere; what is added up over processes or partiti
 
 from __future__ import annotations
 
+import json
+import multiprocessing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -196,6 +198,43 @@ def test_zero_on_two_processes_with_all_weights_is_plain(runs: Runs, stage: int)
     """Policies are copies of all weights here; under ZeRO-3 each process keeps and exchanges its share of them."""
     full = {"model.lora": None, "ema_decay": 0.5, "num_steps": 2}
     assert_close_runs(runs("full", **full), runs(f"full_{stage}", processes=2, **full, **{"engine.zero_stage": stage}))
+
+
+def poisoned(config: dict[str, Any], log: Path) -> None:
+    """A run, in its own process, in which a gradient is not finite: writes whether the weights stayed, and the error."""
+    from flowsteer.rl.build import start
+    from flowsteer.rl.config import parse_config
+    from flowsteer.rl.engine import NotFinite
+    from flowsteer.rl.train import train
+
+    run = start(parse_config(config), quiet=True)
+    parameters = list(run.policy.parameters().values())
+
+    def values() -> list[torch.Tensor]:
+        with run.engine.whole(parameters):
+            return [parameter.detach().clone() for parameter in parameters]
+
+    before = values()
+    parameters[0].register_hook(lambda gradient: gradient * float("nan"))
+    try:
+        train(run)
+    except NotFinite as error:
+        log.write_text(json.dumps([all(torch.equal(a, b) for a, b in zip(before, values())), str(error)]))
+    run.close()
+
+
+@pytest.mark.parametrize(("stage", "dtype"), [(0, "float32"), (2, "float32"), (2, "bfloat16"), (3, "bfloat16")])
+def test_a_gradient_that_is_not_finite_ends_the_run_before_the_weights_change(
+    make_config: Make, tmp_path: Path, stage: int, dtype: str
+) -> None:
+    settings = {"engine.zero_stage": stage, "model.dtype": dtype, "model.lora": None}
+    arguments = (make_config(tmp_path / "run", **settings), tmp_path / "log")
+    process = multiprocessing.get_context("spawn").Process(target=poisoned, args=arguments)
+    process.start()
+    process.join(launch.TIMEOUT_S)
+    stayed, message = json.loads((tmp_path / "log").read_text())
+    assert stayed
+    assert "the gradient of update 1 is not finite" in message
 
 
 def test_half_precision_under_zero_3_starts_at_the_reference_with_ratio_one(runs: Runs) -> None:
