@@ -199,6 +199,27 @@ def test_nft_maps_advantages_to_probabilities() -> None:
         torch.testing.assert_close(gradient, slope * full, rtol=1e-4, atol=1e-5)  # (r - (1 - r)) in float32
 
 
+def test_the_loss_of_nft_is_the_contrast_times_the_clip_and_the_distance_to_the_reference() -> None:
+    run = ToyRun(diffusion_nft(kl_coef=3.0, beta=0.5))
+    rollout, *_ = run.rollouts()
+    with torch.no_grad():
+        run.toy.network.bias += torch.tensor([0.3, -0.1, 0.2, 0.4])
+    advantage = torch.linspace(-1, 1, GROUP)
+    batch, *_ = run.algorithm.batches([rollout], [comparison(advantage.tolist())], 0)
+    noised, _ = batch.noised()
+    with torch.no_grad():
+        loss, _ = run.algorithm.loss(run.policy, batch)
+        velocity = run.policy.velocity(noised, batch.index, batch.conditioning)
+        with run.policy.using("old"):
+            old = run.policy.velocity(noised, batch.index, batch.conditioning)
+    optimality = advantage / 4 + 0.5  # the clip is 2
+    pair = nft_loss(
+        velocity, old, rollout.latents, lambda v: denoised(v, noised, batch.schedule, batch.index), optimality, 0.5
+    )
+    distance = torch.tensor([0.3, -0.1, 0.2, 0.4]).square().mean()
+    assert float(loss) == pytest.approx(2 * float(pair.mean()) + 3 * float(distance), rel=1e-4)
+
+
 def test_nft_noise_levels_and_noise_come_from_seed_step_and_sample() -> None:
     run = ToyRun(diffusion_nft(noise_levels_per_sample=2))
     few = run.algorithm

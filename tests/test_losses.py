@@ -379,6 +379,21 @@ def test_the_anchor_of_awm_holds_it_near_the_old_policy() -> None:
         assert true.abs().max() > 0
 
 
+def test_awm_trains_at_one_level_of_each_stratum() -> None:
+    """Two of the levels 0 to 3: one below 2 and one from there on, in every batch and step."""
+    run = moved(awm())
+    made = [comparison([0.0] * GROUP)] * len(run.drawn)  # type: ignore[attr-defined]
+    indices = [batch.index for step in range(20) for batch in run.algorithm.batches(run.drawn, made, step)]  # type: ignore[attr-defined]
+    assert set(indices[::2]) == {0, 1}
+    assert set(indices[1::2]) == {2, 3}
+
+
+@pytest.mark.parametrize("name", ["awm", "dgpo"])
+def test_the_old_policy_follows_more_slowly_as_training_goes_on(name: str) -> None:
+    algorithm = ToyRun(VARIANTS[name]).algorithm
+    assert [algorithm.old_decay(updates) for updates in (0, 100, 300, 5000)] == [0, 0.1, 0.3, 0.3]
+
+
 # --- fine-tuning on better samples ----------------------------------------------------------------------------------------
 
 
@@ -387,6 +402,8 @@ def test_weights_of_samples_by_hand() -> None:
     made = comparison([1.0, 1.0, -2.0, 0.0, 0.0, 0.0, 0.5, -0.5], weight=[1.0] * 7 + [0.0])
     assert sample_weights(group, made, "best", 1.0).tolist() == pytest.approx([1.5, 1.5, 0, 0, 0, 0, 1, 0])
     assert sample_weights(group, made, "positive", 1.0).tolist() == [1, 1, 0, 0, 0, 0, 0.5, 0]
+    clipped = comparison([1.0, 1.0, -2.0, 0.0, 0.0, 0.0, 0.5, -0.5], weight=[1.0] * 7 + [0.0], score=[7, 9, *[0] * 6])
+    assert sample_weights(group, clipped, "best", 1.0).tolist() == pytest.approx([0, 3, 0, 0, 0, 0, 1, 0])
     cold = sample_weights(group, made, "exponential", 1e-3)  # no overflow: the best share, as with `best`
     assert cold.tolist() == pytest.approx([1.5, 1.5, 0, 0, 0, 0, 1, 0])
     first = 3 * torch.softmax(torch.tensor([1.0, 1.0, -2.0]) / 2, 0)

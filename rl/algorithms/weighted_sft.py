@@ -129,7 +129,12 @@ def sample_weights(group: Tensor, comparison: Comparison, kind: SampleWeights, t
     same = (group[:, None] == group[None]) & counts[None]  # [B, B], the samples that each is compared with
     if kind == "best":
         best = torch.where(same, advantage[None], -torch.inf).amax(1)
-        raw = ((advantage == best) & (advantage > 0)).float()
+        clipped_alike = same & (
+            advantage[None] == best[:, None]
+        )  # the best by their advantages, of which a clip makes equals
+        score = comparison.score.where(counts, -torch.inf)
+        winner = (advantage == best) & (score == torch.where(clipped_alike, score[None], -torch.inf).amax(1))
+        raw = (winner & (advantage > 0)).float()
     else:
         highest = torch.where(same, advantage[None], -torch.inf).amax(1).nan_to_num(neginf=0.0)
         raw = torch.exp(((advantage - highest) / temperature).clamp(max=0))  # of those that count, the best has 1
