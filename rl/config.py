@@ -248,7 +248,7 @@ class OptimizerConfig(Section):
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """``linear`` and ``cosine`` fall towards 0, which they would reach one update after the run's last."""
     warmup_updates: Annotated[int, Field(ge=0)] = 0
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     weight_decay: NonNegativeFloat = 1e-4
     epsilon: PositiveFloat = 1e-8
     max_grad_norm: PositiveFloat = 1.0
@@ -325,6 +325,14 @@ class Config(Section):
             raise ValueError("\n".join(faults))
         if self.rollout.plan.name == "none" and self.rollout.kernel != KernelConfig():
             logger.warning("rollout.kernel has no effect: with rollout.plan.name=none no step is stochastic")
+        updates = self.num_steps * self.algorithm.updates_per_rollout
+        if self.optimizer.warmup_updates > updates:
+            logger.warning(
+                "optimizer.warmup_updates=%d, but the run ends after %d updates: the learning rate only comes to %.2g",
+                self.optimizer.warmup_updates,
+                updates,
+                self.optimizer.learning_rate * updates / self.optimizer.warmup_updates,
+            )
 
     def _unmet_needs(self, num_processes: int) -> Iterator[str]:
         """What the algorithm asks of rollouts, and does not get."""
@@ -347,6 +355,8 @@ class Config(Section):
             yield f"{name} divides by the step length of a flow, which rollout.kernel.name=ddim has not; use flow_grpo"
         if needs.clipped_advantage and self.advantage.clip is None:
             yield f"{name} scales advantages by their clip; set advantage.clip, 5.0 is published"
+        if needs.groups_in_a_pass and self.advantage.best_and_worst is not None:
+            yield f"{name} needs advantages that sum to 0 in a group; leave advantage.best_and_worst out"
         at_once = rollout.batch_size * (num_processes if needs.groups_in_a_pass else 1)
         whole = needs.groups_in_a_batch or needs.groups_in_a_pass or rollout.branching is not None
         if whole and at_once % rollout.group_size:
@@ -365,6 +375,23 @@ class Config(Section):
                 "rollout.shared_noise=true with rollout.plan.name=none draws one picture for a whole group: nothing can be "
                 "compared; leave shared_noise out"
             )
+        if rollout.solver == "dpmpp_2m" and rollout.plan.name == "all":
+            yield (
+                "rollout.solver=dpmpp_2m needs two deterministic steps in a row, and rollout.plan.name=all has none; leave "
+                "rollout.solver out"
+            )
+        for section, settings in (("rollout", rollout), ("evaluation", self.evaluation)):
+            unguided = settings is None or {
+                settings.guidance_scale,
+                getattr(settings, "train_guidance_scale", None),
+            } <= {1, None}
+            if (
+                settings
+                and settings.negative_prompt is not None
+                and unguided
+                and "true_cfg_scale" not in self.model.call
+            ):
+                yield f"{section}.negative_prompt does nothing with {section}.guidance_scale=1; leave it out"
         if rollout.branching is not None:
             if not stochastic:
                 yield "rollout.branching parts groups at stochastic steps, but rollout.plan.name=none has none; set a plan"

@@ -190,6 +190,7 @@ def test_an_unknown_name_lists_the_right_ones(sections, message):
         ({"output": 5}, "output: Input should be a valid string", "5"),
         ({"engine": {"zero_stage": 4}}, "engine.zero_stage: Input should be 0, 1, 2 or 3", "4"),
         ({"num_steps": None}, "num_steps: Input should be a valid integer", "None"),
+        ({"optimizer": {"betas": [0.9, 2.0]}}, "optimizer.betas.1: Input should be less than 1", "2.0"),
     ],
 )
 def test_a_wrong_value_names_key_and_value(sections, start, value):
@@ -315,6 +316,13 @@ def test_a_setting_without_effect_is_a_warning(caplog):
     assert "rollout.kernel has no effect" in caplog.text
 
 
+def test_a_learning_rate_that_is_never_reached_is_a_warning(caplog):
+    check(num_steps=3, optimizer={"warmup_updates": 3 * parse_config(whole()).algorithm.updates_per_rollout})
+    assert not caplog.records
+    check(num_steps=3, optimizer={"warmup_updates": 300, "learning_rate": 1.0})
+    assert re.search(r"warmup_updates=300, but the run ends after \d updates.*only comes to 0.0", caplog.text)
+
+
 def test_what_can_teach_nothing_or_has_no_effect_is_refused():
     none = {"name": "none"}
     with pytest.raises(ValueError, match="draws one picture for a whole group: nothing can be compared"):
@@ -342,6 +350,19 @@ def test_what_can_teach_nothing_or_has_no_effect_is_refused():
         (
             {"algorithm": {"name": "pso"}, "rollout": {"batch_size": 8}},
             "needs whole groups.*: 8 do, and .*group_size is 16",
+        ),
+        (
+            {"algorithm": {"name": "dgpo"}, "rollout": {"plan": {"name": "none"}}, "advantage": {"best_and_worst": 4}},
+            "dgpo needs advantages that sum to 0 in a group; leave advantage.best_and_worst out",
+        ),
+        ({"rollout": {"plan": {"name": "all"}, "solver": "dpmpp_2m"}}, "plan.name=all has none; leave rollout.solver"),
+        (
+            {"rollout": {"negative_prompt": "grey"}},
+            "rollout.negative_prompt does nothing with rollout.guidance_scale=1",
+        ),
+        (
+            {"evaluation": {"negative_prompt": "grey"}},
+            "evaluation.negative_prompt does nothing with evaluation.guidance",
         ),
         ({"rollout": {"branching": {}, "batch_size": 8}}, "rollout.branching needs whole groups"),
         ({"rollout": {"branching": {}, "shared_noise": True}}, "shares the noise of a group anyway"),
