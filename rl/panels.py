@@ -48,9 +48,9 @@ UNKNOWN = Meaning(title="", meaning="Reported by the algorithm or a reward; ther
 MEANINGS: dict[str, Meaning] = {
     "gradient_agreement": Meaning(
         title="Gradient agreement",
-        meaning="Cosine between the gradients of two halves of an update's samples: is there anything to learn from?",
-        healthy="0.1 (dashed) or more learns; about 0.001 is a random walk, which larger groups, a denser reward or other "
-        "denoising steps may mend. It grows with the batch: compare runs of equal size.",
+        meaning="Cosine between the gradients of two halves of an update's samples: how much of it is signal?",
+        healthy="0.1 (dashed) or more learns fast; near 0 the gradient is mostly noise and needs many updates, larger groups, "
+        "a denser reward or other denoising steps. It grows with the batch: compare runs of equal size.",
         guide=0.1,
     ),
     "kl": Meaning(
