@@ -123,7 +123,10 @@ ENTRIES: dict[str, Entry] = {
 }
 ALGORITHMS = tuple(ENTRIES)
 SDE, ANCHORS = "embedded_flow_grpo_sde_composition", "embedded_g2rpo_composition"
+# These two end after as many passes as "Flow-GRPO, SDE", so that each has gone through its schedule of learning rates.
 ENTRIES |= {
+    "Flow-GRPO, SDE on all steps, 17 steps": Entry(SDE, ("rollout.plan={name: all}", "num_steps=17")),
+    "AWM, 20 steps": Entry("embedded_awm_composition", ("num_steps=20",)),
     "Flow-GRPO, each group's own deviation": Entry(SDE, ("advantage.deviation=group",)),
     "Flow-GRPO, groups of 8": Entry(SDE, ("rollout.group_size=8", "rollout.prompts_per_step=48")),
     "Flow-GRPO, groups of 32": Entry(SDE, ("rollout.group_size=32", "rollout.prompts_per_step=12")),
@@ -131,7 +134,7 @@ ENTRIES |= {
     "G2RPO, one granularity": Entry(ANCHORS, ("rollout.branching.granularities=[1]",)),
     "G2RPO, three granularities": Entry(ANCHORS, ("rollout.branching.granularities=[1,2,3]",)),
 }
-UNCHANGED = ("Flow-GRPO, SDE", "Flow-GRPO, SDE on all steps", "MixGRPO", "G2RPO")
+UNCHANGED = ("Flow-GRPO, SDE", "MixGRPO", "G2RPO")
 CHANGES = (*UNCHANGED, *(name for name in ENTRIES if name not in ALGORITHMS))
 TABLES: dict[str, tuple[Reward, tuple[str, ...]]] = {
     "dense": ("dense", ALGORITHMS),
@@ -143,7 +146,8 @@ TABLES: dict[str, tuple[Reward, tuple[str, ...]]] = {
 def settings_of(entry: Entry, reward: Reward, seed: int, captions: int) -> list[str]:
     """The overrides of a run: how it is measured, and what its line changes."""
     measured = [f"seed={seed}", f"evaluation.num_prompts={captions}", "evaluation.num_seeds=4"]
-    return [*measured, *entry.overrides, *((*DENSE, *entry.dense) if reward == "dense" else ())]
+    settings = [*measured, *entry.overrides, *((*DENSE, *entry.dense) if reward == "dense" else ())]
+    return list({setting.partition("=")[0]: setting for setting in settings}.values())  # the last of each key counts
 
 
 def configuration(name: str, reward: Reward, seed: int, folder: Path, captions: int, steps: int | None) -> Config:
@@ -181,7 +185,7 @@ def train_one(config: Config, reward: Reward, budgets: dict[str, float]) -> Outc
         if due:
             evaluate(step)
             score, agreement = score_of(folder, step, reward), agreement_of(folder)
-            now = Reading(score=score, steps=step, passes=passes, minutes=minutes, agreement=agreement)
+            now = Reading(score=score, steps=step, passes=spent["passes"], minutes=minutes, agreement=agreement)
             readings.update(dict.fromkeys(due, now))
         passes, began = spent["passes"], time.process_time()
 
