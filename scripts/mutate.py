@@ -1,6 +1,6 @@
 """Would the tests notice? Plants known faults of this field one at a time, each in a copy, and runs the tests that should fail.
 
-    python scripts/mutate.py                # all of them, a few minutes
+    python scripts/mutate.py                # all of them, a quarter of an hour
     python scripts/mutate.py --only "swapped sign"
 
 Ends with exit code 1 when a fault survives. A fault is a replacement of source text that occurs exactly once; which tests are
