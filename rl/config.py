@@ -355,7 +355,7 @@ class Config(Section):
             yield f"{name} divides by the step length of a flow, which rollout.kernel.name=ddim has not; use flow_grpo"
         if needs.clipped_advantage and self.advantage.clip is None:
             yield f"{name} scales advantages by their clip; set advantage.clip, 5.0 is published"
-        if needs.groups_in_a_pass and self.advantage.best_and_worst is not None:
+        if needs.zero_sum_advantage and self.advantage.best_and_worst is not None:
             yield f"{name} needs advantages that sum to 0 in a group; leave advantage.best_and_worst out"
         at_once = rollout.batch_size * (num_processes if needs.groups_in_a_pass else 1)
         whole = needs.groups_in_a_batch or needs.groups_in_a_pass or rollout.branching is not None
@@ -377,21 +377,19 @@ class Config(Section):
             )
         if rollout.solver == "dpmpp_2m" and rollout.plan.name == "all":
             yield (
-                "rollout.solver=dpmpp_2m needs two deterministic steps in a row, and rollout.plan.name=all has none; leave "
-                "rollout.solver out"
+                "rollout.plan.name=all leaves at most the last step to rollout.solver=dpmpp_2m, which takes it as euler does; "
+                "leave rollout.solver out"
             )
-        for section, settings in (("rollout", rollout), ("evaluation", self.evaluation)):
-            unguided = settings is None or {
-                settings.guidance_scale,
-                getattr(settings, "train_guidance_scale", None),
-            } <= {1, None}
-            if (
-                settings
-                and settings.negative_prompt is not None
-                and unguided
-                and "true_cfg_scale" not in self.model.call
-            ):
-                yield f"{section}.negative_prompt does nothing with {section}.guidance_scale=1; leave it out"
+        drawn = {"rollout": (rollout.negative_prompt, {rollout.guidance_scale, rollout.train_guidance_scale})}
+        if self.evaluation:
+            drawn["evaluation"] = (self.evaluation.negative_prompt, {self.evaluation.guidance_scale})
+        guided_by_call = {"guidance_scale", "true_cfg_scale"} & self.model.call.keys()
+        for section, (negative_prompt, scales) in drawn.items():
+            if negative_prompt is not None and scales <= {1, None} and not guided_by_call:
+                yield (
+                    f"{section}.negative_prompt does nothing with {section}.guidance_scale=1; set that above 1, or leave "
+                    "negative_prompt out"
+                )
         if rollout.branching is not None:
             if not stochastic:
                 yield "rollout.branching parts groups at stochastic steps, but rollout.plan.name=none has none; set a plan"

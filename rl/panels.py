@@ -49,8 +49,9 @@ MEANINGS: dict[str, Meaning] = {
     "gradient_agreement": Meaning(
         title="Gradient agreement",
         meaning="Cosine between the gradients of two halves of an update's samples: how much of it is signal?",
-        healthy="0.1 (dashed) or more learns fast; near 0 the gradient is mostly noise and needs many updates, larger groups, "
-        "a denser reward or other denoising steps. It grows with the batch: compare runs of equal size.",
+        healthy="0.1 (dashed) or more is mostly signal, though not all of the reward: a pull that all samples share counts. "
+        "Near 0 it is mostly noise and needs many updates, larger groups, a denser reward or other denoising steps. It grows "
+        "with the batch: compare runs of equal size.",
         guide=0.1,
     ),
     "kl": Meaning(

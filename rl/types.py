@@ -50,6 +50,8 @@ class Requirements:
     """Ranks the scores of a group; advantages are not asked for."""
     clipped_advantage: bool = False
     """The clip of the advantage, which is part of the loss."""
+    zero_sum_advantage: bool = False
+    """The advantages of a whole group sum to 0."""
 
 
 def changed(section: BaseModel) -> set[str]:

@@ -10,6 +10,7 @@ Letters: B samples, T denoising steps, X latent shape of one sample.
 from __future__ import annotations
 
 import copy
+import logging
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
@@ -29,6 +30,8 @@ from flowsteer.rollout.conditioning import Conditioning, Layout, UnlikeCondition
 from flowsteer.rollout.lift import LiftError, lift
 from flowsteer.rollout.protocol import Pipeline
 from flowsteer.rollout.schedules import read_schedule, steppable
+
+logger = logging.getLogger(__name__)
 
 EMBEDDED = "embedded"
 EMBEDDED_LENGTH = 12  # tokens of a prompt
@@ -105,7 +108,12 @@ class FlowPipeline:
             self.pipe.scheduler = scheduler
         # What an earlier call of the pipeline left on it (pipe._guidance_scale) must not move under prepared rows.
         self._private = {name: value for name, value in vars(pipe).items() if name.startswith("_")}
+        # Cosmos has a safety checker without this method, and refuses to run without it: that one stays.
         self.unchecked: dict[str, Any] = {"safety_checker": None} if hasattr(pipe, "run_safety_checker") else {}
+        if self.unchecked and pipe.safety_checker is not None:  # type: ignore[attr-defined]
+            logger.warning(
+                "the safety checker of %s is not asked: its black pictures would be scored", type(pipe).__name__
+            )
         at_one = self._view({"_guidance_scale": 1.0})
         self._arguments = CallArguments(
             type(pipe),

@@ -1,7 +1,8 @@
 """Which algorithm learns how much: every one on the embedded pipeline, over training seeds, at equal costs; makes three tables.
 
     python scripts/compare_algorithms.py --root runs/compare                  # train what is not there yet: hours
-    python scripts/compare_algorithms.py --root runs/compare --write          # and put the tables into docs/algorithms.md
+    python scripts/compare_algorithms.py --root runs/compare --table dense --table composition --write  # and to the page
+    python scripts/compare_algorithms.py --root runs/compare --table changes --seeds 6 --write  # which has six seeds there
     python scripts/compare_algorithms.py DGPO DiffusionNFT --table dense      # some of them, one table
 
 Each algorithm is a shipped configuration, changed only in what its line of `ENTRIES` says; the table `changes` sets single

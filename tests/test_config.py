@@ -355,7 +355,10 @@ def test_what_can_teach_nothing_or_has_no_effect_is_refused():
             {"algorithm": {"name": "dgpo"}, "rollout": {"plan": {"name": "none"}}, "advantage": {"best_and_worst": 4}},
             "dgpo needs advantages that sum to 0 in a group; leave advantage.best_and_worst out",
         ),
-        ({"rollout": {"plan": {"name": "all"}, "solver": "dpmpp_2m"}}, "plan.name=all has none; leave rollout.solver"),
+        (
+            {"rollout": {"plan": {"name": "all"}, "solver": "dpmpp_2m"}},
+            "which takes it as euler does; leave rollout.solver",
+        ),
         (
             {"rollout": {"negative_prompt": "grey"}},
             "rollout.negative_prompt does nothing with rollout.guidance_scale=1",
@@ -400,6 +403,20 @@ def test_what_can_teach_nothing_or_has_no_effect_is_refused():
 def test_what_algorithms_and_ways_of_drawing_do_not_go_with(sections, message):
     with pytest.raises(ValueError, match=message):
         check(**sections)
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"rollout": {"guidance_scale": 4.5}},
+        {"model": {"call": {"true_cfg_scale": 4.5}}},
+        {"model": {"call": {"guidance_scale": 4.5}}},
+        {"algorithm": {"name": "awm"}, "rollout": {"plan": {"name": "none"}, "train_guidance_scale": 4.5}},
+    ],
+)
+def test_a_negative_prompt_goes_with_guidance_wherever_that_is_set(sections):
+    rollout = {"plan": {"name": "all"}, **sections.get("rollout", {}), "negative_prompt": "grey"}
+    check(**sections | {"rollout": rollout})
 
 
 def test_a_group_of_dgpo_may_be_shared_among_processes_that_train_at_the_same_time():

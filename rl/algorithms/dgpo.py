@@ -43,7 +43,7 @@ from flowsteer.rollout.types import Rollout
 class DGPOConfig(ForwardSettings):
     """DGPO's hyper-parameters; the defaults are the published ones for Stable Diffusion 3.5 with guided rollouts."""
 
-    needs: ClassVar[Requirements] = Requirements(transitions=False, groups_in_a_pass=True)
+    needs: ClassVar[Requirements] = Requirements(transitions=False, groups_in_a_pass=True, zero_sum_advantage=True)
 
     name: Literal["dgpo"] = "dgpo"
     beta: PositiveFloat = 100.0

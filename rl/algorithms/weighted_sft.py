@@ -2,7 +2,8 @@
 
 The loss is the ordinary matching error of each sample, weighted by how good it is in its group:
 
-- ``best``: the best sample of each group counts, the others do not (RAFT, arXiv 2304.06767; Flow-GRPO's online SFT);
+- ``best``: the best sample of each group counts (by its score, where the clip of the advantage makes equals), the others do
+  not (RAFT, arXiv 2304.06767; Flow-GRPO's online SFT);
 - ``positive``: samples above their group's mean count by their advantage;
 - ``exponential``: a softmax of advantage / temperature over the group (reward-weighted regression, Peters and Schaal 2007).
 
@@ -129,11 +130,9 @@ def sample_weights(group: Tensor, comparison: Comparison, kind: SampleWeights, t
     same = (group[:, None] == group[None]) & counts[None]  # [B, B], the samples that each is compared with
     if kind == "best":
         best = torch.where(same, advantage[None], -torch.inf).amax(1)
-        clipped_alike = same & (
-            advantage[None] == best[:, None]
-        )  # the best by their advantages, of which a clip makes equals
+        alike = same & (advantage[None] == best[:, None])  # the best; several where the advantages are clipped
         score = comparison.score.where(counts, -torch.inf)
-        winner = (advantage == best) & (score == torch.where(clipped_alike, score[None], -torch.inf).amax(1))
+        winner = (advantage == best) & (score == torch.where(alike, score[None], -torch.inf).amax(1))
         raw = (winner & (advantage > 0)).float()
     else:
         highest = torch.where(same, advantage[None], -torch.inf).amax(1).nan_to_num(neginf=0.0)
