@@ -2,11 +2,10 @@
 
 An update whose halves agree (0.1 or more) goes where the whole data would send it. One whose halves are nearly orthogonal
 (0.003) is mostly noise: it needs many updates, larger groups, a denser reward or other denoising steps. Such runs may learn
-all the same (the embedded policy gradients do, at 0.003 to 0.03). The expected cosine of two halves
-with n samples each is n s / (1 + n s), where s is the signal of a single sample: it grows with the batch, so compare runs of
-equal size. The halves are of whole rollout batches, and each process compares its own. A pull that does not depend on the
-scores, such as a KL or DiffusionNFT's towards its old policy once they are apart, is common to both halves and counts as
-agreement.
+all the same (the embedded policy gradients do, at 0.003 to 0.03). The expected cosine of two halves with n samples each is
+n s / (1 + n s), where s is the signal of a single sample: it grows with the batch, so compare runs of equal size. The halves
+are of whole rollout batches, and each process compares its own. A pull that does not depend on the scores, such as a KL or
+DiffusionNFT's towards its old policy once they are apart, is common to both halves and counts as agreement.
 """
 
 from __future__ import annotations

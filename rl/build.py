@@ -437,7 +437,7 @@ def build_optimizer_settings(config: Config) -> OptimizerSettings:
         learning_rate=section.learning_rate,
         schedule=section.schedule,
         warmup_updates=section.warmup_updates,
-        total_updates=config.num_steps * config.algorithm.updates_per_rollout,
+        total_updates=config.num_updates,
         betas=section.betas,
         weight_decay=section.weight_decay,
         epsilon=section.epsilon,

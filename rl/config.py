@@ -302,6 +302,11 @@ class Config(Section):
     engine: EngineConfig = EngineConfig()
     evaluation: EvaluationConfig | None = EvaluationConfig()
 
+    @property
+    def num_updates(self) -> int:
+        """Optimiser updates of the whole run."""
+        return self.num_steps * self.algorithm.updates_per_rollout
+
     def check(self, num_processes: int) -> None:
         """Refuse what no run can be made of. Raises ValueError that says what would work, with every fault."""
         faults = []
@@ -325,13 +330,12 @@ class Config(Section):
             raise ValueError("\n".join(faults))
         if self.rollout.plan.name == "none" and self.rollout.kernel != KernelConfig():
             logger.warning("rollout.kernel has no effect: with rollout.plan.name=none no step is stochastic")
-        updates = self.num_steps * self.algorithm.updates_per_rollout
-        if self.optimizer.warmup_updates > updates:
+        if self.optimizer.warmup_updates > self.num_updates:
             logger.warning(
                 "optimizer.warmup_updates=%d, but the run ends after %d updates: the learning rate only comes to %.2g",
                 self.optimizer.warmup_updates,
-                updates,
-                self.optimizer.learning_rate * updates / self.optimizer.warmup_updates,
+                self.num_updates,
+                self.optimizer.learning_rate * self.num_updates / self.optimizer.warmup_updates,
             )
 
     def _unmet_needs(self, num_processes: int) -> Iterator[str]:

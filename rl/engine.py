@@ -213,7 +213,7 @@ class Engine:
         return UpdateInfo(grad_norm=norm, learning_rate=rate, gradient_agreement=agreement)
 
     def _refuse_not_finite(self, norm: float) -> None:
-        if not math.isfinite(norm) or norm < 0:  # DeepSpeed's -1 is a norm that is not finite
+        if not math.isfinite(norm):
             raise NotFinite(
                 f"the gradient of update {self.num_updates + 1} is not finite ({norm}); lower optimizer.learning_rate, or use "
                 "model.dtype=float32; the newest checkpoint is from before it"

@@ -109,8 +109,9 @@ class FlowPipeline:
         # What an earlier call of the pipeline left on it (pipe._guidance_scale) must not move under prepared rows.
         self._private = {name: value for name, value in vars(pipe).items() if name.startswith("_")}
         # Cosmos has a safety checker without this method, and refuses to run without it: that one stays.
-        self.unchecked: dict[str, Any] = {"safety_checker": None} if hasattr(pipe, "run_safety_checker") else {}
-        if self.unchecked and pipe.safety_checker is not None:  # type: ignore[attr-defined]
+        checked = hasattr(pipe, "run_safety_checker") and getattr(pipe, "safety_checker", None) is not None
+        self.unchecked: dict[str, Any] = {"safety_checker": None} if checked else {}
+        if checked:
             logger.warning(
                 "the safety checker of %s is not asked: its black pictures would be scored", type(pipe).__name__
             )

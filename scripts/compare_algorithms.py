@@ -6,13 +6,13 @@
     python scripts/compare_algorithms.py DGPO DiffusionNFT --table dense      # some of them, one table
 
 Each algorithm is a shipped configuration, changed only in what its line of `ENTRIES` says; the table `changes` sets single
-changes of the policy gradient's rollouts beside what they change. Every training seed is one run on one thread. Its score is
-read before the first step, after the first step that used up the network passes that all are given, after the first that used
-up their minutes, and at its own end. Passes are samples that go through the denoiser while training; one that also goes back
-counts three. Minutes are those of the processor, so that runs side by side do not disturb each other's. Scores are of reserved
-captions, four noise seeds each, without guidance; intervals are 95 % over training seeds (Student's t). A run that is finished
-with the same settings is not repeated, so the comparison can be interrupted and continued; after a change of what the code
-computes, remove its folder.
+changes of the policy gradient's rollouts beside what they change, and beside AWM. Every training seed is one run on one
+thread. Its score is read before the first step, after the first step that used up the network passes that all are given,
+after the first that used up their minutes, and at its own end. Passes are samples that go through the denoiser while
+training; one that also goes back counts three. Minutes are those of the processor, so that runs side by side do not disturb
+each other's. Scores are of reserved captions, four noise seeds each, without guidance; intervals are 95 % over training
+seeds (Student's t). A run that is finished with the same settings is not repeated, so the comparison can be interrupted and
+continued; after a change of what the code computes, remove its folder.
 """
 
 from __future__ import annotations
@@ -124,10 +124,11 @@ ENTRIES: dict[str, Entry] = {
 }
 ALGORITHMS = tuple(ENTRIES)
 SDE, ANCHORS = "embedded_flow_grpo_sde_composition", "embedded_g2rpo_composition"
-# These two end after as many passes as "Flow-GRPO, SDE", so that each has gone through its schedule of learning rates.
 ENTRIES |= {
+    # The gap to close. Both end after as many passes as "Flow-GRPO, SDE", each having gone through its schedule.
     "Flow-GRPO, SDE on all steps, 17 steps": Entry(SDE, ("rollout.plan={name: all}", "num_steps=17")),
     "AWM, 20 steps": Entry("embedded_awm_composition", ("num_steps=20",)),
+    # The single changes.
     "Flow-GRPO, each group's own deviation": Entry(SDE, ("advantage.deviation=group",)),
     "Flow-GRPO, groups of 8": Entry(SDE, ("rollout.group_size=8", "rollout.prompts_per_step=48")),
     "Flow-GRPO, groups of 32": Entry(SDE, ("rollout.group_size=32", "rollout.prompts_per_step=12")),

@@ -19,7 +19,6 @@ from flowsteer.rl.types import Comparison
 from flowsteer.rollout.types import Rollout
 
 BY_NAME = {config.model_fields["name"].default: config for config in ALGORITHMS}
-TRANSITIONS = {chosen for config, chosen in ALGORITHMS.items() if config.needs.transitions}
 ANCHORS = [  # every weight of a distance to another policy
     (name, coefficient, anchor)
     for name, overrides in VARIANTS.items()
@@ -60,10 +59,9 @@ def test_a_distance_pulls_back(name: str, coefficient: str, anchor: str) -> None
     The velocity is displaced alike everywhere, by d: an algorithm of the forward process has the distance <d^2>, a mean over
     four dimensions, whose gradient is d / 2; one of transitions has that of `kl_to_reference`, which has proofs of its own.
     """
-    others = {
-        key: 0.0 for key in ("kl_coef", "old_coef") if key in BY_NAME[VARIANTS[name]["algorithm"]["name"]].model_fields
-    }
-    gradients_of, distances = {}, []
+    settings = BY_NAME[VARIANTS[name]["algorithm"]["name"]]
+    others = {key: 0.0 for key in ("kl_coef", "old_coef") if key in settings.model_fields}
+    gradients_of = {}
     for weight in (0.0, 10.0):
         run = learner(name, **others | {coefficient: weight})
         rollouts = run.rollouts()
@@ -73,13 +71,11 @@ def test_a_distance_pulls_back(name: str, coefficient: str, anchor: str) -> None
         assert anchor in run.policy.names or weight == 0
         nothing = [comparison([0.0] * GROUP)] * len(rollouts)
         gradients_of[weight] = run.gradient(rollouts, nothing)[1]
-        if run.algorithm.__class__ in TRANSITIONS:
-            batches = run.algorithm.batches(rollouts, nothing, 0)
-            kernel = run.config.rollout.kernel.name
-            distances = [kl_to_reference(run.policy, b, kernel, gaussian(run.policy, b, kernel)) for b in batches]
     pull = gradients_of[10.0] - gradients_of[0.0]
     expected = displacement / 2
-    if distances:
+    if settings.needs.transitions:
+        batches, kernel = run.algorithm.batches(rollouts, nothing, 0), run.config.rollout.kernel.name
+        distances = [kl_to_reference(run.policy, b, kernel, gaussian(run.policy, b, kernel)) for b in batches]
         (expected,) = torch.autograd.grad(torch.cat(distances).mean(), run.toy.network.bias)
     torch.testing.assert_close(pull, 10 * expected, rtol=1e-3, atol=1e-5)
     assert (pull * displacement).sum() > 1e-3 * displacement.norm() ** 2

@@ -105,8 +105,8 @@ def test_algorithms_are_compared_and_a_finished_run_is_not_repeated(tmp_path: Pa
     assert times[0] == times[1]
     # 2 steps of 16 * 12 pictures; 6 passes draw one, at 2 levels it has one with a gradient and one of either other policy
     passes = 2 * 16 * 12 * (6 + 2 * (3 + 1 + 1))
-    for file in tmp_path.rglob("outcome.json"):
-        assert json.loads(file.read_text("utf-8"))["readings"]["end"]["passes"] == passes
+    made = [json.loads(file.read_text("utf-8")) for file in tmp_path.rglob("outcome.json")]
+    assert [outcome["readings"]["end"]["passes"] for outcome in made] == [passes] * 2
 
 
 def test_a_run_that_ends_before_a_budget_keeps_its_line() -> None:

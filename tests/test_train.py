@@ -8,6 +8,7 @@ from typing import Any
 import launch
 import torch
 from conftest import Make
+from inprocess import fresh_process
 from torch import Tensor
 
 from flowsteer.rl.build import start
@@ -19,32 +20,33 @@ def test_the_acting_policy_draws_and_the_old_one_follows_after_each_step(make_co
     """DiffusionNFT with two updates a step: after n updates the old policy keeps min(0.1 n, 0.5) of itself."""
     nft = launch.nft(updates_per_rollout=2, old_decay_slope=0.1)
     config = make_config(tmp_path / "run", num_steps=3, **nft, **{"model.lora": None})
-    run = start(parse_config(config), quiet=True)
-    sample, report = run.worker.sample, run.report
-    drew: list[str] = []
-    after: list[dict[str, Tensor]] = []
+    with fresh_process():
+        run = start(parse_config(config), quiet=True)
+        sample, report = run.worker.sample, run.report
+        drew: list[str] = []
+        after: list[dict[str, Tensor]] = []
 
-    def weights() -> dict[str, Tensor]:
-        found = {}
-        for name in ("current", "old"):
-            with run.policy.using(name), torch.no_grad():
-                found[name] = torch.cat([parameter.flatten() for parameter in run.policy.parameters().values()])
-        return found
+        def weights() -> dict[str, Tensor]:
+            found = {}
+            for name in ("current", "old"):
+                with run.policy.using(name), torch.no_grad():
+                    found[name] = torch.cat([parameter.flatten() for parameter in run.policy.parameters().values()])
+            return found
 
-    def sampling(*arguments: Any, **more: Any) -> Any:
-        drew.append(run.policy.active)
-        return sample(*arguments, **more)
+        def sampling(*arguments: Any, **more: Any) -> Any:
+            drew.append(run.policy.active)
+            return sample(*arguments, **more)
 
-    def reporting(step: int, statistics: dict[str, float]) -> None:
-        after.append(weights())
-        report(step, statistics)
+        def reporting(step: int, statistics: dict[str, float]) -> None:
+            after.append(weights())
+            report(step, statistics)
 
-    run.worker.sample, run.report = sampling, reporting  # type: ignore[method-assign]
-    old = weights()["old"]
-    try:
-        train(run)
-    finally:
-        run.close()
+        run.worker.sample, run.report = sampling, reporting  # type: ignore[method-assign]
+        old = weights()["old"]
+        try:
+            train(run)
+        finally:
+            run.close()
     assert drew == ["old"] * 3
     for now, decay in zip(after, (0.2, 0.4, 0.5), strict=True):
         old = decay * old + (1 - decay) * now["current"]
