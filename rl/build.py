@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import logging
 import os
@@ -26,19 +25,17 @@ from flowsteer.rewards.hosts.child import WorkerReward
 from flowsteer.rewards.hosts.remote import HTTPReward
 from flowsteer.rewards.registry import load_reward
 from flowsteer.rewards.types import Reward
-from flowsteer.rl.algorithms import ALGORITHMS
 from flowsteer.rl.checkpoint import Checkpoints, fingerprint, open_run, write_whole
 from flowsteer.rl.compare import TooFewScores, compare
 from flowsteer.rl.config import Config, PlanConfig, RewardConfig, save_config
 from flowsteer.rl.engine import Engine, OptimizerSettings
 from flowsteer.rl.evaluate import Evaluation, evaluate, save_grid
 from flowsteer.rl.export import export_lora, export_weights
-from flowsteer.rl.forward import ForwardSettings, NoiseLevels
 from flowsteer.rl.metrics import Log, Meter
 from flowsteer.rl.policy import Policy
 from flowsteer.rl.scoring import StepScorer
 from flowsteer.rl.show import Screen
-from flowsteer.rl.types import Algorithm
+from flowsteer.rl.types import Algorithm, Facts
 from flowsteer.rollout import kernels, selfcheck
 from flowsteer.rollout.branches import Branching
 from flowsteer.rollout.pipeline import FlowPipeline, UnlikeConditioning
@@ -257,7 +254,7 @@ def build_branching(config: Config) -> Branching | None:
 
 
 def build_algorithm(config: Config, plan: Plan, engine: Engine, *, common_indices: bool = False) -> Algorithm:
-    """The algorithm with plain arguments: its own settings, and what it asks for of the others.
+    """The algorithm, told what it has to know of the run.
 
     ``common_indices``: all batches of a training step are trained at the same denoising indices.
     """
@@ -268,32 +265,19 @@ def build_algorithm(config: Config, plan: Plan, engine: Engine, *, common_indice
             f"rollout.branching.first={branching.first} leaves no pool: the plan's stochastic steps are "
             f"{list(plan.indices(0))}; set it to at most the last of them"
         )
-    settings = {
-        **config.algorithm.model_dump(exclude={"name"}),
-        "kernel": kernel.name,
-        "log_prob_weight": kernel.log_prob_weight,
-        "num_transitions": pools if branching else plan.num_transitions,
-        "group_size": rollout.group_size,
-        "advantage_clip": config.advantage.clip,
-        "seed": config.seed,
-        "common_indices": common_indices,
-        "gather": engine.gather,
-    }
-    chosen = ALGORITHMS[type(config.algorithm)]
-    asked = inspect.signature(chosen).parameters
-    forgotten = set(type(config.algorithm).model_fields) - {"name", "updates_per_rollout"} - set(asked)
-    if isinstance(config.algorithm, ForwardSettings) and "levels" in asked:
-        settings["levels"] = NoiseLevels(
-            rollout.num_inference_steps,
-            count=config.algorithm.noise_levels_per_sample,
-            first=config.algorithm.first_level,
-            end=config.algorithm.end_level,
+    return config.algorithm.bind(
+        Facts(
+            kernel=kernel.name,
+            log_prob_weight=kernel.log_prob_weight,
+            num_inference_steps=rollout.num_inference_steps,
+            num_transitions=pools if branching else plan.num_transitions,
+            group_size=rollout.group_size,
+            advantage_clip=config.advantage.clip,
             seed=config.seed,
-            common=common_indices,
+            common_indices=common_indices,
+            gather=engine.gather,
         )
-        forgotten -= set(ForwardSettings.model_fields)
-    assert not forgotten, f"{chosen.__name__} has settings that do nothing: {forgotten}"
-    return chosen(**{name: settings[name] for name in asked})
+    )
 
 
 def build_rewards(config: Config, device: torch.device) -> RewardSet:
@@ -471,7 +455,7 @@ def build_worker(config: Config, pipeline: FlowPipeline, prompts: Prompts, plan:
         branching=build_branching(config),
         tail_fraction=rollout.tail_fraction,
         train_guidance_scale=rollout.train_guidance_scale,
-        keep_means=config.algorithm.needs.means,
+        keep_means=config.algorithm.keeps_means,
     )
 
 

@@ -28,8 +28,8 @@ from pydantic import (
     model_validator,
 )
 
-from flowsteer.rl.algorithms import AlgorithmConfig
-from flowsteer.rl.types import changed
+from flowsteer.rl.algorithms import AnyAlgorithm
+from flowsteer.rl.types import Setting, changed, not_whole
 from flowsteer.rollout.prompts import check_divisible
 
 logger = logging.getLogger(__name__)
@@ -295,7 +295,7 @@ class Config(Section):
     rollout: RolloutConfig = RolloutConfig()
     rewards: Annotated[dict[str, RewardConfig], Field(min_length=1)]
     advantage: AdvantageConfig = AdvantageConfig()
-    algorithm: AlgorithmConfig
+    algorithm: AnyAlgorithm
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Of the averaged weights that are evaluated and exported; 0 evaluates the current ones."""
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -320,7 +320,8 @@ class Config(Section):
             )
         except ValueError as error:
             faults.append(str(error))
-        faults += [*self._unmet_needs(num_processes), *self._idle_settings()]
+        setting = self._setting(num_processes)
+        faults += [*self.algorithm.check(setting), *self._idle_settings(setting)]
         if self.model.lora is None and self.model.dtype != "float32" and self.engine.zero_stage is None:
             faults.append(
                 f"training all weights in {self.model.dtype} needs float32 master copies, which DeepSpeed keeps; "
@@ -338,39 +339,24 @@ class Config(Section):
                 self.optimizer.learning_rate * self.num_updates / self.optimizer.warmup_updates,
             )
 
-    def _unmet_needs(self, num_processes: int) -> Iterator[str]:
-        """What the algorithm asks of rollouts, and does not get."""
-        rollout, needs, name = self.rollout, self.algorithm.needs, f"algorithm.name={self.algorithm.name}"
-        stochastic = rollout.plan.name != "none"
-        if needs.transitions and not stochastic:
-            yield (
-                f"{name} learns from stochastic transitions, but rollout.plan.name=none draws none; set rollout.plan.name to "
-                "all, window or steps"
-            )
-        if not needs.transitions and stochastic:
-            yield (
-                f"{name} noises the final latents again and ignores stochastic transitions; set 'rollout.plan={{name: none}}'"
-            )
-        if needs.pools and rollout.branching is None:
-            yield f"{name} compares candidates that leave the same state; set rollout.branching, e.g. 'rollout.branching={{}}'"
-        if needs.gaussian_log_prob and rollout.kernel.log_prob_weight != "gaussian":
-            yield f"{name} normalises Gaussian log densities; set rollout.kernel.log_prob_weight=gaussian"
-        if needs.flow and rollout.kernel.name == "ddim":
-            yield f"{name} divides by the step length of a flow, which rollout.kernel.name=ddim has not; use flow_grpo"
-        if needs.clipped_advantage and self.advantage.clip is None:
-            yield f"{name} scales advantages by their clip; set advantage.clip, 5.0 is published"
-        if needs.zero_sum_advantage and self.advantage.best_and_worst is not None:
-            yield f"{name} needs advantages that sum to 0 in a group; leave advantage.best_and_worst out"
-        at_once = rollout.batch_size * (num_processes if needs.groups_in_a_pass else 1)
-        whole = needs.groups_in_a_batch or needs.groups_in_a_pass or rollout.branching is not None
-        if whole and at_once % rollout.group_size:
-            yield (
-                f"{name if rollout.branching is None else 'rollout.branching'} needs whole groups in the samples that pass the "
-                f"network together: {at_once} do, and rollout.group_size is {rollout.group_size}; set rollout.batch_size to a "
-                "multiple of it"
-            )
+    def _setting(self, num_processes: int) -> Setting:
+        """What the algorithm may have demands on."""
+        rollout = self.rollout
+        return Setting(
+            stochastic=rollout.plan.name != "none",
+            branching=rollout.branching is not None,
+            kernel=rollout.kernel.name,
+            log_prob_weight=rollout.kernel.log_prob_weight,
+            group_size=rollout.group_size,
+            batch_size=rollout.batch_size,
+            num_processes=num_processes,
+            advantage_clip=self.advantage.clip,
+            best_and_worst=self.advantage.best_and_worst,
+            advantage_changed=frozenset(changed(self.advantage)),
+            train_guidance=rollout.train_guidance_scale is not None,
+        )
 
-    def _idle_settings(self) -> Iterator[str]:
+    def _idle_settings(self, setting: Setting) -> Iterator[str]:
         """What was set and would do nothing, or only harm."""
         rollout = self.rollout
         stochastic = rollout.plan.name != "none"
@@ -401,8 +387,8 @@ class Config(Section):
                 yield "rollout.branching shares the noise of a group anyway; leave rollout.shared_noise out"
             if rollout.branching.first and rollout.plan.name == "window":
                 yield "rollout.branching.first needs a plan whose steps stay the same; set rollout.plan.name to all or steps"
-            if getattr(self.algorithm, "transitions_per_sample", None) is not None:
-                yield "rollout.branching trains every pool, each of one step; leave algorithm.transitions_per_sample out"
+            if not setting.groups_are_whole():
+                yield not_whole("rollout.branching", setting)
         if rollout.tail_fraction < 1 and (rollout.plan.name in ("none", "all") or rollout.branching is not None):
             yield (
                 "rollout.tail_fraction shortens what comes after the last stochastic step of a trajectory; it needs a window "
@@ -410,19 +396,8 @@ class Config(Section):
             )
         if (kept := self.advantage.best_and_worst) is not None and kept >= rollout.group_size:
             yield f"advantage.best_and_worst={kept} leaves nothing out of groups of {rollout.group_size}; leave it out"
-        advantage = changed(self.advantage)
-        if self.advantage.deviation == "none" and (idle := sorted(advantage & {"ddof", "epsilon"})):
+        if self.advantage.deviation == "none" and (idle := sorted(setting.advantage_changed & {"ddof", "epsilon"})):
             yield f"advantage.deviation=none divides by nothing; leave {' and '.join(f'advantage.{key}' for key in idle)} out"
-        if self.algorithm.needs.scores_only and (idle := sorted(advantage - {"min_scored"})):
-            yield (
-                f"algorithm.name={self.algorithm.name} ranks the weighted sum of the scores and asks for no advantage; leave "
-                f"{' and '.join(f'advantage.{key}' for key in idle)} out"
-            )
-        if rollout.train_guidance_scale is not None and self.algorithm.needs.transitions:
-            yield (
-                f"algorithm.name={self.algorithm.name} trains the very steps that were drawn, with their guidance; leave "
-                "rollout.train_guidance_scale out"
-            )
         kernel = rollout.kernel
         used_by_decay = {"power": {"decay_rate", "keep_budget"}, "exponential": {"decay_rate", "keep_budget"}}
         used_by_decay |= {"constant": set(), "linear": {"keep_budget"}, "cosine": {"keep_budget"}}

@@ -1,28 +1,60 @@
-"""What algorithms that learn on the forward process have in common: the final latents are noised again.
+"""Algorithms that learn on the forward process: what they have in common. The final latents are noised again.
 
 They need no likelihood, so any solver may draw the rollouts. Training happens at the sampler's own noise levels, because a
-lifted pipeline is asked by denoising index; published codes that draw levels from a continuum differ there.
+lifted pipeline is asked by denoising index; published codes that draw levels from a continuum differ there. An algorithm of
+this family declares its settings and `per_sample`, a pure function of one `ForwardTerms`.
 
 Letters: B samples, R of them that take part in a loss, X latent shape of one sample.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import numpy as np
 import torch
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, PrivateAttr
 from torch import Tensor
 
-from flowsteer.rl.types import AlgorithmSettings, Comparison, PolicyView, schedule_of
+from flowsteer.rl.losses import Terms, weighted
+from flowsteer.rl.pairs import best_and_worst, preference_loss
+from flowsteer.rl.types import Algorithm, Comparison, Facts, Metrics, PolicyView, Setting, schedule_of
+from flowsteer.rollout.kernels import denoised
 from flowsteer.rollout.noise import mix, stream_noise
 from flowsteer.rollout.types import Rollout, Schedule, flat_mean
 
 _NOISE_STREAM = 1 << 20  # apart from the sampler's streams, which are denoising indices
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForwardTerms:
+    """One noise level of a batch, as a loss sees it.
+
+    Example: for R = 2 samples with latents of shape [4, 8, 8] at sigma 0.5, ``prediction`` and ``target`` are [2, 4, 8, 8]
+    and ``advantage`` is ``tensor([1., -1.])``; ``error()`` is [2], equal to ``error("reference")`` before the first update.
+    """
+
+    prediction: Tensor  # [R, *X] float32, of the current policy; differentiable
+    others: Mapping[str, Tensor]  # [R, *X] float32, of the policies that the algorithm compares with or is held near to
+    target: Tensor  # [R, *X] float32, what a perfect model of this sample predicts
+    clean: Tensor  # [R, *X], the final latents
+    denoise: Callable[[Tensor], Tensor]  # a prediction [R, *X] to the clean latents that it implies
+    sigma: float
+    group: Tensor  # [R] int64
+    comparison: Comparison  # of the R samples, on the prediction's device
+    facts: Facts
+
+    @property
+    def advantage(self) -> Tensor:
+        """[R]."""
+        return self.comparison.advantage
+
+    def error(self, name: str | None = None) -> Tensor:
+        """The squared error of the current policy's prediction or of another one's, [R]."""
+        return matching_loss(self.prediction if name is None else self.others[name], self.target)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,14 +78,23 @@ class ForwardBatch:
         """R rows."""
         return self.rollout.conditioning if self.rows is None else self.rollout.conditioning.take(self.rows)
 
+    @property
+    def group(self) -> Tensor:
+        """[R] int64, of the samples."""
+        return self.rollout.group if self.rows is None else self.rollout.group[self.rows]
+
+    @property
+    def clean(self) -> Tensor:
+        """The final latents, [R, *X]."""
+        return self.rollout.latents if self.rows is None else self.rollout.latents[self.rows]
+
     def of_rows(self, rows: Tensor, *, noise_from: Tensor) -> ForwardBatch:
         """Only these samples [R], each with the noise of the sample ``noise_from`` [R]."""
         return replace(self, rows=rows, noise_seeds=self.rollout.seeds[noise_from])
 
     def noised(self) -> tuple[Tensor, Tensor]:
         """The final latents noised to the batch's level [R, *X], and the model's target there [R, *X] float32."""
-        schedule, clean = self.schedule, self.rollout.latents
-        clean = clean if self.rows is None else clean[self.rows]
+        schedule, clean = self.schedule, self.clean
         sigma, alpha = float(schedule.sigma[self.index]), float(schedule.alpha[self.index])
         noise = stream_noise(self.noise_seeds, _NOISE_STREAM + self.index, clean.shape[1:]).to(clean.device)
         noised = (alpha * clean.float() + sigma * noise).to(clean.dtype)
@@ -116,8 +157,10 @@ class NoiseLevels:
         return np.random.default_rng(mix(self.seed, step, *([] if sample is None or self.common else [sample])))
 
 
-class ForwardSettings(AlgorithmSettings):
-    """What the configurations of forward-process algorithms have."""
+class ForwardAlgorithm(Algorithm):
+    """The base of the family. `per_sample`, or for preferences `logits`, is what a subclass adds to its settings."""
+
+    learns_from: ClassVar[Literal["transitions", "final latents"]] = "final latents"
 
     noise_levels_per_sample: PositiveInt = 1
     """How many of the sampler's noise levels each rollout batch is trained at."""
@@ -125,14 +168,103 @@ class ForwardSettings(AlgorithmSettings):
     end_level: PositiveInt | None = None
     """Denoising indices to train at, ``first_level <= index < end_level``; null leaves out the last one."""
 
+    _levels: NoiseLevels | None = PrivateAttr(default=None)
 
-def forward_batches(
-    rollouts: Sequence[Rollout], comparisons: Sequence[Comparison], indices: Sequence[Sequence[int]]
-) -> Iterator[ForwardBatch]:
-    """Every rollout batch at its own noise levels, each sample with noise of its own."""
-    for rollout, comparison, own in zip(rollouts, comparisons, indices):
-        for index in own:
-            yield ForwardBatch(rollout=rollout, comparison=comparison, index=index, noise_seeds=rollout.seeds)
+    def per_sample(self, terms: ForwardTerms) -> Terms:
+        """The loss of each sample [R] and what to report."""
+        raise NotImplementedError
+
+    def logits(self, terms: ForwardTerms) -> Tensor:
+        """Of algorithms on pairs, [2 P] samples with the winners first: the logit of each preference, [P]."""
+        raise NotImplementedError
+
+    def indices(self, levels: NoiseLevels, step: int, rollout: Rollout) -> list[int]:
+        """The denoising indices that a rollout batch is trained at."""
+        return levels.spread(step, int(rollout.sample[0]))
+
+    def noise_seeds(self, rollout: Rollout, step: int) -> Tensor:
+        """[B] int64: samples with equal ones get the same noise."""
+        return rollout.seeds
+
+    def check(self, setting: Setting) -> Iterator[str]:
+        """No step may be stochastic."""
+        if setting.stochastic:
+            yield (
+                f"algorithm.name={self.label} noises the final latents again and ignores stochastic transitions; set "
+                "'rollout.plan={name: none}'"
+            )
+        yield from super().check(setting)
+
+    def bind(self, facts: Facts) -> Self:
+        """Draw noise levels from the run's schedule. Raises ValueError where it has too few."""
+        bound = super().bind(facts)
+        bound._levels = NoiseLevels(
+            facts.num_inference_steps,
+            count=self.noise_levels_per_sample,
+            first=self.first_level,
+            end=self.end_level,
+            seed=facts.seed,
+            common=facts.common_indices,
+        )
+        return bound
+
+    @property
+    def passes_per_batch(self) -> int:
+        """One for each noise level."""
+        return self.noise_levels_per_sample
+
+    def batches(
+        self, rollouts: Sequence[Rollout], comparisons: Sequence[Comparison], step: int
+    ) -> Iterator[ForwardBatch]:
+        """Every rollout batch at the noise levels that are drawn for it."""
+        assert self._levels is not None, "an algorithm trains once it is bound to a run"
+        for rollout, comparison in zip(rollouts, comparisons):
+            seeds = self.noise_seeds(rollout, step)
+            for index in self.indices(self._levels, step, rollout):
+                yield ForwardBatch(rollout=rollout, comparison=comparison, index=index, noise_seeds=seeds)
+
+    def loss(self, policy: PolicyView, batch: ForwardBatch) -> tuple[Tensor, Metrics]:
+        """The loss of one noise level; with preferences only the pairs' samples pass the network."""
+        if self.on_pairs:
+            pairs = best_and_worst(batch.rollout.group, batch.comparison)
+            chosen = batch.of_rows(pairs.sides(), noise_from=pairs.win.repeat(2))
+            return preference_loss(self.logits(self._terms(policy, chosen)), pairs)
+        terms = self._terms(policy, batch)
+        held = {name for name, weight in self.anchors.items() if weight}
+        distances = {name: matching_loss(terms.prediction, terms.others[name]) for name in held}
+        return weighted(self.per_sample(terms), terms.comparison.weight, distances, self.anchors)
+
+    def _terms(self, policy: PolicyView, batch: ForwardBatch) -> ForwardTerms:
+        noised, target = batch.noised()
+        prediction = policy.velocity(noised, batch.index, batch.conditioning).float()
+        read = self.compares_with | {name for name, weight in self.anchors.items() if weight}
+        return ForwardTerms(
+            prediction=prediction,
+            others={name: prediction_of(policy, name, noised, batch) for name in sorted(read)},
+            target=target,
+            clean=batch.clean,
+            denoise=lambda output: denoised(output, noised, batch.schedule, batch.index),
+            sigma=float(batch.schedule.sigma[batch.index]),
+            group=batch.group.to(prediction.device),
+            comparison=batch.comparison.take(batch.rows).to(prediction.device),
+            facts=self.facts,
+        )
+
+
+def ramp(num_updates: int, slope: float, most: float) -> float:
+    """How much of the old policy stays after so many updates: min(slope * n, most)."""
+    return min(slope * max(num_updates, 0), most)
+
+
+def renewed(every: int | None, updates_per_rollout: int, num_updates: int) -> float:
+    """0 when the policy that draws is due to be replaced, after ``every`` training steps; 1 when it stays."""
+    return 0.0 if every is not None and num_updates % (every * updates_per_rollout) == 0 else 1.0
+
+
+def unclipped(label: str, setting: Setting) -> Iterator[str]:
+    """The sentence for an algorithm that scales advantages by their clip, where there is none."""
+    if setting.advantage_clip is None:
+        yield f"algorithm.name={label} scales advantages by their clip; set advantage.clip, 5.0 is published"
 
 
 def matching_loss(prediction: Tensor, target: Tensor) -> Tensor:

@@ -1,41 +1,63 @@
-"""What losses of either family have in common: the clipped ratio, and what is reported.
+"""What losses of either family have in common: the terms per sample, their weighted mean, and the clipped ratio.
 
-Letters: B samples.
+Letters: R samples (or pairs) that take part in a loss.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from flowsteer.rl.types import Metrics
 
+DISTANCES = {"reference": "kl", "old": "old_distance"}
+"""What the distance to another policy is reported as."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Terms:
+    """What an algorithm makes of a batch: a loss per sample, and what to report, per sample too.
+
+    Example: ``Terms(loss=torch.tensor([0.5, -1.0]), metrics={"ratio": torch.tensor([1.0, 1.2])})``.
+    """
+
+    loss: Tensor  # [R]
+    metrics: dict[str, Tensor] = field(default_factory=dict)  # [R] each, averaged with the samples' weights
+
+
+def weighted(
+    terms: Terms, weight: Tensor, distances: Mapping[str, Tensor], anchors: Mapping[str, float]
+) -> tuple[Tensor, Metrics]:
+    """The mean of (loss + weighted distances to the anchors) [R] times weight [R]; and the metrics as sums and counts.
+
+    ``distances`` [R] and their weights ``anchors`` go by the name of the other policy; those of weight 0 do not count.
+    """
+    held = {name: distances[name] for name, coefficient in anchors.items() if coefficient}
+    pull = sum(anchors[name] * distance for name, distance in held.items())
+    loss = ((terms.loss + pull) * weight).mean()
+    count = float(weight.sum())
+    reported = terms.metrics | {DISTANCES[name]: distance for name, distance in held.items()}
+    return loss, {
+        "loss": (loss.detach() * len(weight), float(len(weight))),
+        **{name: ((value.detach() * weight).sum(), count) for name, value in reported.items()},
+    }
+
 
 def clipped_objective(log_ratio: Tensor, advantage: Tensor, clip_range: float) -> tuple[Tensor, Tensor]:
-    """PPO's pessimistic clipped loss per sample, and the ratio (arXiv 1707.06347, equation 7; all [B])."""
+    """PPO's pessimistic clipped loss per sample, and the ratio (arXiv 1707.06347, equation 7; all [R])."""
     ratio = torch.exp(log_ratio)
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
     return torch.maximum(-advantage * ratio, -advantage * clipped), ratio
 
 
-def ratio_metrics(log_ratio: Tensor, weight: Tensor, clip_range: float) -> Metrics:
-    """What to report of [B] log ratios.
-
-    ``ratio``: mean. ``ratio_deviation``: mean absolute log ratio. ``clip_fraction``: of samples beyond the clip range.
-    """
-    log_ratio, count = log_ratio.detach(), float(weight.sum())
+def ratio_metrics(log_ratio: Tensor, clip_range: float) -> dict[str, Tensor]:
+    """What to report of [R] log ratios: the ratio, its absolute logarithm, and whether it is beyond the clip range."""
     ratio = torch.exp(log_ratio)
     return {
-        "ratio": ((ratio * weight).sum(), count),
-        "ratio_deviation": ((log_ratio.abs() * weight).sum(), count),
-        "clip_fraction": ((((ratio - 1).abs() > clip_range) * weight).sum(), count),
-    }
-
-
-def loss_metrics(loss: Tensor, weight: Tensor, **per_sample: Tensor) -> Metrics:
-    """The batch's loss, and means over the samples that carry a comparison, of values [B]."""
-    count = float(weight.sum())
-    return {
-        "loss": (loss.detach() * len(weight), float(len(weight))),
-        **{name: ((value.detach() * weight).sum(), count) for name, value in per_sample.items()},
+        "ratio": ratio,
+        "ratio_deviation": log_ratio.abs(),
+        "clip_fraction": ((ratio - 1).abs() > clip_range).float(),
     }

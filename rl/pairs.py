@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from flowsteer.rl.losses import Terms, weighted
 from flowsteer.rl.types import Comparison, Metrics
 
 
@@ -51,19 +52,18 @@ def best_and_worst(group: Tensor, comparison: Comparison, *, threshold: float = 
     return Pairs(win=torch.tensor(win), lose=torch.tensor(lose), weight=torch.tensor(weight))
 
 
-def preference_loss(logits: Tensor, pairs: Pairs) -> tuple[Tensor, Metrics]:
-    """-log sigmoid of the logits [P], weighted, as a mean over the batch's groups.
+def preference(logits: Tensor) -> Terms:
+    """-log sigmoid of the logits [P], one for each pair.
 
-    ``margin``: mean logit. ``accuracy``: of the pairs, how many the policy prefers as the judge does; no preference counts
-    half. ``pairs``: how many of the groups make a pair.
+    ``margin``: the logit. ``accuracy``: whether the policy prefers as the judge does; no preference counts half.
     """
-    weight = pairs.weight.to(logits.device)
-    loss = -(logsigmoid(logits) * weight).mean()
-    detached, count = logits.detach(), float(weight.sum())
+    detached = logits.detach()
     right = (detached > 0).float() + 0.5 * (detached == 0)
-    return loss, {
-        "loss": (loss.detach() * len(weight), float(len(weight))),
-        "margin": ((detached * weight).sum(), count),
-        "accuracy": ((right * weight).sum(), count),
-        "pairs": (float((weight > 0).sum()), float(len(weight))),
-    }
+    return Terms(loss=-logsigmoid(logits), metrics={"margin": detached, "accuracy": right})
+
+
+def preference_loss(logits: Tensor, pairs: Pairs) -> tuple[Tensor, Metrics]:
+    """The weighted mean of `preference` over the batch's groups; ``pairs`` is how many of them make a pair."""
+    weight = pairs.weight.to(logits.device)
+    loss, metrics = weighted(preference(logits), weight, {}, {})
+    return loss, metrics | {"pairs": (float((weight > 0).sum()), float(len(weight)))}

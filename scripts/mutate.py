@@ -88,8 +88,8 @@ FAULTS = (
     Fault(
         name="swapped sign of a preference",
         file="rl/algorithms/step_dpo.py",
-        right="(candidates[pairs.win] - candidates[pairs.lose])",
-        wrong="(candidates[pairs.lose] - candidates[pairs.win])",
+        right="(win - lose).float()",
+        wrong="(lose - win).float()",
         tests="tests/test_losses.py tests/test_every_algorithm.py -k step_dpo",
     ),
     Fault(
@@ -101,9 +101,9 @@ FAULTS = (
     ),
     Fault(
         name="anchor of AWM under no_grad",
-        file="rl/algorithms/awm.py",
-        right="metric: matching_loss(prediction, others[name])",
-        wrong="metric: matching_loss(prediction.detach(), others[name])",
+        file="rl/forward.py",
+        right="name: matching_loss(terms.prediction, terms.others[name])",
+        wrong="name: matching_loss(terms.prediction.detach(), terms.others[name])",
         tests="tests/test_losses.py tests/test_every_algorithm.py -k awm",
     ),
     Fault(
@@ -137,20 +137,20 @@ FAULTS = (
     Fault(
         name="noise of DGPO not shared in the group",
         file="rl/algorithms/dgpo.py",
-        right="seeds = [mix(self.seed, step, group) for group in batch.rollout.group.tolist()]",
-        wrong="seeds = batch.rollout.seeds.tolist()",
+        right="torch.tensor([mix(self.facts.seed, step, group) for group in rollout.group.tolist()])",
+        wrong="rollout.seeds",
         tests="tests/test_losses.py",
     ),
     Fault(
         name="group of DGPO summed on one process only",
         file="rl/algorithms/dgpo.py",
-        right="        return (same * self.gather(values)[None]).sum(1)",
-        wrong="        return (same[:, : len(values)] * values[None]).sum(1)",
+        right="    return (same * facts.gather(values)[None]).sum(1)",
+        wrong="    return (same[:, : len(values)] * values[None]).sum(1)",
         tests="tests/test_losses.py",
     ),
     Fault(
         name="pair noised with two noises",
-        file="rl/algorithms/diffusion_dpo.py",
+        file="rl/forward.py",
         right="noise_from=pairs.win.repeat(2)",
         wrong="noise_from=pairs.sides()",
         tests="tests/test_losses.py",
@@ -172,8 +172,8 @@ FAULTS = (
     Fault(
         name="bias of the ratio left in GRPO-Guard",
         file="rl/algorithms/grpo_guard.py",
-        right="(log_prob - batch.old_log_prob + kernels.kl(current, old))",
-        wrong="(log_prob - batch.old_log_prob)",
+        right="(step.log_prob - step.old_log_prob + step.kl_to_old)",
+        wrong="(step.log_prob - step.old_log_prob)",
         tests="tests/test_losses.py",
     ),
     Fault(
@@ -199,9 +199,9 @@ FAULTS = (
     ),
     Fault(
         name="KL of DGPO under no_grad",
-        file="rl/algorithms/dgpo.py",
-        right='distance = matching_loss(prediction, others["reference"])',
-        wrong='distance = matching_loss(prediction.detach(), others["reference"])',
+        file="rl/forward.py",
+        right="name: matching_loss(terms.prediction, terms.others[name])",
+        wrong="name: matching_loss(terms.prediction.detach(), terms.others[name])",
         tests="tests/test_every_algorithm.py -k dgpo",
     ),
     Fault(
@@ -228,8 +228,8 @@ FAULTS = (
     Fault(
         name="Diffusion-DPO without its reference",
         file="rl/algorithms/diffusion_dpo.py",
-        right="        win, lose = (error - reference).chunk(2)",
-        wrong="        win, lose = error.chunk(2)",
+        right='        win, lose = (terms.error() - terms.error("old")).chunk(2)',
+        wrong="        win, lose = terms.error().chunk(2)",
         tests="tests/test_losses.py tests/test_every_algorithm.py -k dpo",
     ),
     Fault(
@@ -242,8 +242,8 @@ FAULTS = (
     Fault(
         name="GRPO-Guard without the step's length",
         file="rl/algorithms/grpo_guard.py",
-        right="((per_sample / length + ",
-        wrong="((per_sample + ",
+        right="loss=loss / step.length",
+        wrong="loss=loss",
         tests="tests/test_losses.py",
     ),
     Fault(
@@ -262,30 +262,30 @@ FAULTS = (
     ),
     Fault(
         name="old policy of AWM as far behind as can be",
-        file="rl/algorithms/awm.py",
-        right="min(self.old_decay_slope * num_updates, self.old_decay_max)",
-        wrong="max(self.old_decay_slope * num_updates, self.old_decay_max)",
+        file="rl/forward.py",
+        right="min(slope * max(num_updates, 0), most)",
+        wrong="max(slope * max(num_updates, 0), most)",
         tests="tests/test_losses.py",
     ),
     Fault(
         name="noise levels of AWM without strata",
         file="rl/algorithms/awm.py",
-        right="self.levels.stratified(",
-        wrong="self.levels.spread(",
+        right="levels.stratified(",
+        wrong="levels.spread(",
         tests="tests/test_losses.py",
     ),
     Fault(
         name="contrast of NFT not scaled by the clip",
         file="rl/algorithms/diffusion_nft.py",
-        right="(self.advantage_clip * contrast + ",
-        wrong="(contrast + ",
+        right="loss=clip * contrast",
+        wrong="loss=contrast",
         tests="tests/test_algorithms.py",
     ),
     Fault(
         name="KL of GRPO-Guard a hundred times too strong",
         file="rl/algorithms/grpo_guard.py",
-        right="self.kl_coef * kl) * weight",
-        wrong="100 * self.kl_coef * kl) * weight",
+        right='{"reference": self.kl_coef}',
+        wrong='{"reference": 100 * self.kl_coef}',
         tests="tests/test_every_algorithm.py -k pulls_back",
     ),
     Fault(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from typing import Any, get_args
 
@@ -12,10 +13,10 @@ from toy import GROUP, ToyRun, comparison
 from variants import VARIANTS
 
 from flowsteer.rewards.types import Scores
-from flowsteer.rl.algorithms import ALGORITHMS, AlgorithmConfig
+from flowsteer.rl.algorithms import ALGORITHMS, AnyAlgorithm
 from flowsteer.rl.engine import NotFinite
 from flowsteer.rl.transitions import gaussian, kl_to_reference
-from flowsteer.rl.types import Comparison
+from flowsteer.rl.types import Algorithm, Comparison
 from flowsteer.rollout.types import Rollout
 
 BY_NAME = {config.model_fields["name"].default: config for config in ALGORITHMS}
@@ -28,9 +29,23 @@ ANCHORS = [  # every weight of a distance to another policy
 
 
 def test_every_algorithm_is_here() -> None:
-    configured = {config.model_fields["name"].default for config in get_args(get_args(AlgorithmConfig)[0])}
+    configured = {config.model_fields["name"].default for config in get_args(get_args(AnyAlgorithm)[0])}
     assert {overrides["algorithm"]["name"] for overrides in VARIANTS.values()} == configured
     assert {config.model_fields["name"].default for config in ALGORITHMS} == configured
+
+
+def test_a_hyper_parameter_is_declared_once() -> None:
+    """In the settings of an algorithm or of its family; a published default of its own is the only reason to repeat it."""
+    for algorithm in ALGORITHMS:
+        lineage = [cls for cls in algorithm.__mro__ if issubclass(cls, Algorithm)]
+        for name in algorithm.model_fields:
+            declared = [cls for cls in lineage if name in inspect.get_annotations(cls)]
+            assert 1 <= len(declared) <= 2, (algorithm, name)
+            if len(declared) == 2:
+                own, family = (inspect.get_annotations(cls)[name] for cls in declared)
+                assert own == family, f"{algorithm.__name__}.{name} changes more than the default"
+                assert declared[0].model_fields[name].default != declared[1].model_fields[name].default
+        assert algorithm.__init__ is Algorithm.__init__, f"{algorithm.__name__} names its settings a second time"
 
 
 def learner(name: str, **settings: Any) -> ToyRun:
@@ -73,7 +88,7 @@ def test_a_distance_pulls_back(name: str, coefficient: str, anchor: str) -> None
         gradients_of[weight] = run.gradient(rollouts, nothing)[1]
     pull = gradients_of[10.0] - gradients_of[0.0]
     expected = displacement / 2
-    if settings.needs.transitions:
+    if settings.learns_from == "transitions":
         batches, kernel = run.algorithm.batches(rollouts, nothing, 0), run.config.rollout.kernel.name
         distances = [kl_to_reference(run.policy, b, kernel, gaussian(run.policy, b, kernel)) for b in batches]
         (expected,) = torch.autograd.grad(torch.cat(distances).mean(), run.toy.network.bias)

@@ -228,8 +228,8 @@ def test_a_group_of_dgpo_may_lie_on_several_processes() -> None:
     sent: list[list[Tensor]] = [[], []]  # what each process gives to its collectives, in order
 
     def loss_of(place: int, gather: Any) -> Tensor:
-        run.algorithm.gather = gather
-        return run.algorithm.loss(run.policy, halves[place])[0]
+        algorithm = run.algorithm.bind(replace(run.algorithm.facts, gather=gather))
+        return algorithm.loss(run.policy, halves[place])[0]
 
     for place in (0, 1):
         loss_of(place, lambda values, place=place: (sent[place].append(values), values)[1])
@@ -518,7 +518,7 @@ def test_pso_by_hand() -> None:
         loss, _ = run.algorithm.loss(run.policy, batch)
 
         def log_prob(batch: Any) -> Tensor:
-            step = gaussian(run.policy, batch, run.algorithm.kernel)
+            step = gaussian(run.policy, batch, run.algorithm.facts.kernel)
             density = torch.distributions.Normal(step.mean.double(), step.std)
             return density.log_prob(batch.next_latents.double()).flatten(1).mean(1)
 
@@ -539,7 +539,7 @@ def test_rows_of_a_batch_are_those_of_the_whole() -> None:
         batch = next(iter(run.algorithm.batches(rollouts, [comparison(SPREAD)] * len(rollouts), 0)))
         rows = torch.tensor([GROUP + 5, 0])
         part = replace(batch, rows=rows)
-        kernel = run.algorithm.kernel
+        kernel = run.algorithm.facts.kernel
         torch.testing.assert_close(
             gaussian(run.policy, part, kernel).mean, gaussian(run.policy, batch, kernel).mean[rows]
         )

@@ -231,7 +231,7 @@ def drawn_and_learned(case: Case, name: str, *, guided: bool) -> tuple[list[Roll
     config = toy_config({f"rollout.{key}": value for key, value in settings.items()} | VARIANTS[name])
     data = config.model_dump()
     data["model"]["dtype"] = str(case.dtype).split(".")[1]
-    if case.model == "sdxl" and config.algorithm.needs.transitions:
+    if case.model == "sdxl" and config.algorithm.learns_from == "transitions":
         data["rollout"]["kernel"] = {"name": "ddim", "noise_level": 0.6}
     config = parse_config(data)
     here: Any = SimpleNamespace(gather=lambda x: x, num_processes=1, process_index=0, device=torch.device("cpu"))

@@ -70,7 +70,7 @@ class Toy:
         return latents.view(-1, 1, 2, 2)
 
 
-RANKING = {config.model_fields["name"].default for config in ALGORITHMS if config.needs.scores_only}  # no advantages
+RANKING = {config.model_fields["name"].default for config in ALGORITHMS if config.on_pairs}  # no advantages
 
 
 def toy_config(overrides: Mapping[str, Any]) -> Config:

@@ -13,32 +13,23 @@ Letters: B samples, X latent shape of one sample.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Annotated, ClassVar, Literal
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
 
-from flowsteer.rl.forward import (
-    ForwardBatch,
-    ForwardSettings,
-    NoiseLevels,
-    forward_batches,
-    matching_loss,
-    prediction_of,
-)
-from flowsteer.rl.losses import clipped_objective, loss_metrics, ratio_metrics
-from flowsteer.rl.types import Comparison, Metrics, PolicyView, Requirements, changed
+from flowsteer.rl.forward import ForwardAlgorithm, ForwardTerms, NoiseLevels, ramp, unclipped
+from flowsteer.rl.losses import Terms, clipped_objective, ratio_metrics
+from flowsteer.rl.types import Setting, changed
 from flowsteer.rollout.types import Rollout
 
 Weighting = Literal["uniform", "sigma", "sigma_squared", "huber", "general_huber"]
 HUBER_POWER = 0.25  # p of the published generalised Huber function
 
 
-class AWMConfig(ForwardSettings):
+class AWM(ForwardAlgorithm):
     """AWM's hyper-parameters; the defaults are the published ones for Stable Diffusion 3.5."""
-
-    needs: ClassVar[Requirements] = Requirements(transitions=False, clipped_advantage=True)
 
     name: Literal["awm"] = "awm"
     weighting: Weighting = "general_huber"
@@ -58,79 +49,46 @@ class AWMConfig(ForwardSettings):
         if self.clip_range is None and not self.old_coef and changed(self) & {"old_decay_slope", "old_decay_max"}:
             yield "awm without clip_range and with old_coef=0 has no old policy; leave old_decay_* out"
 
-
-class AWM:
-    """See the module's docstring.
-
-    Args:
-        levels: noise levels to train at.
-        advantage_clip: the clip of the advantages, which scales them to [-1, 1].
-        The others as in `AWMConfig`.
-    """
-
-    def __init__(
-        self,
-        *,
-        levels: NoiseLevels,
-        advantage_clip: float,
-        weighting: Weighting,
-        clip_range: float | None,
-        kl_coef: float,
-        old_coef: float,
-        old_decay_slope: float,
-        old_decay_max: float,
-    ) -> None:
-        self.levels = levels
-        self.passes_per_batch = levels.count
-        self.advantage_clip = advantage_clip
-        self.weighting: Weighting = weighting
-        self.clip_range = clip_range
-        self.kl_coef = kl_coef
-        self.old_coef = old_coef
-        self.old_decay_slope = old_decay_slope
-        self.old_decay_max = old_decay_max
-        self.acting = "current" if clip_range is None else "old"
+    @property
+    def acting(self) -> str:
+        """The old policy draws where the ratio to it is clipped."""
+        return "current" if self.clip_range is None else "old"
 
     @property
-    def variants(self) -> frozenset[str]:
-        """The anchors that have a weight, and the old policy where it draws."""
-        old = self.old_coef or self.clip_range is not None
-        return frozenset(({"old"} if old else set()) | ({"reference"} if self.kl_coef else set()))
+    def compares_with(self) -> frozenset[str]:
+        """See `acting`."""
+        return frozenset() if self.clip_range is None else frozenset({"old"})
+
+    @property
+    def anchors(self) -> Mapping[str, float]:
+        """The reference and the old policy, as far as they have a weight."""
+        return {"reference": self.kl_coef, "old": self.old_coef}
+
+    def check(self, setting: Setting) -> Iterator[str]:
+        """The clip scales advantages to [-1, 1]."""
+        yield from super().check(setting)
+        yield from unclipped(self.label, setting)
 
     def old_decay(self, num_updates: int) -> float:
         """The published schedule."""
-        return min(self.old_decay_slope * num_updates, self.old_decay_max)
+        return ramp(num_updates, self.old_decay_slope, self.old_decay_max)
 
-    def batches(
-        self, rollouts: Sequence[Rollout], comparisons: Sequence[Comparison], step: int
-    ) -> Iterator[ForwardBatch]:
-        """Every rollout batch at noise levels from each stratum."""
-        indices = [self.levels.stratified(step, int(rollout.sample[0])) for rollout in rollouts]
-        yield from forward_batches(rollouts, comparisons, indices)
+    def indices(self, levels: NoiseLevels, step: int, rollout: Rollout) -> list[int]:
+        """One from each stratum."""
+        return levels.stratified(step, int(rollout.sample[0]))
 
-    def loss(self, policy: PolicyView, batch: ForwardBatch) -> tuple[Tensor, Metrics]:
-        """The weighted likelihood of one noise level, and the distances to the anchors."""
-        noised, target = batch.noised()
-        prediction = policy.velocity(noised, batch.index, batch.conditioning).float()
-        others = {name: prediction_of(policy, name, noised, batch) for name in sorted(self.variants)}
-        sigma = float(batch.schedule.sigma[batch.index])
-        log_likelihood = -penalty(matching_loss(prediction, target), sigma, self.weighting)  # [B]
-        weight = batch.comparison.weight.to(prediction.device)
-        advantage = batch.comparison.advantage.to(prediction.device) / self.advantage_clip
+    def per_sample(self, terms: ForwardTerms) -> Terms:
+        """The weighted likelihood, on-policy or as a clipped ratio."""
+        clip = terms.facts.advantage_clip
+        assert clip is not None, "the configuration is held to it"
+        log_likelihood = -penalty(terms.error(), terms.sigma, self.weighting)  # [R]
         if self.clip_range is None:
             log_ratio = log_likelihood - log_likelihood.detach()  # on-policy: the ratio is 1, its gradient that of phi
-        else:
-            log_ratio = log_likelihood + penalty(matching_loss(others["old"], target), sigma, self.weighting)
-        per_sample, _ = clipped_objective(log_ratio, advantage, self.clip_range or 1.0)
-        distances = {
-            metric: matching_loss(prediction, others[name])
-            for metric, name, wanted in (("kl", "reference", self.kl_coef), ("old_distance", "old", self.old_coef))
-            if wanted
-        }
-        anchored = self.kl_coef * distances.get("kl", 0.0) + self.old_coef * distances.get("old_distance", 0.0)
-        loss = ((per_sample + anchored) * weight).mean()
-        ratios = {} if self.clip_range is None else ratio_metrics(log_ratio, weight, self.clip_range)
-        return loss, loss_metrics(loss, weight, **distances) | ratios
+            loss, _ = clipped_objective(log_ratio, terms.advantage / clip, 1.0)
+            return Terms(loss=loss)
+        log_ratio = log_likelihood + penalty(terms.error("old"), terms.sigma, self.weighting)
+        loss, _ = clipped_objective(log_ratio, terms.advantage / clip, self.clip_range)
+        return Terms(loss=loss, metrics=ratio_metrics(log_ratio, self.clip_range))
 
 
 def penalty(error: Tensor, sigma: float, weighting: Weighting) -> Tensor:

@@ -18,32 +18,22 @@ Letters: B samples, N samples of all processes, X latent shape of one sample.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
-from typing import Annotated, ClassVar, Literal
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
 
-from flowsteer.rl.forward import (
-    ForwardBatch,
-    ForwardSettings,
-    NoiseLevels,
-    forward_batches,
-    matching_loss,
-    prediction_of,
-)
-from flowsteer.rl.losses import loss_metrics
-from flowsteer.rl.types import Comparison, Metrics, PolicyView, Requirements, changed
+from flowsteer.rl.forward import ForwardAlgorithm, ForwardTerms, NoiseLevels, ramp
+from flowsteer.rl.losses import Terms
+from flowsteer.rl.types import Facts, Setting, changed, not_whole
 from flowsteer.rollout.noise import mix
 from flowsteer.rollout.types import Rollout
 
 
-class DGPOConfig(ForwardSettings):
+class DGPO(ForwardAlgorithm):
     """DGPO's hyper-parameters; the defaults are the published ones for Stable Diffusion 3.5 with guided rollouts."""
-
-    needs: ClassVar[Requirements] = Requirements(transitions=False, groups_in_a_pass=True, zero_sum_advantage=True)
 
     name: Literal["dgpo"] = "dgpo"
     beta: PositiveFloat = 100.0
@@ -67,94 +57,54 @@ class DGPOConfig(ForwardSettings):
         ):
             yield "dgpo without clip_range and with reference=reference has no old policy; leave old_decay_* out"
 
-
-class DGPO:
-    """See the module's docstring.
-
-    Args:
-        levels: noise levels to train at.
-        group_size: G.
-        seed: of the noise.
-        gather: concatenates [B] over processes to [N].
-        The others as in `DGPOConfig`.
-    """
-
-    acting = "current"
-
-    def __init__(
-        self,
-        *,
-        levels: NoiseLevels,
-        group_size: int,
-        seed: int,
-        gather: Callable[[Tensor], Tensor],
-        beta: float,
-        reference: Literal["reference", "old"],
-        clip_range: float | None,
-        kl_coef: float,
-        old_decay_slope: float,
-        old_decay_max: float,
-    ) -> None:
-        self.levels = levels
-        self.passes_per_batch = levels.count
-        self.group_size = group_size
-        self.seed = seed
-        self.gather = gather
-        self.beta = beta
-        self.reference = reference
-        self.clip_range = clip_range
-        self.kl_coef = kl_coef
-        self.old_decay_slope = old_decay_slope
-        self.old_decay_max = old_decay_max
+    @property
+    def compares_with(self) -> frozenset[str]:
+        """What errors are compared with, and the old policy where the ratio to it is clipped."""
+        return frozenset({self.reference} | ({"old"} if self.clip_range is not None else set()))
 
     @property
-    def variants(self) -> frozenset[str]:
-        """The reference and the old policy, as far as the settings ask for them."""
-        asked = {self.reference}
-        asked |= {"old"} if self.clip_range is not None else set()
-        asked |= {"reference"} if self.kl_coef else set()
-        return frozenset(asked)
+    def anchors(self) -> Mapping[str, float]:
+        """The reference, when the KL asks for it."""
+        return {"reference": self.kl_coef}
+
+    def check(self, setting: Setting) -> Iterator[str]:
+        """Whole groups in a pass, whose advantages sum to 0."""
+        yield from super().check(setting)
+        name = f"algorithm.name={self.label}"
+        if setting.best_and_worst is not None:
+            yield f"{name} needs advantages that sum to 0 in a group; leave advantage.best_and_worst out"
+        if not setting.branching and not setting.groups_are_whole(across_processes=True):
+            yield not_whole(name, setting, across_processes=True)
 
     def old_decay(self, num_updates: int) -> float:
         """The published schedule: the old policy is almost the one of the update before."""
-        return min(self.old_decay_slope * num_updates, self.old_decay_max)
+        return ramp(num_updates, self.old_decay_slope, self.old_decay_max)
 
-    def batches(
-        self, rollouts: Sequence[Rollout], comparisons: Sequence[Comparison], step: int
-    ) -> Iterator[ForwardBatch]:
-        """Every rollout batch at the noise levels of the training step, which all processes share."""
-        indices = self.levels.spread(step)
-        for batch in forward_batches(rollouts, comparisons, [indices] * len(rollouts)):
-            seeds = [mix(self.seed, step, group) for group in batch.rollout.group.tolist()]
-            yield replace(batch, noise_seeds=torch.tensor(seeds))
+    def indices(self, levels: NoiseLevels, step: int, rollout: Rollout) -> list[int]:
+        """Those of the training step, which all processes share."""
+        return levels.spread(step)
 
-    def loss(self, policy: PolicyView, batch: ForwardBatch) -> tuple[Tensor, Metrics]:
-        """The surrogate of one noise level, and the distance to the reference."""
-        noised, target = batch.noised()
-        prediction = policy.velocity(noised, batch.index, batch.conditioning).float()
-        others = {name: prediction_of(policy, name, noised, batch) for name in sorted(self.variants)}
-        error = matching_loss(prediction, target)  # [B]
-        baseline = matching_loss(others[self.reference], target)
-        weight = batch.comparison.weight.to(error.device)
-        advantage = batch.comparison.advantage.to(error.device) * (weight > 0)
+    def noise_seeds(self, rollout: Rollout, step: int) -> Tensor:
+        """All samples of a group share their noise."""
+        return torch.tensor([mix(self.facts.seed, step, group) for group in rollout.group.tolist()])
 
-        margin = self._over_groups(batch.rollout.group, advantage * (error.detach() - baseline))
-        share = torch.sigmoid(self.beta / self.group_size * margin)  # [B], the same in all samples of a group
-        pushed = error
-        clipped = torch.zeros_like(error, dtype=torch.bool)
+    def per_sample(self, terms: ForwardTerms) -> Terms:
+        """The surrogate w A_j d_j."""
+        error = terms.error()  # [R]
+        advantage = terms.advantage * (terms.comparison.weight > 0)
+        margin = over_groups(terms.facts, terms.group, advantage * (error.detach() - terms.error(self.reference)))
+        share = torch.sigmoid(self.beta / terms.facts.group_size * margin)  # [R], the same in all samples of a group
+        pushed, clipped = error, torch.zeros_like(error, dtype=torch.bool)
         if self.clip_range is not None:
-            ratio = torch.exp(matching_loss(others["old"], target) - error.detach())
+            ratio = torch.exp(terms.error("old") - error.detach())
             clipped = torch.where(advantage > 0, ratio > 1 + self.clip_range, ratio < 1 - self.clip_range)
             pushed = torch.where(clipped, error.detach(), error)
-        distance = torch.zeros_like(error)
-        if self.kl_coef:
-            distance = matching_loss(prediction, others["reference"])
-        loss = ((share * advantage * pushed + self.kl_coef * distance) * weight).mean()
-        kl = {"kl": distance} if self.kl_coef else {}
-        return loss, loss_metrics(loss, weight, group_weight=share, clip_fraction=clipped.float(), **kl)
+        metrics = {"group_weight": share, "clip_fraction": clipped.float()}
+        return Terms(loss=share * advantage * pushed, metrics=metrics)
 
-    def _over_groups(self, group: Tensor, values: Tensor) -> Tensor:
-        """Each sample's sum over its group, on all processes: [B] -> [B]."""
-        everywhere = self.gather(group.to(values.device))  # [N]
-        same = group.to(values.device)[:, None] == everywhere[None]  # [B, N]
-        return (same * self.gather(values)[None]).sum(1)
+
+def over_groups(facts: Facts, group: Tensor, values: Tensor) -> Tensor:
+    """Each sample's sum over its group, on all processes: [R] -> [R]."""
+    everywhere = facts.gather(group.to(values.device))  # [N]
+    same = group.to(values.device)[:, None] == everywhere[None]  # [R, N]
+    return (same * facts.gather(values)[None]).sum(1)

@@ -15,29 +15,18 @@ Letters: B samples, P groups of a batch, X latent shape of one sample.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from typing import ClassVar, Literal
 
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
 
-from flowsteer.rl.forward import (
-    ForwardBatch,
-    ForwardSettings,
-    NoiseLevels,
-    forward_batches,
-    matching_loss,
-    prediction_of,
-)
-from flowsteer.rl.pairs import best_and_worst, preference_loss
-from flowsteer.rl.types import Comparison, Metrics, PolicyView, Requirements
-from flowsteer.rollout.types import Rollout
+from flowsteer.rl.forward import ForwardAlgorithm, ForwardTerms, renewed
 
 
-class DiffusionDPOConfig(ForwardSettings):
+class DiffusionDPO(ForwardAlgorithm):
     """Diffusion-DPO's hyper-parameters."""
 
-    needs: ClassVar[Requirements] = Requirements(scores_only=True, transitions=False, groups_in_a_batch=True)
+    on_pairs: ClassVar[bool] = True
 
     name: Literal["diffusion_dpo"] = "diffusion_dpo"
     beta: PositiveFloat = 2000.0
@@ -45,48 +34,21 @@ class DiffusionDPOConfig(ForwardSettings):
     refresh_every: PositiveInt | None = None
     """Training steps after which the reference, and with it the samples, are the current policy's; null: never."""
 
+    @property
+    def acting(self) -> str:
+        """The old policy is the reference, and draws."""
+        return "old"
 
-class DiffusionDPO:
-    """See the module's docstring.
-
-    Args:
-        levels: noise levels to train at.
-        The others as in `DiffusionDPOConfig`.
-    """
-
-    acting = "old"
-    variants = frozenset({"old"})
-
-    def __init__(
-        self,
-        *,
-        levels: NoiseLevels,
-        beta: float,
-        refresh_every: int | None,
-        updates_per_rollout: int,
-    ) -> None:
-        self.levels = levels
-        self.passes_per_batch = levels.count
-        self.beta = beta
-        self.refresh_updates = None if refresh_every is None else refresh_every * updates_per_rollout
+    @property
+    def compares_with(self) -> frozenset[str]:
+        """See `acting`."""
+        return frozenset({"old"})
 
     def old_decay(self, num_updates: int) -> float:
-        """The old policy is the reference: it stays, or is replaced when due."""
-        return 0.0 if self.refresh_updates and num_updates % self.refresh_updates == 0 else 1.0
+        """It stays, or is replaced when due."""
+        return renewed(self.refresh_every, self.updates_per_rollout, num_updates)
 
-    def batches(
-        self, rollouts: Sequence[Rollout], comparisons: Sequence[Comparison], step: int
-    ) -> Iterator[ForwardBatch]:
-        """Every rollout batch at the noise levels that are drawn for it."""
-        indices = [self.levels.spread(step, int(rollout.sample[0])) for rollout in rollouts]
-        yield from forward_batches(rollouts, comparisons, indices)
-
-    def loss(self, policy: PolicyView, batch: ForwardBatch) -> tuple[Tensor, Metrics]:
-        """The preference loss of one noise level of each pair; only the pairs' samples pass the network."""
-        pairs = best_and_worst(batch.rollout.group, batch.comparison)
-        chosen = batch.of_rows(pairs.sides(), noise_from=pairs.win.repeat(2))
-        noised, target = chosen.noised()  # [2 P, *X]
-        error = matching_loss(policy.velocity(noised, batch.index, chosen.conditioning), target)
-        reference = matching_loss(prediction_of(policy, "old", noised, chosen), target)
-        win, lose = (error - reference).chunk(2)  # [P] each
-        return preference_loss(-self.beta / 2 * (win - lose), pairs)
+    def logits(self, terms: ForwardTerms) -> Tensor:
+        """Equation 14: -(beta / 2) of the errors over the reference's, the winner's less the loser's, [P]."""
+        win, lose = (terms.error() - terms.error("old")).chunk(2)  # [P] each
+        return -self.beta / 2 * (win - lose)

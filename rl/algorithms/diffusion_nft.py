@@ -14,31 +14,20 @@ Letters: B samples, X latent shape of one sample.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Annotated, ClassVar, Literal
+from collections.abc import Callable, Iterator, Mapping
+from typing import Annotated, Literal
 
-import torch
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 
-from flowsteer.rl.forward import (
-    ForwardBatch,
-    ForwardSettings,
-    NoiseLevels,
-    forward_batches,
-    matching_loss,
-    prediction_of,
-)
-from flowsteer.rl.losses import loss_metrics
-from flowsteer.rl.types import Comparison, Metrics, PolicyView, Requirements
-from flowsteer.rollout.kernels import denoised
-from flowsteer.rollout.types import Rollout, flat_mean
+from flowsteer.rl.forward import ForwardAlgorithm, ForwardTerms, matching_loss, ramp, unclipped
+from flowsteer.rl.losses import Terms
+from flowsteer.rl.types import Setting
+from flowsteer.rollout.types import flat_mean
 
 
-class DiffusionNFTConfig(ForwardSettings):
+class DiffusionNFT(ForwardAlgorithm):
     """DiffusionNFT's hyper-parameters; the defaults are the published ones for Stable Diffusion 3.5."""
-
-    needs: ClassVar[Requirements] = Requirements(transitions=False, clipped_advantage=True)
 
     name: Literal["diffusion_nft"] = "diffusion_nft"
     beta: PositiveFloat = 1.0
@@ -52,72 +41,38 @@ class DiffusionNFTConfig(ForwardSettings):
     """After n updates the old policy keeps min(slope * (n - start), max) of itself, nothing before ``start``, and takes the
     rest from the current one. Published: slope 0.001 and max 0.5; for text rendering 0.0075, 0.999 and start 75."""
 
-
-class DiffusionNFT:
-    """See the module's docstring.
-
-    Args:
-        levels: noise levels to train at.
-        advantage_clip: the clip of the advantages, which maps them to [0, 1].
-        The others as in `DiffusionNFTConfig`.
-    """
-
-    acting = "old"
-
-    def __init__(
-        self,
-        *,
-        levels: NoiseLevels,
-        advantage_clip: float,
-        beta: float,
-        kl_coef: float,
-        old_decay_slope: float,
-        old_decay_max: float,
-        old_decay_start: int = 0,
-    ) -> None:
-        self.levels = levels
-        self.passes_per_batch = levels.count
-        self.advantage_clip = advantage_clip
-        self.beta = beta
-        self.kl_coef = kl_coef
-        self.old_decay_slope = old_decay_slope
-        self.old_decay_max = old_decay_max
-        self.old_decay_start = old_decay_start
+    @property
+    def acting(self) -> str:
+        """The old policy draws."""
+        return "old"
 
     @property
-    def variants(self) -> frozenset[str]:
-        """The old policy always, the reference when the KL asks for it."""
-        return frozenset({"old", "reference"} if self.kl_coef else {"old"})
+    def compares_with(self) -> frozenset[str]:
+        """The implicit policies are made of the old one."""
+        return frozenset({"old"})
+
+    @property
+    def anchors(self) -> Mapping[str, float]:
+        """The reference, when the KL asks for it."""
+        return {"reference": self.kl_coef}
+
+    def check(self, setting: Setting) -> Iterator[str]:
+        """The clip maps advantages to [0, 1]."""
+        yield from super().check(setting)
+        yield from unclipped(self.label, setting)
 
     def old_decay(self, num_updates: int) -> float:
         """The published schedule: nearly on-policy at first, slower later."""
-        return min(self.old_decay_slope * max(num_updates - self.old_decay_start, 0), self.old_decay_max)
+        return ramp(num_updates - self.old_decay_start, self.old_decay_slope, self.old_decay_max)
 
-    def batches(
-        self, rollouts: Sequence[Rollout], comparisons: Sequence[Comparison], step: int
-    ) -> Iterator[ForwardBatch]:
-        """Every rollout batch at the noise levels that are drawn for it."""
-        indices = [self.levels.spread(step, int(rollout.sample[0])) for rollout in rollouts]
-        yield from forward_batches(rollouts, comparisons, indices)
-
-    def loss(self, policy: PolicyView, batch: ForwardBatch) -> tuple[Tensor, Metrics]:
-        """The contrast of the two implicit policies at one noise level, and the distance to the reference."""
-        noised, _ = batch.noised()
-        velocity = policy.velocity(noised, batch.index, batch.conditioning).float()
-        old = prediction_of(policy, "old", noised, batch)
-        weight = batch.comparison.weight.to(velocity.device)
-        optimality = (batch.comparison.advantage.to(velocity.device) / (2 * self.advantage_clip) + 0.5).clamp(0, 1)
-
-        def denoise(output: Tensor) -> Tensor:
-            return denoised(output, noised, batch.schedule, batch.index)
-
-        contrast = nft_loss(velocity, old, batch.rollout.latents, denoise, optimality, self.beta)  # [B]
-        distance = torch.zeros_like(contrast)
-        if self.kl_coef:
-            distance = matching_loss(velocity, prediction_of(policy, "reference", noised, batch))
-        loss = ((self.advantage_clip * contrast + self.kl_coef * distance) * weight).mean()
-        kl = {"kl": distance} if self.kl_coef else {}
-        return loss, loss_metrics(loss, weight, old_distance=matching_loss(velocity, old), **kl)
+    def per_sample(self, terms: ForwardTerms) -> Terms:
+        """Equation 5, scaled by the advantage's clip."""
+        clip = terms.facts.advantage_clip
+        assert clip is not None, "the configuration is held to it"
+        optimality = (terms.advantage / (2 * clip) + 0.5).clamp(0, 1)  # [R]
+        old = terms.others["old"]
+        contrast = nft_loss(terms.prediction, old, terms.clean, terms.denoise, optimality, self.beta)  # [R]
+        return Terms(loss=clip * contrast, metrics={"old_distance": matching_loss(terms.prediction, old)})
 
 
 def nft_loss(

@@ -22,24 +22,18 @@ Letters: B samples, K stored transitions, X latent shape of one sample.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import ClassVar, Literal
+from collections.abc import Iterator, Mapping
+from typing import Literal, Self
 
-import torch
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
-from torch import Tensor
 
-from flowsteer.rl.losses import clipped_objective, loss_metrics, ratio_metrics
-from flowsteer.rl.transitions import TransitionBatch, gaussian, kl_to_reference, transition_batches
-from flowsteer.rl.types import AlgorithmSettings, Comparison, Metrics, PolicyView, Requirements
-from flowsteer.rollout import kernels
-from flowsteer.rollout.types import Rollout
+from flowsteer.rl.losses import Terms, clipped_objective, ratio_metrics
+from flowsteer.rl.transitions import TransitionAlgorithm, TransitionTerms
+from flowsteer.rl.types import Facts, Setting
 
 
-class FlowGRPOConfig(AlgorithmSettings):
+class FlowGRPO(TransitionAlgorithm):
     """Flow-GRPO's hyper-parameters; the defaults are the paper's for Stable Diffusion 3.5."""
-
-    needs: ClassVar[Requirements] = Requirements(transitions=True)
 
     name: Literal["flow_grpo"] = "flow_grpo"
     clip_range: PositiveFloat = 1e-4
@@ -49,73 +43,32 @@ class FlowGRPOConfig(AlgorithmSettings):
     """Train so many of each batch's transitions, drawn at random; null trains all of them."""
     updates_per_rollout: PositiveInt = 2
 
+    @property
+    def anchors(self) -> Mapping[str, float]:
+        """The reference, when the KL asks for it."""
+        return {"reference": self.kl_coef}
 
-class FlowGRPO:
-    """See the module's docstring.
+    def transitions_trained(self) -> int | None:
+        """As set."""
+        return self.transitions_per_sample
 
-    Args:
-        kernel: name of the kernel that drew the rollouts.
-        log_prob_weight: its log-density convention, see `kernels.log_prob`.
-        num_transitions: K, stored transitions per sample.
-        seed: of the choice of transitions.
-        common_indices: all batches of a step train the same ones.
-        The others as in `FlowGRPOConfig`.
-    """
+    def check(self, setting: Setting) -> Iterator[str]:
+        """A pool has one step, which is not chosen among."""
+        yield from super().check(setting)
+        if setting.branching and self.transitions_per_sample is not None:
+            yield "rollout.branching trains every pool, each of one step; leave algorithm.transitions_per_sample out"
 
-    acting = "current"
-
-    def __init__(
-        self,
-        *,
-        kernel: str,
-        log_prob_weight: kernels.LogProbWeight,
-        num_transitions: int,
-        seed: int,
-        common_indices: bool = False,
-        clip_range: float,
-        kl_coef: float,
-        transitions_per_sample: int | None = None,
-    ) -> None:
-        if transitions_per_sample is not None and transitions_per_sample > num_transitions:
+    def bind(self, facts: Facts) -> Self:
+        """Raises ValueError where more transitions are asked for than the plan stores."""
+        if (each := self.transitions_per_sample) is not None and each > facts.num_transitions:
             raise ValueError(
-                f"algorithm.transitions_per_sample={transitions_per_sample}, but the plan stores {num_transitions} transitions "
+                f"algorithm.transitions_per_sample={each}, but the plan stores {facts.num_transitions} transitions "
                 "of each sample; take at most as many"
             )
-        self.kernel = kernel
-        self.log_prob_weight: kernels.LogProbWeight = log_prob_weight
-        self.transitions_per_sample = transitions_per_sample
-        self.passes_per_batch = transitions_per_sample or num_transitions
-        self.seed = seed
-        self.common_indices = common_indices
-        self.clip_range = clip_range
-        self.kl_coef = kl_coef
+        return super().bind(facts)
 
-    @property
-    def variants(self) -> frozenset[str]:
-        """The reference policy, when the KL asks for it."""
-        return frozenset({"reference"} if self.kl_coef else ())
-
-    def old_decay(self, num_updates: int) -> float:
-        """There is no old policy: the rollout keeps the log densities of the one that drew it."""
-        return 0.0
-
-    def batches(
-        self, rollouts: Sequence[Rollout], comparisons: Sequence[Comparison], step: int
-    ) -> Iterator[TransitionBatch]:
-        """Every transition that is trained of every rollout batch."""
-        chosen = {"seed": self.seed, "each": self.transitions_per_sample, "common": self.common_indices}
-        yield from transition_batches(rollouts, comparisons, step=step, **chosen)
-
-    def loss(self, policy: PolicyView, batch: TransitionBatch) -> tuple[Tensor, Metrics]:
-        """The clipped objective of one transition, and the KL to the reference."""
-        current = gaussian(policy, batch, self.kernel)
-        log_prob = kernels.log_prob(current, batch.next_latents, weight=self.log_prob_weight)  # [B]
-        log_ratio = log_prob - batch.old_log_prob
-        per_sample, _ = clipped_objective(log_ratio, batch.comparison.advantage.to(log_prob.device), self.clip_range)
-        kl = torch.zeros_like(per_sample)
-        if self.kl_coef:
-            kl = kl_to_reference(policy, batch, self.kernel, current)
-        weight = batch.comparison.weight.to(log_prob.device)
-        loss = ((per_sample + self.kl_coef * kl) * weight).mean()
-        distance = {"kl": kl} if self.kl_coef else {}
-        return loss, loss_metrics(loss, weight, **distance) | ratio_metrics(log_ratio, weight, self.clip_range)
+    def per_sample(self, step: TransitionTerms) -> Terms:
+        """Equation 5, without its KL."""
+        log_ratio = step.log_prob - step.old_log_prob  # [R]
+        loss, _ = clipped_objective(log_ratio, step.advantage, self.clip_range)
+        return Terms(loss=loss, metrics=ratio_metrics(log_ratio, self.clip_range))

@@ -13,24 +13,20 @@ Letters: B samples, X latent shape of one sample.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from typing import ClassVar, Literal
 
-import torch
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
-from torch import Tensor
 
-from flowsteer.rl.losses import clipped_objective, loss_metrics, ratio_metrics
-from flowsteer.rl.transitions import TransitionBatch, gaussian, kl_to_reference, transition_batches
-from flowsteer.rl.types import AlgorithmSettings, Comparison, Metrics, PolicyView, Requirements, schedule_of
-from flowsteer.rollout import kernels
-from flowsteer.rollout.types import Rollout
+from flowsteer.rl.losses import Terms, clipped_objective, ratio_metrics
+from flowsteer.rl.transitions import TransitionAlgorithm, TransitionTerms
+from flowsteer.rl.types import Setting
 
 
-class GRPOGuardConfig(AlgorithmSettings):
+class GRPOGuard(TransitionAlgorithm):
     """GRPO-Guard's hyper-parameters."""
 
-    needs: ClassVar[Requirements] = Requirements(transitions=True, means=True, flow=True, gaussian_log_prob=True)
+    keeps_means: ClassVar[bool] = True
 
     name: Literal["grpo_guard"] = "grpo_guard"
     clip_range: PositiveFloat = 2e-6
@@ -38,54 +34,22 @@ class GRPOGuardConfig(AlgorithmSettings):
     kl_coef: NonNegativeFloat = 0.0
     updates_per_rollout: PositiveInt = 2
 
-
-class GRPOGuard:
-    """See the module's docstring.
-
-    Args:
-        kernel: name of the kernel that drew the rollouts.
-        num_transitions: K, stored transitions per sample.
-        clip_range, kl_coef: as in `GRPOGuardConfig`.
-    """
-
-    acting = "current"
-
-    def __init__(self, *, kernel: str, num_transitions: int, clip_range: float, kl_coef: float) -> None:
-        self.kernel = kernel
-        self.passes_per_batch = num_transitions
-        self.clip_range = clip_range
-        self.kl_coef = kl_coef
-
     @property
-    def variants(self) -> frozenset[str]:
-        """The reference policy, when the KL asks for it."""
-        return frozenset({"reference"} if self.kl_coef else ())
+    def anchors(self) -> Mapping[str, float]:
+        """The reference, when the KL asks for it."""
+        return {"reference": self.kl_coef}
 
-    def old_decay(self, num_updates: int) -> float:
-        """There is no old policy: the rollout keeps the means of the one that drew it."""
-        return 0.0
+    def check(self, setting: Setting) -> Iterator[str]:
+        """The Gaussian log density of a flow's step."""
+        yield from super().check(setting)
+        name = f"algorithm.name={self.label}"
+        if setting.log_prob_weight != "gaussian":
+            yield f"{name} normalises Gaussian log densities; set rollout.kernel.log_prob_weight=gaussian"
+        if setting.kernel == "ddim":
+            yield f"{name} divides by the step length of a flow, which rollout.kernel.name=ddim has not; use flow_grpo"
 
-    def batches(
-        self, rollouts: Sequence[Rollout], comparisons: Sequence[Comparison], step: int
-    ) -> Iterator[TransitionBatch]:
-        """Every transition of every rollout batch."""
-        yield from transition_batches(rollouts, comparisons, step=step)
-
-    def loss(self, policy: PolicyView, batch: TransitionBatch) -> tuple[Tensor, Metrics]:
-        """The clipped objective of one transition over its length, and the KL to the reference."""
-        means = batch.trajectory.mean
-        assert means is not None, "the configuration asks for the means"
-        current = gaussian(policy, batch, self.kernel)
-        old = kernels.Gaussian(mean=means[:, batch.transition], std=current.std)
-        log_prob = kernels.log_prob(current, batch.next_latents)  # [B]
-        log_ratio = current.std * (log_prob - batch.old_log_prob + kernels.kl(current, old))
-        per_sample, _ = clipped_objective(log_ratio, batch.comparison.advantage.to(log_prob.device), self.clip_range)
-        kl = torch.zeros_like(per_sample)
-        if self.kl_coef:
-            kl = kl_to_reference(policy, batch, self.kernel, current)
-        sigma = schedule_of(batch.rollout).sigma
-        length = float(sigma[batch.index] - sigma[batch.index + 1])
-        weight = batch.comparison.weight.to(log_prob.device)
-        loss = ((per_sample / length + self.kl_coef * kl) * weight).mean()
-        distance = {"kl": kl} if self.kl_coef else {}
-        return loss, loss_metrics(loss, weight, **distance) | ratio_metrics(log_ratio, weight, self.clip_range)
+    def per_sample(self, step: TransitionTerms) -> Terms:
+        """The clipped objective of the normalised ratio, over the step's length."""
+        log_ratio = step.current.std * (step.log_prob - step.old_log_prob + step.kl_to_old)  # [R]
+        loss, _ = clipped_objective(log_ratio, step.advantage, self.clip_range)
+        return Terms(loss=loss / step.length, metrics=ratio_metrics(log_ratio, self.clip_range))

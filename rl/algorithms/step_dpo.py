@@ -19,24 +19,21 @@ Letters: B samples, P pools, S = P states, X latent shape of one sample.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Annotated, ClassVar, Literal
 
-import torch
 from pydantic import Field, PositiveFloat
 from torch import Tensor
 
-from flowsteer.rl.pairs import best_and_worst, preference_loss
-from flowsteer.rl.transitions import TransitionBatch, state_gaussian, transition_batches
-from flowsteer.rl.types import AlgorithmSettings, Comparison, Metrics, PolicyView, Requirements
-from flowsteer.rollout.kernels import LogProbWeight
-from flowsteer.rollout.types import Rollout, flat_mean
+from flowsteer.rl.transitions import TransitionAlgorithm, TransitionTerms
+from flowsteer.rl.types import Setting
+from flowsteer.rollout.types import flat_mean
 
 
-class StepDPOConfig(AlgorithmSettings):
+class StepDPO(TransitionAlgorithm):
     """Step-aware DPO's hyper-parameters; the defaults are the published ones for Stable Diffusion 1.5."""
 
-    needs: ClassVar[Requirements] = Requirements(scores_only=True, transitions=True, pools=True, groups_in_a_batch=True)
+    on_pairs: ClassVar[bool] = True
 
     name: Literal["step_dpo"] = "step_dpo"
     beta: PositiveFloat = 10.0
@@ -44,49 +41,28 @@ class StepDPOConfig(AlgorithmSettings):
     threshold: Annotated[float, Field(ge=0, lt=1)] = 0.3
     """Pairs count whose probability of preference, softmax of both scores, differs by more than this."""
 
+    @property
+    def compares_with(self) -> frozenset[str]:
+        """The ratios are to the reference."""
+        return frozenset({"reference"})
 
-class StepDPO:
-    """See the module's docstring.
+    def threshold_of_pairs(self) -> float:
+        """As set."""
+        return self.threshold
 
-    Args:
-        kernel: name of the kernel that drew the rollouts.
-        log_prob_weight: ``variance`` weights each step's log ratio with 2 q^2.
-        num_transitions: K, pools of each group.
-        beta, threshold: as in `StepDPOConfig`.
-    """
+    def check(self, setting: Setting) -> Iterator[str]:
+        """Pools: candidates that leave the same state."""
+        yield from super().check(setting)
+        if not setting.branching:
+            yield (
+                f"algorithm.name={self.label} compares candidates that leave the same state; set rollout.branching, e.g. "
+                "'rollout.branching={}'"
+            )
 
-    acting = "current"
-    variants = frozenset({"reference"})
-
-    def __init__(
-        self, *, kernel: str, log_prob_weight: LogProbWeight, num_transitions: int, beta: float, threshold: float
-    ) -> None:
-        self.kernel = kernel
-        self.log_prob_weight = log_prob_weight
-        self.passes_per_batch = num_transitions
-        self.beta = beta
-        self.threshold = threshold
-
-    def old_decay(self, num_updates: int) -> float:
-        """There is no old policy."""
-        return 0.0
-
-    def batches(
-        self, rollouts: Sequence[Rollout], comparisons: Sequence[Comparison], step: int
-    ) -> Iterator[TransitionBatch]:
-        """Every pool of every rollout batch."""
-        yield from transition_batches(rollouts, comparisons, step=step)
-
-    def loss(self, policy: PolicyView, batch: TransitionBatch) -> tuple[Tensor, Metrics]:
-        """The preference loss of one pool per group."""
-        shared = batch.trajectory.shared
-        assert shared is not None, "the configuration guarantees pools"
-        pairs = best_and_worst(batch.rollout.group, batch.comparison, threshold=self.threshold)
-        current = state_gaussian(policy, batch, self.kernel)
-        with torch.no_grad(), policy.using("reference"):
-            reference = state_gaussian(policy, batch, self.kernel)
-        shift = (current.mean - reference.mean)[shared.state[pairs.win]]  # [P, *X]
-        candidates = batch.next_latents
-        scale = 2.0 if self.log_prob_weight == "variance" else 1 / current.std**2
-        margin = scale * flat_mean((candidates[pairs.win] - candidates[pairs.lose]).float() * shift)  # [P]
-        return preference_loss(self.beta * margin, pairs)
+    def logits(self, step: TransitionTerms) -> Tensor:
+        """Beta <(x_w - x_l) (mean - mean_ref)> / q^2, [P]; the two candidates of a pair have one mean."""
+        assert step.reference is not None, "the algorithm compares with the reference"
+        shift = (step.current.mean - step.reference.mean).chunk(2)[0]  # [P, *X]
+        win, lose = step.next_latents.chunk(2)
+        scale = 2.0 if step.log_prob_weight == "variance" else 1 / step.current.std**2
+        return self.beta * (scale * flat_mean((win - lose).float() * shift))

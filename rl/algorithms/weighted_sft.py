@@ -19,32 +19,22 @@ Letters: B samples, X latent shape of one sample.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import ClassVar, Literal
+from collections.abc import Iterator, Mapping
+from typing import Literal
 
 import torch
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
 
-from flowsteer.rl.forward import (
-    ForwardBatch,
-    ForwardSettings,
-    NoiseLevels,
-    forward_batches,
-    matching_loss,
-    prediction_of,
-)
-from flowsteer.rl.losses import loss_metrics
-from flowsteer.rl.types import Comparison, Metrics, PolicyView, Requirements, changed
-from flowsteer.rollout.types import Rollout
+from flowsteer.rl.forward import ForwardAlgorithm, ForwardTerms, renewed
+from flowsteer.rl.losses import Terms
+from flowsteer.rl.types import Comparison, Setting, changed, not_whole
 
 SampleWeights = Literal["best", "positive", "exponential"]
 
 
-class WeightedSFTConfig(ForwardSettings):
+class WeightedSFT(ForwardAlgorithm):
     """Which samples count, and how far the prediction may go."""
-
-    needs: ClassVar[Requirements] = Requirements(transitions=False, groups_in_a_batch=True)
 
     name: Literal["weighted_sft"] = "weighted_sft"
     weights: SampleWeights = "best"
@@ -60,62 +50,31 @@ class WeightedSFTConfig(ForwardSettings):
         if self.weights != "exponential" and "temperature" in changed(self):
             yield f"weighted_sft with weights={self.weights} has no temperature; leave it out"
 
-
-class WeightedSFT:
-    """See the module's docstring.
-
-    Args:
-        levels: noise levels to train at.
-        The others as in `WeightedSFTConfig`.
-    """
-
-    def __init__(
-        self,
-        *,
-        levels: NoiseLevels,
-        weights: SampleWeights,
-        temperature: float,
-        refresh_every: int | None,
-        kl_coef: float,
-        updates_per_rollout: int,
-    ) -> None:
-        self.levels = levels
-        self.passes_per_batch = levels.count
-        self.weights: SampleWeights = weights
-        self.temperature = temperature
-        self.kl_coef = kl_coef
-        self.refresh_updates = None if refresh_every is None else refresh_every * updates_per_rollout
-        self.acting = "current" if refresh_every == 1 else "old"
+    @property
+    def acting(self) -> str:
+        """The current policy, if it would be renewed after every step anyway."""
+        return "current" if self.refresh_every == 1 else "old"
 
     @property
-    def variants(self) -> frozenset[str]:
-        """The reference policy, when the KL asks for it, and the one that draws, where it is not the current one."""
-        return frozenset(({"reference"} if self.kl_coef else set()) | ({"old"} if self.acting == "old" else set()))
+    def anchors(self) -> Mapping[str, float]:
+        """The reference, when the KL asks for it."""
+        return {"reference": self.kl_coef}
+
+    def check(self, setting: Setting) -> Iterator[str]:
+        """The best of a group is looked for in its batch."""
+        yield from super().check(setting)
+        if not setting.branching and not setting.groups_are_whole():
+            yield not_whole(f"algorithm.name={self.label}", setting)
 
     def old_decay(self, num_updates: int) -> float:
         """The policy that draws stays, or is replaced when due."""
-        return 0.0 if self.refresh_updates and num_updates % self.refresh_updates == 0 else 1.0
+        return renewed(self.refresh_every, self.updates_per_rollout, num_updates)
 
-    def batches(
-        self, rollouts: Sequence[Rollout], comparisons: Sequence[Comparison], step: int
-    ) -> Iterator[ForwardBatch]:
-        """Every rollout batch at the noise levels that are drawn for it."""
-        indices = [self.levels.spread(step, int(rollout.sample[0])) for rollout in rollouts]
-        yield from forward_batches(rollouts, comparisons, indices)
-
-    def loss(self, policy: PolicyView, batch: ForwardBatch) -> tuple[Tensor, Metrics]:
-        """The weighted matching error of one noise level, and the distance to the reference."""
-        noised, target = batch.noised()
-        prediction = policy.velocity(noised, batch.index, batch.conditioning).float()
-        error = matching_loss(prediction, target)
-        weight = batch.comparison.weight.to(error.device)
-        share = sample_weights(batch.rollout.group, batch.comparison, self.weights, self.temperature)
-        distance = torch.zeros_like(error)
-        if self.kl_coef:
-            distance = matching_loss(prediction, prediction_of(policy, "reference", noised, batch))
-        loss = ((share.to(error.device) * error + self.kl_coef * distance) * weight).mean()
-        kl = {"kl": distance} if self.kl_coef else {}
-        return loss, loss_metrics(loss, weight, matching_loss=error, **kl)
+    def per_sample(self, terms: ForwardTerms) -> Terms:
+        """The matching error, weighted by how good the sample is in its group."""
+        share = sample_weights(terms.group, terms.comparison, self.weights, self.temperature)  # [R]
+        error = terms.error()
+        return Terms(loss=share * error, metrics={"matching_loss": error})
 
 
 def sample_weights(group: Tensor, comparison: Comparison, kind: SampleWeights, temperature: float) -> Tensor:
