@@ -29,7 +29,7 @@ from typing import Any, Literal
 import cv2
 import numpy as np
 
-from flowsteer.rewards.world import BACKGROUNDS, COLORS, SHAPES, SIZE, Caption, Thing, parse_caption
+from flowsteer.rewards.world import BACKGROUNDS, COLORS, SHAPES, SIZE, Caption, NotACaption, Thing, parse_caption
 
 Score = Literal["graded", "tolerant", "strict"]
 
@@ -72,7 +72,7 @@ class CompositionReward:
     """Scores pictures of the world of shapes; see the module's docstring.
 
     Pictures of any size are first brought to 32x32 by averaging. A prompt outside the world cannot be judged: its scores
-    are ``None``. Takes about 0.25 ms per picture.
+    are ``None``, and `unscorable` says why. Takes about 0.25 ms per picture.
 
     Parameters
     ----------
@@ -91,6 +91,16 @@ class CompositionReward:
             "opencv": cv2.__version__,
         }
 
+    def unscorable(self, prompts: Sequence[str]) -> dict[str, str]:
+        """The prompts that cannot be judged, and why: prompt -> reason."""
+        reasons = {}
+        for prompt in prompts:
+            try:
+                parse_caption(prompt)
+            except NotACaption as error:
+                reasons[prompt] = error.reason
+        return reasons
+
     def __call__(
         self, images: np.ndarray, prompts: Sequence[str], **columns: Sequence[Any]
     ) -> dict[str, list[float | None]]:
@@ -104,7 +114,7 @@ class CompositionReward:
         for prompt, found, shares in zip(prompts, *find(_to_world_size(images))):
             try:
                 values = judge(parse_caption(prompt), found, shares)
-            except ValueError:
+            except NotACaption:
                 values = dict.fromkeys(parts)
             for name, value in values.items():
                 parts[name].append(value)

@@ -70,6 +70,11 @@ class OCRReward:
             }
         )
 
+    def unscorable(self, prompts: Sequence[str]) -> dict[str, str]:
+        """The prompts without a target, and why there is none: prompt -> reason."""
+        reason = 'it has no text between double quotes, as in: a sign that says "OPEN"'
+        return {prompt: reason for prompt in prompts if not normalise_text(quoted_text(prompt))}
+
     def __call__(self, images: np.ndarray, prompts: Sequence[str], **columns: Sequence[Any]) -> Mapping[str, Values]:
         """uint8 [B, H, W, 3] or [B, T, H, W, 3] in RGB to ``score`` and ``exact``, B each."""
         check_images("ocr", images, prompts)

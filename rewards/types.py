@@ -34,6 +34,8 @@ class Reward(Protocol):
     - ``uses_prompt = False``: the prompt plays no part, so `flowsteer rewards certify` does not ask for it.
     - ``fingerprint``: a mapping of names to texts and numbers on which scores depend (weights' hash, preprocessing, versions);
       it is kept with a run.
+    - ``unscorable(prompts)``: which of the prompts no image can be scored for, as a mapping ``{prompt: reason}``. A run asks
+      at its start and warns or, where ``advantage.min_scored`` does not allow so many, refuses.
     - ``close()``: called at the end of a run.
     """
 

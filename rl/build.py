@@ -36,7 +36,7 @@ from flowsteer.rl.export import export_lora, export_weights
 from flowsteer.rl.forward import ForwardSettings, NoiseLevels
 from flowsteer.rl.metrics import Log, Meter
 from flowsteer.rl.policy import Policy
-from flowsteer.rl.scoring import StepScorer
+from flowsteer.rl.scoring import StepScorer, check_scorable
 from flowsteer.rl.show import Screen
 from flowsteer.rl.types import Algorithm
 from flowsteer.rollout import kernels, selfcheck
@@ -182,6 +182,7 @@ def start(config: Config, *, resume: bool = False, quiet: bool = False) -> Run:
         rewards = build_rewards(config, engine.device)
         undo.callback(rewards.close)
         check_groupwise(rewards, config)
+        check_prompts(rewards, config, prompts, evaluation_prompts)
         depends_on = without(rewards.fingerprints, "platform")
         check_alike(depends_on, engine.gather)
         pipeline = build_pipeline(config, engine.device)
@@ -377,6 +378,15 @@ def check_groupwise(rewards: RewardSet, config: Config) -> None:
             f"rollout.batch_size={rollout.batch_size} cuts groups of rollout.group_size={rollout.group_size} apart; set "
             f"rollout.batch_size to a multiple of {rollout.group_size}"
         )
+
+
+def check_prompts(rewards: RewardSet, config: Config, train: Prompts, evaluation: Prompts | None) -> None:
+    """Warn of prompts that the rewards cannot score. Raises ValueError where too many of those to train on are among them."""
+    least = config.advantage.min_scored
+    check_scorable(rewards, train.texts, min_scored=least, file=config.prompts.train, key="prompts.train")
+    if config.evaluation is not None and evaluation is not None:
+        file, key = config.evaluation.prompts, "evaluation.prompts"
+        check_scorable(rewards, evaluation.texts, min_scored=0.0, file=file, key=key)
 
 
 def build_engine(config: Config) -> Engine:
