@@ -120,6 +120,26 @@ class RewardSet:
             said[name] = json.loads(text)
         return said
 
+    def range_of(self, name: str) -> tuple[float, float] | None:
+        """The lowest and the highest score that there can be, of ``total``, a reward or a part of it; None: not known.
+
+        Known is what rewards say by their optional ``score_range``. As in `score`, normalised, but parts are not.
+        """
+        if name == "total":
+            ends = [
+                sorted((weight * known[0], weight * known[1])) if (known := self.range_of(own)) else None
+                for own, weight in self.weights.items()
+                if weight
+            ]
+            return None if None in ends else (sum(end[0] for end in ends if end), sum(end[1] for end in ends if end))
+        own, _, part = name.partition("/")
+        given = getattr(self.rewards[own], "score_range", None)
+        if given is None:
+            return None
+        constants = Normalise() if part else self.normalise[own]
+        low, high = sorted((float(end) - constants.offset) * constants.scale for end in given)
+        return low, high
+
     def score(
         self,
         images: Tensor,

@@ -80,6 +80,8 @@ class CompositionReward:
         which of the three parts is ``"score"``, the one that counts.
     """
 
+    score_range = (0.0, 1.0)
+
     def __init__(self, score: Score = "graded") -> None:
         if score not in ("graded", "tolerant", "strict"):
             raise ValueError(f"score={score!r} is not known; use 'graded', 'tolerant' or 'strict'")

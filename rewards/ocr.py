@@ -42,6 +42,7 @@ class OCRReward:
     """
 
     video = True
+    score_range = (0.0, 1.0)
 
     def __init__(self, mode: Literal["auto", "detect", "recognize"] = "auto", num_threads: int = 1) -> None:
         if mode not in ("auto", "detect", "recognize"):

@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -130,18 +130,11 @@ class Run:
         return self.folder / "evaluations" / f"step_{step:06d}.json"
 
     def _keep_evaluation(self, step: int, result: Evaluation) -> None:
-        summary = result.summary()
         file = self._evaluation_file(step)
         file.parent.mkdir(exist_ok=True)
         save_grid(result.images, file.with_suffix(".png"))
-        table = {
-            "step": step,
-            "summary": {name: dict(zip(("mean", "interval"), _numbers(pair))) for name, pair in summary.items()},
-            "prompts": result.prompts,
-            "scores": {name: [_numbers(row) for row in values.tolist()] for name, values in result.parts.items()},
-        }
-        write_whole(file, json.dumps(table, indent=1))
-        self.screen.evaluation(step, summary)
+        write_whole(file, json.dumps({"step": step, **result.table()}, indent=1))
+        self.screen.evaluation(step, result.summary())
 
     def save(self, step: int, *, now: bool = False) -> bool:
         """Keep a checkpoint when due; returns True when the run was asked to stop (SIGTERM) and has been saved."""
@@ -548,8 +541,3 @@ def _checked_plan(config: Config, pipeline: FlowPipeline, plan: Plan, prompts: P
         factor = kernels.budget_factor(kernel.name, schedule, plan.covered_levels, kernel.noise_level)
         plan = replace(plan, levels=tuple(factor * level for level in plan.levels))
     return plan
-
-
-def _numbers(values: Sequence[float]) -> list[float | None]:
-    """JSON has no NaN."""
-    return [None if number != number else number for number in values]

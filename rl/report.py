@@ -26,8 +26,8 @@ import torch
 import yaml
 from PIL import Image, UnidentifiedImageError
 
-from flowsteer.rl.evaluate import mean_and_interval
 from flowsteer.rl.export import LORA_FILE, SECOND
+from flowsteer.rl.intervals import Estimate, mean_and_interval
 from flowsteer.rl.metrics import read_metrics
 from flowsteer.rl.panels import evaluation_panels, is_act, learning_panels, number, reward_panels, time_panel
 from flowsteer.rollout.pipeline import EMBEDDED_LENGTH
@@ -45,7 +45,7 @@ class Evaluated:
 
     step: int  # training steps that had been done
     prompts: list[str]  # P
-    summary: dict[str, tuple[float, float]]  # name -> (mean, half of the 95 % interval), NaN where there is none
+    summary: dict[str, Estimate]  # name -> mean and 95 % interval, NaN where there is none
     scores: dict[str, torch.Tensor]  # name -> [P, S] float64, NaN where missing
     picture: Path
 
@@ -131,7 +131,7 @@ def read_evaluations(folder: Path) -> list[Evaluated]:
                 Evaluated(
                     step=table["step"],
                     prompts=table["prompts"],
-                    summary={name: (_float(v["mean"]), _float(v["interval"])) for name, v in table["summary"].items()},
+                    summary={name: _estimate(own) for name, own in table["summary"].items()},
                     scores={
                         name: torch.tensor([[_float(score) for score in row] for row in rows], dtype=torch.float64)
                         for name, rows in table["scores"].items()
@@ -328,6 +328,12 @@ def _columns(lines: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
 
 def _last(values: Sequence[float]) -> int:
     return int(max((value for value in values if not math.isnan(value)), default=0))
+
+
+def _estimate(table: dict[str, float | None]) -> Estimate:
+    """Of an evaluation's table; older ones have no ``low`` and ``high``."""
+    mean, half = _float(table["mean"]), _float(table["interval"])
+    return Estimate(mean, _float(table.get("low", mean - half)), _float(table.get("high", mean + half)))
 
 
 def _float(value: float | None) -> float:

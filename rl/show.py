@@ -11,6 +11,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from flowsteer.rl.intervals import Estimate
+
 _SHOWN = ("reward_mean", "gradient_agreement", "kl", "clip_fraction", "grad_norm")
 
 
@@ -72,9 +74,9 @@ class Screen:
         yield lambda done: self._below(f"evaluating at step {step}: {done} images")
         self._below(self._numbers)
 
-    def evaluation(self, step: int, summary: dict[str, tuple[float, float]]) -> None:
+    def evaluation(self, step: int, summary: dict[str, Estimate]) -> None:
         """Print an evaluation's means with their 95 % intervals."""
-        numbers = "  ".join(f"{name} {mean:.3f} ± {half:.3f}" for name, (mean, half) in summary.items())
+        numbers = "  ".join(f"{name} {own.mean:.3f} ({own.low:.3f} to {own.high:.3f})" for name, own in summary.items())
         self._line(f"evaluation at step {step}  {numbers}")
 
     def print(self, text: str) -> None:

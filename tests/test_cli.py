@@ -233,6 +233,11 @@ def test_evaluate_with_a_run_is_the_run_s_evaluation(trained, tmp_path):
     assert np.array_equal(pixels(tmp_path / "after.png"), pixels(folder / "evaluations" / "step_000002.png"))
     assert not np.array_equal(pixels(tmp_path / "after.png"), pixels(folder / "evaluations" / "step_000000.png"))
     assert f"{summary(tmp_path / 'after.json')['total']:.4f}" in done.out
+    table, own = (
+        json.loads(file.read_text()) for file in (tmp_path / "after.json", folder / "evaluations/step_000002.json")
+    )
+    assert table["scores"] == own["scores"]
+    assert len(table["scores"]["total"]) == len(table["prompts"]) == 3
 
 
 def test_evaluate_by_hand(trained, tiny_sd3, prompt_file, tmp_path):

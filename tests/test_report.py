@@ -204,7 +204,7 @@ def test_one_evaluation_is_told_without_a_difference(tmp_path: Path) -> None:
 
     page = Page(write_report(folder))
 
-    assert "total before training is 0.500 ± 0.490" in page.text  # 1.96 * sqrt(1/8) / sqrt(2) = 0.49
+    assert "total before training is 0.500 (0.010 to 0.990)" in page.text  # 1.96 * sqrt(1/8) / sqrt(2) = 0.49
     assert "mean difference" not in page.text
     assert page.count("img") == 1
 
@@ -221,7 +221,7 @@ def test_numbers_that_are_missing(tmp_path: Path, text: str) -> None:
 
     assert "Of 4 steps, 1 without a finite number." in page.text
     assert "No finite number so far." in page.text
-    assert "0.500 ± –" in page.text
+    assert "0.500 (– to –)" in page.text
     assert "Some pictures could not be scored" in page.text
     assert "nan" not in re.sub(r"base64,[^\"]*", "", page.source).lower()
 
