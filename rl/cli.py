@@ -91,7 +91,7 @@ def train(
         train_run(run)
         done = max(run.checkpoints.steps())
         if done < run.num_steps:
-            run.screen.print(f"stopped after step {done} of {run.num_steps}; the same command with --resume goes on")
+            run.screen.print(f"stopped after {done} of {run.num_steps} steps; the same command with --resume goes on")
             raise typer.Exit(STOPPED)
         exported = run.export()
         if run.engine.is_main:

@@ -203,7 +203,12 @@ def test_train(trained, run_file):
     assert (folder / "checkpoints" / "step_000002" / "checkpoint.json").is_file()
     assert f"weights: {folder / 'export' / 'pytorch_lora_weights.safetensors'}\n" in done.out
     assert f"report:  {folder / 'report.html'}\n" in done.out
-    for text in ("16 = 4 prompts x 4", "step 1/2  reward_mean", "step 2/2  reward_mean", "evaluation at step 2  "):
+    for text in (
+        "16 = 4 prompts x 4",
+        "step 0 (1/2 done)  reward_mean",
+        "step 1 (2/2 done)  reward_mean",
+        "evaluation after 2 steps  ",
+    ):
         assert text in done.out
 
 
@@ -387,12 +392,12 @@ def test_sigterm_saves_and_says_how_to_go_on(run_file, tmp_path, plugin):
     arguments = ["train", run_file, f"output={output}", f"rewards={{{plugin}:terminated: {{}}}}", "evaluation=null"]
     done = command(*arguments)
     assert done.code == 143
-    assert done.out.endswith("stopped after step 1 of 2; the same command with --resume goes on\n")
+    assert done.out.endswith("stopped after 1 of 2 steps; the same command with --resume goes on\n")
     assert (output / "checkpoints" / "step_000001").is_dir()
     assert not (output / "export").exists(), "the result of half a run is no result"
     done = command(*arguments, "--resume")
     assert done.code == 0, "it was asked to stop in the last step, which was the end anyway"
-    assert "continuing after step 1" in done.out
+    assert "continuing with step 1 (1/2 done)" in done.out
     assert (output / "export").is_dir()
 
 
