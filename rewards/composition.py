@@ -26,9 +26,9 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
 
-import cv2
 import numpy as np
 
+from flowsteer.rewards.extras import need
 from flowsteer.rewards.world import BACKGROUNDS, COLORS, SHAPES, SIZE, Caption, NotACaption, Thing, parse_caption
 
 Score = Literal["graded", "tolerant", "strict"]
@@ -78,6 +78,11 @@ class CompositionReward:
     ----------
     score
         which of the three parts is ``"score"``, the one that counts.
+
+    Raises
+    ------
+    ValueError
+        an unknown score, or OpenCV (``pip install 'flowsteer[composition]'``) is not there.
     """
 
     score_range = (0.0, 1.0)
@@ -86,6 +91,7 @@ class CompositionReward:
         if score not in ("graded", "tolerant", "strict"):
             raise ValueError(f"score={score!r} is not known; use 'graded', 'tolerant' or 'strict'")
         self.score = score
+        cv2 = _opencv()
         self.fingerprint = {
             "reward": "composition",
             "version": "1",
@@ -165,7 +171,7 @@ def match(wanted: Sequence[Thing], found: Sequence[Found]) -> list[tuple[float, 
 
 def find(images: np.ndarray) -> tuple[list[list[Found]], np.ndarray]:
     """The objects of each picture, uint8 [B, 32, 32, 3], and the share of the rest that is of each background [B, 3]."""
-    batch = len(images)
+    cv2, batch = _opencv(), len(images)
     if batch == 0:
         return [], np.zeros((0, len(BACKGROUNDS)))
     pixels = images.astype(np.float32)
@@ -270,10 +276,15 @@ def _place_credit(caption: Caption, objects: Sequence[Found]) -> float | None:
     return None
 
 
+def _opencv() -> Any:
+    return need("cv2", extra="composition", what="the reward 'composition'")
+
+
 def _to_world_size(images: np.ndarray) -> np.ndarray:
     """uint8 [B, H, W, 3] to [B, 32, 32, 3]: averaging where the picture is larger."""
     if images.shape[1:3] == (SIZE, SIZE):
         return images
+    cv2 = _opencv()
     return np.array([cv2.resize(image, (SIZE, SIZE), interpolation=cv2.INTER_AREA) for image in images])
 
 

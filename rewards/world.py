@@ -34,8 +34,9 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import permutations, product
 
-import cv2
 import numpy as np
+
+from flowsteer.rewards.extras import need
 
 SIZE = 32  # pixels
 SHAPES = ("circle", "square", "triangle")
@@ -169,7 +170,11 @@ def parse_caption(text: str) -> Caption:
 
 
 def draw(caption: Caption, rng: np.random.Generator) -> np.ndarray:
-    """Draw one picture of the caption: uint8 [32, 32, 3], RGB. What the caption leaves open is drawn from ``rng``."""
+    """Draw one picture of the caption: uint8 [32, 32, 3], RGB. What the caption leaves open is drawn from ``rng``.
+
+    Raises ValueError where OpenCV is not installed.
+    """
+    cv2 = need("cv2", extra="composition", what="drawing the world of shapes")
     background = caption.background or str(rng.choice(list(BACKGROUNDS)))
     colors = _pick_colors(caption, rng)
     boxes = _place(caption, rng)
@@ -352,6 +357,7 @@ def _is_clear(relation: str, first: np.ndarray, second: np.ndarray) -> bool:
 
 def _draw_shape(canvas: np.ndarray, shape: str, x: float, y: float, radius: float, color: tuple[int, int, int]) -> None:
     """Fill a shape into the supersampled canvas; the radius is half of its width."""
+    cv2 = need("cv2", extra="composition", what="drawing the world of shapes")
     fraction = 1 << 4  # OpenCV draws at sixteenths of a pixel
     scale = _SUPERSAMPLE * fraction
     if shape == "circle":
