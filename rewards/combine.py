@@ -33,6 +33,7 @@ from flowsteer.rewards.types import Reward, Scores, Values
 logger = logging.getLogger(__name__)
 
 SCORE = "score"
+NO_SCORE = "gave no score (None)"
 RANGE_TOLERANCE = 1e-2  # rounding of a half-precision decoder beyond [0, 1]; an image in [-1, 1] is far outside
 
 
@@ -119,6 +120,26 @@ class RewardSet:
             said[name] = json.loads(text)
         return said
 
+    def range_of(self, name: str) -> tuple[float, float] | None:
+        """The lowest and the highest score that there can be, of ``total``, a reward or a part of it; None: not known.
+
+        Known is what rewards say by their optional ``score_range``. As in `score`, normalised, but parts are not.
+        """
+        if name == "total":
+            ends = [
+                sorted((weight * known[0], weight * known[1])) if (known := self.range_of(own)) else None
+                for own, weight in self.weights.items()
+                if weight
+            ]
+            return None if None in ends else (sum(end[0] for end in ends if end), sum(end[1] for end in ends if end))
+        own, _, part = name.partition("/")
+        given = getattr(self.rewards[own], "score_range", None)
+        if given is None:
+            return None
+        constants = Normalise() if part else self.normalise[own]
+        low, high = sorted((float(end) - constants.offset) * constants.scale for end in given)
+        return low, high
+
     def score(
         self,
         images: Tensor,
@@ -149,9 +170,27 @@ class RewardSet:
     def ask(self, name: str, batch: Batch) -> Answer:
         """What one of the rewards says of a batch. Raises ValueError when it breaks its contract."""
         reward = self.rewards[name]
-        if not is_groupwise(reward):
-            return _ask(name, reward, batch)
-        return _join(_ask_each(name, reward, batch), batch)
+        answer = _join(_ask_each(name, reward, batch), batch) if is_groupwise(reward) else _ask(name, reward, batch)
+        unexplained = [place for place, reason in answer.failures.items() if reason == NO_SCORE]
+        if not unexplained:
+            return answer
+        known = unscorable_by(name, reward, [batch.prompts[place] for place in unexplained])
+        why = {place: known[batch.prompts[place]] for place in unexplained if batch.prompts[place] in known}
+        explained = {place: f"{NO_SCORE}: {reason}" for place, reason in why.items()}
+        return replace(answer, failures=answer.failures | explained)
+
+    def unscorable(self, prompts: Sequence[str]) -> dict[str, str]:
+        """The prompts that no image can be scored for, and why: prompt -> reason, with the reward's name.
+
+        Asks the rewards with a weight that have the optional method `unscorable`; the others may still find nothing to say.
+        Raises ValueError when the answer is no mapping of prompts to texts.
+        """
+        reasons: dict[str, list[str]] = {}
+        for name, reward in self.rewards.items():
+            if self.weights[name]:
+                for prompt, reason in unscorable_by(name, reward, prompts).items():
+                    reasons.setdefault(prompt, []).append(f"reward {name!r}: {reason}")
+        return {prompt: "; ".join(reasons[prompt]) for prompt in dict.fromkeys(prompts) if prompt in reasons}
 
     def close(self) -> None:
         """Close the rewards that want to be, all of them, also where one raises."""
@@ -196,6 +235,26 @@ class RewardSet:
 def is_groupwise(reward: Reward) -> bool:
     """Whether each call of a reward gets the images of one group, to compare them: its class says ``groupwise = True``."""
     return getattr(reward, "groupwise", False) is True
+
+
+def unscorable_by(name: str, reward: Reward, prompts: Sequence[str]) -> dict[str, str]:
+    """What a reward's optional method ``unscorable(prompts)`` says, prompt -> reason; empty where it has none.
+
+    Raises ValueError when the answer is no mapping of some of the prompts to texts.
+    """
+    ask = getattr(reward, "unscorable", None)
+    if not callable(ask):
+        return {}
+    asked = dict.fromkeys(prompts)
+    said: Any = ask(list(asked))
+    if not isinstance(said, Mapping) or not all(
+        key in asked and isinstance(reason, str) for key, reason in said.items()
+    ):
+        raise ValueError(
+            f"reward {name!r}: unscorable(prompts) gave {said!r:.200}; it must map those of the prompts that cannot be "
+            "scored to the reasons, as texts"
+        )
+    return dict(said)
 
 
 def to_uint8(images: Tensor) -> np.ndarray:
@@ -377,7 +436,7 @@ def read_answer(name: str, given: Any, size: int) -> Answer:
         part: _numbers(name if part == SCORE else f"{name}/{part}", values, size) for part, values in parts.items()
     }
     missing = [place for place, value in enumerate(numbers[SCORE]) if math.isnan(value)]
-    return Answer(parts=numbers, failures=dict.fromkeys(missing, "gave no score (None)"))
+    return Answer(parts=numbers, failures=dict.fromkeys(missing, NO_SCORE))
 
 
 def _numbers(name: str, values: Values, size: int) -> list[float]:

@@ -26,10 +26,10 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
 
-import cv2
 import numpy as np
 
-from flowsteer.rewards.world import BACKGROUNDS, COLORS, SHAPES, SIZE, Caption, Thing, parse_caption
+from flowsteer.rewards.extras import need
+from flowsteer.rewards.world import BACKGROUNDS, COLORS, SHAPES, SIZE, Caption, NotACaption, Thing, parse_caption
 
 Score = Literal["graded", "tolerant", "strict"]
 
@@ -72,24 +72,42 @@ class CompositionReward:
     """Scores pictures of the world of shapes; see the module's docstring.
 
     Pictures of any size are first brought to 32x32 by averaging. A prompt outside the world cannot be judged: its scores
-    are ``None``. Takes about 0.25 ms per picture.
+    are ``None``, and `unscorable` says why. Takes about 0.25 ms per picture.
 
     Parameters
     ----------
     score
         which of the three parts is ``"score"``, the one that counts.
+
+    Raises
+    ------
+    ValueError
+        an unknown score, or OpenCV (``pip install 'flowsteer[composition]'``) is not there.
     """
+
+    score_range = (0.0, 1.0)
 
     def __init__(self, score: Score = "graded") -> None:
         if score not in ("graded", "tolerant", "strict"):
             raise ValueError(f"score={score!r} is not known; use 'graded', 'tolerant' or 'strict'")
         self.score = score
+        cv2 = _opencv()
         self.fingerprint = {
             "reward": "composition",
             "version": "1",
             "score": score,
             "opencv": cv2.__version__,
         }
+
+    def unscorable(self, prompts: Sequence[str]) -> dict[str, str]:
+        """The prompts that cannot be judged, and why: prompt -> reason."""
+        reasons = {}
+        for prompt in prompts:
+            try:
+                parse_caption(prompt)
+            except NotACaption as error:
+                reasons[prompt] = error.reason
+        return reasons
 
     def __call__(
         self, images: np.ndarray, prompts: Sequence[str], **columns: Sequence[Any]
@@ -104,7 +122,7 @@ class CompositionReward:
         for prompt, found, shares in zip(prompts, *find(_to_world_size(images))):
             try:
                 values = judge(parse_caption(prompt), found, shares)
-            except ValueError:
+            except NotACaption:
                 values = dict.fromkeys(parts)
             for name, value in values.items():
                 parts[name].append(value)
@@ -153,7 +171,7 @@ def match(wanted: Sequence[Thing], found: Sequence[Found]) -> list[tuple[float, 
 
 def find(images: np.ndarray) -> tuple[list[list[Found]], np.ndarray]:
     """The objects of each picture, uint8 [B, 32, 32, 3], and the share of the rest that is of each background [B, 3]."""
-    batch = len(images)
+    cv2, batch = _opencv(), len(images)
     if batch == 0:
         return [], np.zeros((0, len(BACKGROUNDS)))
     pixels = images.astype(np.float32)
@@ -258,10 +276,15 @@ def _place_credit(caption: Caption, objects: Sequence[Found]) -> float | None:
     return None
 
 
+def _opencv() -> Any:
+    return need("cv2", extra="composition", what="the reward 'composition'")
+
+
 def _to_world_size(images: np.ndarray) -> np.ndarray:
     """uint8 [B, H, W, 3] to [B, 32, 32, 3]: averaging where the picture is larger."""
     if images.shape[1:3] == (SIZE, SIZE):
         return images
+    cv2 = _opencv()
     return np.array([cv2.resize(image, (SIZE, SIZE), interpolation=cv2.INTER_AREA) for image in images])
 
 

@@ -20,7 +20,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -214,7 +214,7 @@ def remove(name: str, *, root: Path | None = None, progress: Progress = print) -
 
 
 def _build(recipe: Recipe, python: Interpreter, folder: Path, progress: Progress) -> None:
-    started = datetime.now(timezone.utc)
+    started = datetime.now(UTC)
     progress(f"{recipe.name}: an empty environment of python {python.version}")
     run_python(python.command, ["-m", "venv", str(folder)], "python -m venv")
     for step in recipe.install:

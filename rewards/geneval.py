@@ -75,6 +75,7 @@ class GenEvalReward:
     """
 
     video = True
+    score_range = (0.0, 1.0)
 
     def __init__(
         self,

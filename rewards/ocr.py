@@ -17,6 +17,7 @@ from typing import Any, Literal
 import numpy as np
 
 from flowsteer.rewards.batching import Fingerprint, check_images
+from flowsteer.rewards.extras import need
 from flowsteer.rewards.types import Values
 
 SMALL_SIDE = 64  # pixels; see OCRReward
@@ -38,19 +39,20 @@ class OCRReward:
         num_threads: of the CPU, for each image.
 
     Raises:
-        ValueError: an unknown mode, or fewer than one thread.
+        ValueError: an unknown mode, fewer than one thread, or RapidOCR (``pip install 'flowsteer[ocr]'``) is not there.
     """
 
     video = True
+    score_range = (0.0, 1.0)
 
     def __init__(self, mode: Literal["auto", "detect", "recognize"] = "auto", num_threads: int = 1) -> None:
         if mode not in ("auto", "detect", "recognize"):
             raise ValueError(f"mode must be auto, detect or recognize, got {mode!r}")
         if num_threads < 1:
             raise ValueError(f"num_threads must be at least 1, got {num_threads}")
-        import cv2
-        from rapidocr import RapidOCR
-
+        cv2, rapidocr, _ = (
+            need(module, extra="ocr", what="the reward 'ocr'") for module in ("cv2", "rapidocr", "onnxruntime")
+        )
         threads = "EngineConfig.onnxruntime"
         self.mode = mode
         self.fingerprint: Fingerprint = {
@@ -61,7 +63,7 @@ class OCRReward:
             "onnxruntime": version("onnxruntime"),
             "opencv": cv2.__version__,
         }
-        self._engine = RapidOCR(
+        self._engine = rapidocr.RapidOCR(
             params={
                 "Global.log_level": "error",  # it warns of every image without text
                 "Global.text_score": 0.0,  # as Flow-GRPO: every line that was read counts
@@ -69,6 +71,11 @@ class OCRReward:
                 f"{threads}.inter_op_num_threads": 1,
             }
         )
+
+    def unscorable(self, prompts: Sequence[str]) -> dict[str, str]:
+        """The prompts without a target, and why there is none: prompt -> reason."""
+        reason = 'it has no text between double quotes, as in: a sign that says "OPEN"'
+        return {prompt: reason for prompt in prompts if not normalise_text(quoted_text(prompt))}
 
     def __call__(self, images: np.ndarray, prompts: Sequence[str], **columns: Sequence[Any]) -> Mapping[str, Values]:
         """uint8 [B, H, W, 3] or [B, T, H, W, 3] in RGB to ``score`` and ``exact``, B each."""

@@ -32,8 +32,11 @@ class Reward(Protocol):
       each a number relative to the others, or ``None`` to all where they are too few.
     - ``video = True``: it takes videos, which `flowsteer rewards certify` then asks for.
     - ``uses_prompt = False``: the prompt plays no part, so `flowsteer rewards certify` does not ask for it.
+    - ``score_range = (0.0, 1.0)``: all its scores and parts lie between these; evaluations then cut their intervals there.
     - ``fingerprint``: a mapping of names to texts and numbers on which scores depend (weights' hash, preprocessing, versions);
       it is kept with a run.
+    - ``unscorable(prompts)``: which of the prompts no image can be scored for, as a mapping ``{prompt: reason}``. A run asks
+      at its start and warns or, where ``advantage.min_scored`` does not allow so many, refuses.
     - ``close()``: called at the end of a run.
     """
 

@@ -17,6 +17,9 @@ A background that is not named is any one of the three, a colour that is not nam
 caption has ten words. The backgrounds have no hue and the colours have full hue, so blending a shape's edge with the
 background changes its strength, never its colour.
 
+These captions are canonical: the base model and the shipped prompt files use no others. `parse_caption` also takes other
+wordings of them, and two shapes that each have a colour and a relation ("a red circle left of a blue square").
+
 Some meanings are *reserved* for evaluation: no training, of the base model or of a policy, ever draws them. What is
 reserved is the scene without its background and without the order of words, so that "a circle left of a square" is
 reserved together with "a square right of a circle", on every background.
@@ -25,13 +28,15 @@ reserved together with "a square right of a circle", on every background.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from itertools import permutations, product
 
-import cv2
 import numpy as np
+
+from flowsteer.rewards.extras import need
 
 SIZE = 32  # pixels
 SHAPES = ("circle", "square", "triangle")
@@ -133,26 +138,43 @@ def train_captions() -> tuple[Caption, ...]:
     return tuple(caption for caption in all_captions() if caption.meaning not in _reserved_meanings())
 
 
+class NotACaption(ValueError):
+    """A text that the world of shapes cannot verify; ``reason`` says why, in one line."""
+
+    def __init__(self, text: str, reason: str) -> None:
+        super().__init__(
+            f"{text!r} is not a caption of the world of shapes: {reason}. It knows the shapes {', '.join(SHAPES)}, the "
+            f"colours {', '.join(COLORS)}, the backgrounds {', '.join(BACKGROUNDS)}, and sentences such as "
+            "'a red circle left of a blue square on black' (flowsteer.rewards.world.all_captions() lists the canonical ones)"
+        )
+        self.reason = reason
+
+
 def parse_caption(text: str) -> Caption:
-    """The caption with this text.
+    """What a text asks for.
+
+    Case, white space, a full stop, articles and beginnings such as "a photo of" do not matter. A text that says the same
+    as one of `all_captions` gives that caption. Beyond those, two shapes may each have a colour and a relation
+    ("a red circle left of a blue square"), and be of one shape or one colour, as long as no object can be both of them.
 
     Raises
     ------
-    ValueError
-        if the text does not belong to the world.
+    NotACaption
+        a ValueError, if the text cannot be verified; its ``reason`` says why.
     """
     caption = _by_text().get(text)
-    if caption is None:
-        raise ValueError(
-            f"{text!r} is not a caption of the world of shapes; it knows the shapes {', '.join(SHAPES)}, the colours "
-            f"{', '.join(COLORS)}, the backgrounds {', '.join(BACKGROUNDS)}, and sentences such as "
-            "'a red circle left of a square on black' (flowsteer.rewards.world.all_captions() lists them all)"
-        )
-    return caption
+    if caption is not None:
+        return caption
+    key = _key(text)
+    return _by_key().get(key) or _parse_pair(text, key)
 
 
 def draw(caption: Caption, rng: np.random.Generator) -> np.ndarray:
-    """Draw one picture of the caption: uint8 [32, 32, 3], RGB. What the caption leaves open is drawn from ``rng``."""
+    """Draw one picture of the caption: uint8 [32, 32, 3], RGB. What the caption leaves open is drawn from ``rng``.
+
+    Raises ValueError where OpenCV is not installed.
+    """
+    cv2 = need("cv2", extra="composition", what="drawing the world of shapes")
     background = caption.background or str(rng.choice(list(BACKGROUNDS)))
     colors = _pick_colors(caption, rng)
     boxes = _place(caption, rng)
@@ -199,6 +221,73 @@ def _text(things: tuple[Thing, ...], relation: str | None, placement: str | None
     if background is not None:
         words.append(f"on {background}")
     return " ".join(words)
+
+
+# Other wordings of the same, in a text without articles: pattern -> the word that canonical captions use.
+_OPENING = re.compile(r"^(photo|photograph|picture|image|drawing)s? (of|showing) ")
+_WORDINGS = (
+    (re.compile(r"\bgrey\b"), "gray"),
+    (re.compile(r"\bcentre\b"), "center"),
+    (re.compile(r"\b(?:to|on) (left|right) of\b"), r"\1 of"),
+    (re.compile(rf"\bon ({'|'.join(BACKGROUNDS)}) background$"), r"on \1"),
+)
+_ARTICLES = frozenset({"a", "an", "the"})
+_THING = rf"(?:({'|'.join(COLORS)}) )?({'|'.join(SHAPES)})"
+_PAIR = re.compile(rf"{_THING} ({'|'.join(('and', *RELATIONS))}) {_THING}(?: on ({'|'.join(BACKGROUNDS)}))?")
+
+
+def _key(text: str) -> str:
+    """A text without what does not change its meaning: case, white space, final full stop, articles, "a photo of"."""
+    words = text.lower().strip().removesuffix(".").split()
+    key = _OPENING.sub("", " ".join(word for word in words if word not in _ARTICLES))
+    for pattern, word in _WORDINGS:
+        key = pattern.sub(word, key)
+    return key
+
+
+def _parse_pair(text: str, key: str) -> Caption:
+    """Two shapes that no canonical caption has together. Raises NotACaption."""
+    found = _PAIR.fullmatch(key)
+    if found is None:
+        raise NotACaption(text, _why_not(key))
+    color, shape, between, other_color, other_shape, background = found.groups()
+    things = (Thing(shape, color), Thing(other_shape, other_color))
+    if shape == other_shape and (None in (color, other_color) or color == other_color):
+        raise NotACaption(
+            text, f"one {shape} could be both of its shapes; give the two different shapes, or each a colour of its own"
+        )
+    relation = None if between == "and" else between
+    return Caption(
+        task="color_attr" if relation is None else "position",
+        text=_text(things, relation, None, background),
+        things=things,
+        relation=relation,
+        background=background,
+    )
+
+
+def _why_not(key: str) -> str:
+    """Why a text without articles is no caption."""
+    words = key.split()
+    if not words:
+        return "it is empty"
+    unknown = [word for word in words if word not in _vocabulary()]
+    if unknown:
+        return f"it does not know {', '.join(map(repr, dict.fromkeys(unknown)))}"
+    return (
+        "it knows these words but not this sentence (one shape and where it lies, two shapes and how one lies to the "
+        "other, or two to four equal shapes; the background last)"
+    )
+
+
+@cache
+def _vocabulary() -> frozenset[str]:
+    return frozenset(word for key in _by_key() for word in key.split())
+
+
+@cache
+def _by_key() -> dict[str, Caption]:
+    return {_key(caption.text): caption for caption in all_captions()}
 
 
 @cache
@@ -268,6 +357,7 @@ def _is_clear(relation: str, first: np.ndarray, second: np.ndarray) -> bool:
 
 def _draw_shape(canvas: np.ndarray, shape: str, x: float, y: float, radius: float, color: tuple[int, int, int]) -> None:
     """Fill a shape into the supersampled canvas; the radius is half of its width."""
+    cv2 = need("cv2", extra="composition", what="drawing the world of shapes")
     fraction = 1 << 4  # OpenCV draws at sixteenths of a pixel
     scale = _SUPERSAMPLE * fraction
     if shape == "circle":
@@ -293,6 +383,7 @@ __all__ = [
     "SIZE",
     "TASKS",
     "Caption",
+    "NotACaption",
     "Thing",
     "all_captions",
     "draw",

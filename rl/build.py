@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -33,7 +33,7 @@ from flowsteer.rl.evaluate import Evaluation, evaluate, save_grid
 from flowsteer.rl.export import export_lora, export_weights
 from flowsteer.rl.metrics import Log, Meter
 from flowsteer.rl.policy import Policy
-from flowsteer.rl.scoring import StepScorer
+from flowsteer.rl.scoring import StepScorer, check_scorable
 from flowsteer.rl.show import Screen
 from flowsteer.rl.types import Algorithm, Facts
 from flowsteer.rollout import kernels, selfcheck
@@ -127,18 +127,11 @@ class Run:
         return self.folder / "evaluations" / f"step_{step:06d}.json"
 
     def _keep_evaluation(self, step: int, result: Evaluation) -> None:
-        summary = result.summary()
         file = self._evaluation_file(step)
         file.parent.mkdir(exist_ok=True)
         save_grid(result.images, file.with_suffix(".png"))
-        table = {
-            "step": step,
-            "summary": {name: dict(zip(("mean", "interval"), _numbers(pair))) for name, pair in summary.items()},
-            "prompts": result.prompts,
-            "scores": {name: [_numbers(row) for row in values.tolist()] for name, values in result.parts.items()},
-        }
-        write_whole(file, json.dumps(table, indent=1))
-        self.screen.evaluation(step, summary)
+        write_whole(file, json.dumps({"step": step, **result.table()}, indent=1))
+        self.screen.evaluation(step, result.summary())
 
     def save(self, step: int, *, now: bool = False) -> bool:
         """Keep a checkpoint when due; returns True when the run was asked to stop (SIGTERM) and has been saved."""
@@ -179,6 +172,7 @@ def start(config: Config, *, resume: bool = False, quiet: bool = False) -> Run:
         rewards = build_rewards(config, engine.device)
         undo.callback(rewards.close)
         check_groupwise(rewards, config)
+        check_prompts(rewards, config, prompts, evaluation_prompts)
         depends_on = without(rewards.fingerprints, "platform")
         check_alike(depends_on, engine.gather)
         pipeline = build_pipeline(config, engine.device)
@@ -363,6 +357,15 @@ def check_groupwise(rewards: RewardSet, config: Config) -> None:
         )
 
 
+def check_prompts(rewards: RewardSet, config: Config, train: Prompts, evaluation: Prompts | None) -> None:
+    """Warn of prompts that the rewards cannot score. Raises ValueError where too many of those to train on are among them."""
+    least = config.advantage.min_scored
+    check_scorable(rewards, train.texts, min_scored=least, file=config.prompts.train, key="prompts.train")
+    if config.evaluation is not None and evaluation is not None:
+        file, key = config.evaluation.prompts, "evaluation.prompts"
+        check_scorable(rewards, evaluation.texts, min_scored=0.0, file=file, key=key)
+
+
 def build_engine(config: Config) -> Engine:
     """Processes and precision."""
     rollout = config.rollout
@@ -522,8 +525,3 @@ def _checked_plan(config: Config, pipeline: FlowPipeline, plan: Plan, prompts: P
         factor = kernels.budget_factor(kernel.name, schedule, plan.covered_levels, kernel.noise_level)
         plan = replace(plan, levels=tuple(factor * level for level in plan.levels))
     return plan
-
-
-def _numbers(values: Sequence[float]) -> list[float | None]:
-    """JSON has no NaN."""
-    return [None if number != number else number for number in values]

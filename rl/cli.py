@@ -91,7 +91,7 @@ def train(
         train_run(run)
         done = max(run.checkpoints.steps())
         if done < run.num_steps:
-            run.screen.print(f"stopped after step {done} of {run.num_steps}; the same command with --resume goes on")
+            run.screen.print(f"stopped after {done} of {run.num_steps} steps; the same command with --resume goes on")
             raise typer.Exit(STOPPED)
         exported = run.export()
         if run.engine.is_main:
@@ -130,7 +130,8 @@ def evaluate(
         float, typer.Option(min=0, help="After the last picture, so long scores are waited for.")
     ] = 900.0,
     output: Annotated[
-        Path | None, typer.Option(help="JSON file to write the table to; the pictures go beside it as PNG.")
+        Path | None,
+        typer.Option(help="JSON file for the table and all single scores; the pictures go beside it as PNG."),
     ] = None,
 ) -> None:
     """Score a pipeline on fixed prompts and seeds with the deterministic sampler.
@@ -166,12 +167,11 @@ def evaluate(
         )
     summary = result.summary()
     table = Table("score", "mean", "95 % interval", title=f"{len(result.prompts)} prompts x {num_seeds} seeds")
-    for name, (mean, half) in summary.items():
-        table.add_row(Text(name), f"{mean:.4f}", f"{mean - half:.4f} to {mean + half:.4f}")
+    for name, (mean, low, high) in summary.items():
+        table.add_row(Text(name), f"{mean:.4f}", f"{low:.4f} to {high:.4f}")
     console.print(table)
     if output is not None:
-        numbers = {name: {"mean": _number(mean), "interval": _number(half)} for name, (mean, half) in summary.items()}
-        output.write_text(json.dumps({"prompts": result.prompts, "summary": numbers}, indent=1), encoding="utf-8")
+        output.write_text(json.dumps(result.table(), indent=1), encoding="utf-8")
         save_grid(result.images, output.with_suffix(".png"))
 
 
@@ -338,11 +338,6 @@ def report(run: Annotated[Path, typer.Argument(help="Folder of a run, finished o
     from flowsteer.rl.report import write_report
 
     console.print(Text(f"report: {write_report(run)}"), soft_wrap=True)
-
-
-def _number(value: float) -> float | None:
-    """JSON has no NaN."""
-    return value if value == value else None
 
 
 def _is_for_the_user(error: Exception) -> bool:

@@ -57,11 +57,15 @@ def draw_line(
     return _svg(figure, salt)
 
 
-def draw_intervals(steps: Sequence[int], means: Sequence[float], halves: Sequence[float], *, salt: str) -> str:
-    """Means with bars ``means ± halves`` (NaN: no bar) over training steps."""
+def draw_intervals(steps: Sequence[int], estimates: Sequence[tuple[float, float, float]], *, salt: str) -> str:
+    """Means with bars, (mean, low, high) each (NaN: no bar), over training steps."""
+    means, lows, highs = np.asarray(estimates, dtype=np.float64).T
+    bars = np.clip(
+        np.nan_to_num([means - lows, highs - means]), 0, None
+    )  # rounding may leave a mean beyond its interval
     figure, axes = _figure()
     axes.errorbar(
-        steps, means, yerr=np.nan_to_num(halves), color=_COLOURS[0], linewidth=1.4, marker="o", markersize=3.5,
+        steps, means, yerr=bars, color=_COLOURS[0], linewidth=1.4, marker="o", markersize=3.5,
         elinewidth=1, capsize=2.5,
     )  # fmt: skip
     return _svg(figure, salt)

@@ -9,8 +9,9 @@ import itertools
 import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from flowsteer.rewards.combine import RewardSet
 from flowsteer.rewards.hosts.inprocess import Scorer, collect
+from flowsteer.rl.intervals import Estimate, estimate, mean_and_interval
 from flowsteer.rl.metrics import all_names
 from flowsteer.rollout.pipeline import Pipeline, UnlikeConditioning
 from flowsteer.rollout.prompts import Prompts
@@ -34,21 +36,24 @@ class Evaluation:
     prompts: tuple[str, ...]  # P
     parts: dict[str, Tensor]  # name -> [P, S] float32, NaN where missing; "total" is the weighted sum
     images: Tensor  # [P, 3, H, W] float32 in [0, 1], of the first seed
+    ranges: dict[str, tuple[float, float]] = field(
+        default_factory=dict
+    )  # name -> lowest and highest score, where known
 
-    def summary(self) -> dict[str, tuple[float, float]]:
-        """Name -> (mean, half of its 95 % interval over prompts)."""
-        return {name: mean_and_interval(values) for name, values in self.parts.items()}
+    def summary(self) -> dict[str, Estimate]:
+        """Name -> mean and 95 % interval over prompts, see `flowsteer.rl.intervals`."""
+        return {name: estimate(values, self.ranges.get(name)) for name, values in self.parts.items()}
 
-
-def mean_and_interval(values: Tensor) -> tuple[float, float]:
-    """The mean of [P, S] and half of its 95 % interval; a prompt's seeds are one observation. NaN entries are left out."""
-    by_prompt = values.double().nanmean(1)
-    by_prompt = by_prompt[~by_prompt.isnan()]
-    count = len(by_prompt)
-    if count == 0:
-        return float("nan"), float("nan")
-    half = 1.96 * float(by_prompt.std()) / math.sqrt(count) if count > 1 else float("nan")
-    return float(by_prompt.mean()), half
+    def table(self) -> dict[str, Any]:
+        """What is kept as JSON: ``summary``, ``prompts`` [P], and ``scores``, name -> [P][S], null where missing."""
+        return {
+            "summary": {name: own.table() for name, own in self.summary().items()},
+            "prompts": list(self.prompts),
+            "scores": {
+                name: [[None if math.isnan(score) else score for score in row] for row in values.tolist()]
+                for name, values in self.parts.items()
+            },
+        }
 
 
 @torch.no_grad()
@@ -137,6 +142,7 @@ def evaluate(
         prompts=tuple(prompts.texts[row] for row in chosen),
         parts={name: whole[:, column].view(count, num_seeds) for column, name in enumerate(names)},
         images=first[::num_seeds],
+        ranges={name: known for name in names if (known := rewards.range_of(name)) is not None},
     )
 
 
@@ -163,3 +169,6 @@ def save_grid(images: Tensor, path: Path, *, columns: int = 12) -> None:
     """Write a sheet of pictures as PNG, small ones enlarged; of videos the first frames."""
     first_frames = images[:, 0] if images.dim() == 5 else images
     image_grid([first_frames], scale=max(1, 128 // first_frames.shape[-1]), columns=columns).save(path)
+
+
+__all__ = ["Evaluation", "evaluate", "image_grid", "mean_and_interval", "save_grid"]

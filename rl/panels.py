@@ -11,6 +11,7 @@ import numpy as np
 from markupsafe import Markup
 
 from flowsteer.rl import curves
+from flowsteer.rl.intervals import Estimate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,25 +161,25 @@ class Panel:
     note: str = ""
 
 
-def evaluation_panels(steps: Sequence[int], summaries: Sequence[dict[str, tuple[float, float]]]) -> list[Panel]:
+def evaluation_panels(steps: Sequence[int], summaries: Sequence[dict[str, Estimate]]) -> list[Panel]:
     """One panel per score of the evaluations; a part that is the total itself is left out.
 
     Args:
         steps: after which the evaluations were made.
-        summaries: of each, name -> (mean, half of the 95 % interval), NaN where there is none.
+        summaries: of each, name -> mean and 95 % interval, NaN where there is none.
     """
     panels = []
     names = dict.fromkeys(name for summary in summaries for name in summary)
-    series = {name: [summary.get(name, (math.nan, math.nan)) for summary in summaries] for name in names}
+    series = {name: [summary.get(name, Estimate(*[math.nan] * 3)) for summary in summaries] for name in names}
     for name in sorted(names, key=lambda name: (name != "total", name)):
-        means, halves = zip(*series[name])
+        means = [own.mean for own in series[name]]
         shown = [place for place, mean in enumerate(means) if not math.isnan(mean)]
-        if not shown or (name != "total" and _same(means, [mean for mean, _ in series.get("total", [])])):
+        if not shown or (name != "total" and _same(means, [own.mean for own in series.get("total", [])])):
             continue
+        last = series[name][shown[-1]]
         svg = curves.draw_intervals(
             [steps[place] for place in shown],
-            [means[place] for place in shown],
-            [halves[place] for place in shown],
+            [series[name][place] for place in shown],
             salt=f"evaluation {name}",
         )
         panels.append(
@@ -186,7 +187,7 @@ def evaluation_panels(steps: Sequence[int], summaries: Sequence[dict[str, tuple[
                 title="Total score" if name == "total" else name,
                 name="evaluation",
                 about=EVALUATION,
-                now=f"{number(means[shown[-1]])} ± {number(halves[shown[-1]])}",
+                now=f"{number(last.mean)} ({number(last.low)} to {number(last.high)})",
                 svg=Markup(svg) if len(shown) > 1 else None,
                 note="" if len(shown) > 1 else "One evaluation so far.",
             )

@@ -26,8 +26,8 @@ import torch
 import yaml
 from PIL import Image, UnidentifiedImageError
 
-from flowsteer.rl.evaluate import mean_and_interval
 from flowsteer.rl.export import LORA_FILE, SECOND
+from flowsteer.rl.intervals import Estimate, mean_and_interval
 from flowsteer.rl.metrics import read_metrics
 from flowsteer.rl.panels import evaluation_panels, is_act, learning_panels, number, reward_panels, time_panel
 from flowsteer.rollout.pipeline import EMBEDDED_LENGTH
@@ -37,6 +37,9 @@ _GRID_COLUMNS = 12  # of `evaluate.image_grid`
 _MAX_WIDTH = 1800  # pixels; wider pictures are reduced, or the page would weigh tens of megabytes
 _MAX_TILE = 256
 _CHANGED = 6  # prompts that are shown for each direction
+_COMPARED = 24  # prompts whose pictures are shown side by side
+_COMPARED_PIXELS = 4e6  # of all their pictures together: with many evaluations they get smaller
+_MIN_TILE = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,9 +48,21 @@ class Evaluated:
 
     step: int  # training steps that had been done
     prompts: list[str]  # P
-    summary: dict[str, tuple[float, float]]  # name -> (mean, half of the 95 % interval), NaN where there is none
+    summary: dict[str, Estimate]  # name -> mean and 95 % interval, NaN where there is none
     scores: dict[str, torch.Tensor]  # name -> [P, S] float64, NaN where missing
     picture: Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pictures:
+    """Pictures of the same prompts and seeds after several evaluations, N of them, to be laid side by side."""
+
+    names: list[str]  # N, "before" and "after 20 steps"
+    prompts: list[str]
+    scores: list[list[float]]  # of each prompt N totals, means over its seeds, NaN where missing
+    images: list[list[str]]  # likewise, data URIs
+    num_prompts: int  # of the evaluation, of which these are some
+    left_out: int  # evaluations of other prompts, or whose pictures are not there or cannot be cut
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +114,7 @@ def write_report(folder: Path) -> Path:
         evaluations=evaluations,
         difference=difference(evaluations),
         changed=changed_prompts(evaluations),
-        grids=_grids(evaluations),
+        compared=compared_pictures(evaluations),
         pictures=_extra_pictures(folder),
         results=_results(folder),
         evaluation_panels=evaluation_panels([e.step for e in evaluations], [e.summary for e in evaluations]),
@@ -131,7 +146,7 @@ def read_evaluations(folder: Path) -> list[Evaluated]:
                 Evaluated(
                     step=table["step"],
                     prompts=table["prompts"],
-                    summary={name: (_float(v["mean"]), _float(v["interval"])) for name, v in table["summary"].items()},
+                    summary={name: _estimate(own) for name, own in table["summary"].items()},
                     scores={
                         name: torch.tensor([[_float(score) for score in row] for row in rows], dtype=torch.float64)
                         for name, rows in table["scores"].items()
@@ -217,15 +232,32 @@ def _pairs(first: Evaluated, last: Evaluated) -> list[list[Image.Image]] | None:
     return cut_grids([_open(first.picture), _open(last.picture)], len(first.prompts))
 
 
-def _grids(evaluations: Sequence[Evaluated]) -> list[tuple[str, str, int]]:
-    """(caption, data URI, width in pixels) of the first evaluation's pictures and of the last's."""
-    grids = []
-    for evaluation in [*evaluations[:1], *evaluations[1:][-1:]]:
-        if evaluation.picture.exists():
-            picture = _open(evaluation.picture)
-            caption = "before" if evaluation.step == 0 else f"after {evaluation.step} steps"
-            grids.append((caption, _embed(picture), min(picture.width, _MAX_WIDTH)))
-    return grids
+def compared_pictures(evaluations: Sequence[Evaluated]) -> Pictures | None:
+    """At most 24 of the last evaluation's prompts, spread evenly, with the pictures of all evaluations of these prompts."""
+    if not evaluations:
+        return None
+    prompts = evaluations[-1].prompts
+    alike = [own for own in evaluations if own.prompts == prompts and own.picture.exists()]
+    sheets = [_open(own.picture) for own in alike]
+    usable = [place for place, sheet in enumerate(sheets) if sheet.size == sheets[-1].size]
+    tiles = cut_grids([sheets[place] for place in usable], len(prompts)) if usable else None
+    if tiles is None:
+        return None
+    shown = [alike[place] for place in usable]
+    count = min(_COMPARED, len(prompts))
+    chosen = [place * len(prompts) // count for place in range(count)]
+    first = tiles[0][0]
+    pixels = _COMPARED_PIXELS / (count * len(shown)) * first.width / first.height  # a tile's width, squared
+    width = max(_MIN_TILE, min(_MAX_TILE, int(math.sqrt(pixels))))
+    totals = [own.scores["total"].nanmean(1).tolist() for own in shown]
+    return Pictures(
+        names=["before" if own.step == 0 else f"after {own.step} step{'' if own.step == 1 else 's'}" for own in shown],
+        prompts=[prompts[place] for place in chosen],
+        scores=[[total[place] for total in totals] for place in chosen],
+        images=[[_embed(pictures[place], width) for pictures in tiles] for place in chosen],
+        num_prompts=len(prompts),
+        left_out=len(evaluations) - len(shown),
+    )
 
 
 # ---- the rest of the page
@@ -328,6 +360,12 @@ def _columns(lines: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
 
 def _last(values: Sequence[float]) -> int:
     return int(max((value for value in values if not math.isnan(value)), default=0))
+
+
+def _estimate(table: dict[str, float | None]) -> Estimate:
+    """Of an evaluation's table; older ones have no ``low`` and ``high``."""
+    mean, half = _float(table["mean"]), _float(table["interval"])
+    return Estimate(mean, _float(table.get("low", mean - half)), _float(table.get("high", mean + half)))
 
 
 def _float(value: float | None) -> float:

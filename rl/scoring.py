@@ -2,10 +2,45 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
+
 from flowsteer.rewards.combine import RewardSet
 from flowsteer.rewards.hosts.inprocess import PendingScores, Scorer, collect
 from flowsteer.rewards.types import Scores
 from flowsteer.rollout.types import Rollout
+
+logger = logging.getLogger(__name__)
+
+_NAMED = 5  # prompts that a message names
+
+
+def check_scorable(rewards: RewardSet, prompts: Sequence[str], *, min_scored: float, file: str, key: str) -> None:
+    """Say which prompts of a file the rewards cannot score, before anything is drawn.
+
+    Args:
+        rewards: asked by their optional method ``unscorable``.
+        prompts: of the file, as often as they stand there.
+        min_scored: the part of the prompts, 0 to 1, that must be scorable; 0 only warns.
+        file: its name, and
+        key: the setting that named it, for the message.
+
+    Raises:
+        ValueError: fewer than ``min_scored`` of the prompts can be scored.
+    """
+    reasons = rewards.unscorable(prompts)
+    count = sum(prompt in reasons for prompt in prompts)
+    if not count:
+        return
+    named = [f"{prompt!r} ({reason})" for prompt, reason in list(reasons.items())[:_NAMED]]
+    more = f", and {len(reasons) - _NAMED} more" if len(reasons) > _NAMED else ""
+    text = f"{key}={file}: {count} of {len(prompts)} prompts cannot be scored: {', '.join(named)}{more}"
+    if len(prompts) - count < min_scored * len(prompts):
+        raise ValueError(
+            f"{text}. advantage.min_scored={min_scored} asks for a score of at least {min_scored:.1%}: change or remove these "
+            "prompts, or lower it"
+        )
+    logger.warning("%s; their samples will have no score", text)
 
 
 class StepScorer:

@@ -11,11 +11,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from flowsteer.rl.intervals import Estimate
+
 _SHOWN = ("reward_mean", "gradient_agreement", "kl", "clip_fraction", "grad_norm")
 
 
 class Screen:
     """A progress bar above the numbers that matter, and a line for each evaluation. In a file, a line for each step.
+
+    A step has the number that it has in ``metrics.jsonl``, from 0. The bar, evaluations and checkpoints count the steps that
+    are done: ``step 3 (4/20 done)``, and then ``evaluation after 4 steps``.
 
     Args:
         quiet: print nothing (processes besides the main one, tests).
@@ -48,7 +53,7 @@ class Screen:
             table.add_row(Text(name, style="bold"), Text(fact))
         self._console.print(table)
         if self._first:
-            self._console.print(f"continuing after step {self._first}")
+            self._console.print(f"continuing with step {self._first} ({self._first}/{self._num_steps} done)")
         for name in missing_trackers:
             self._console.print(f"{name} is not installed: its log is left out (metrics.jsonl has everything)")
 
@@ -59,7 +64,7 @@ class Screen:
         if missing:
             numbers += f"  missing scores {missing:.0f}"
         if self._live is None:
-            self._line(f"step {step + 1}/{self._num_steps}  {numbers}")
+            self._line(f"step {step} ({step + 1}/{self._num_steps} done)  {numbers}")
             return
         self._progress.update(self._task, completed=step + 1)
         self._numbers = numbers
@@ -68,14 +73,14 @@ class Screen:
     @contextmanager
     def evaluating(self, step: int) -> Iterator[Callable[[int], None]]:
         """Show that an evaluation is under way; call what it gives with the number of images that are done."""
-        self._below(f"evaluating at step {step}")
-        yield lambda done: self._below(f"evaluating at step {step}: {done} images")
+        self._below(f"evaluating after {step} steps")
+        yield lambda done: self._below(f"evaluating after {step} steps: {done} images")
         self._below(self._numbers)
 
-    def evaluation(self, step: int, summary: dict[str, tuple[float, float]]) -> None:
+    def evaluation(self, step: int, summary: dict[str, Estimate]) -> None:
         """Print an evaluation's means with their 95 % intervals."""
-        numbers = "  ".join(f"{name} {mean:.3f} ± {half:.3f}" for name, (mean, half) in summary.items())
-        self._line(f"evaluation at step {step}  {numbers}")
+        numbers = "  ".join(f"{name} {own.mean:.3f} ({own.low:.3f} to {own.high:.3f})" for name, own in summary.items())
+        self._line(f"evaluation after {step} steps  {numbers}")
 
     def print(self, text: str) -> None:
         """Something of its own."""

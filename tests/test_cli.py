@@ -203,7 +203,12 @@ def test_train(trained, run_file):
     assert (folder / "checkpoints" / "step_000002" / "checkpoint.json").is_file()
     assert f"weights: {folder / 'export' / 'pytorch_lora_weights.safetensors'}\n" in done.out
     assert f"report:  {folder / 'report.html'}\n" in done.out
-    for text in ("16 = 4 prompts x 4", "step 1/2  reward_mean", "step 2/2  reward_mean", "evaluation at step 2  "):
+    for text in (
+        "16 = 4 prompts x 4",
+        "step 0 (1/2 done)  reward_mean",
+        "step 1 (2/2 done)  reward_mean",
+        "evaluation after 2 steps  ",
+    ):
         assert text in done.out
 
 
@@ -233,6 +238,11 @@ def test_evaluate_with_a_run_is_the_run_s_evaluation(trained, tmp_path):
     assert np.array_equal(pixels(tmp_path / "after.png"), pixels(folder / "evaluations" / "step_000002.png"))
     assert not np.array_equal(pixels(tmp_path / "after.png"), pixels(folder / "evaluations" / "step_000000.png"))
     assert f"{summary(tmp_path / 'after.json')['total']:.4f}" in done.out
+    table, own = (
+        json.loads(file.read_text()) for file in (tmp_path / "after.json", folder / "evaluations/step_000002.json")
+    )
+    assert table["scores"] == own["scores"]
+    assert len(table["scores"]["total"]) == len(table["prompts"]) == 3
 
 
 def test_evaluate_by_hand(trained, tiny_sd3, prompt_file, tmp_path):
@@ -382,12 +392,12 @@ def test_sigterm_saves_and_says_how_to_go_on(run_file, tmp_path, plugin):
     arguments = ["train", run_file, f"output={output}", f"rewards={{{plugin}:terminated: {{}}}}", "evaluation=null"]
     done = command(*arguments)
     assert done.code == 143
-    assert done.out.endswith("stopped after step 1 of 2; the same command with --resume goes on\n")
+    assert done.out.endswith("stopped after 1 of 2 steps; the same command with --resume goes on\n")
     assert (output / "checkpoints" / "step_000001").is_dir()
     assert not (output / "export").exists(), "the result of half a run is no result"
     done = command(*arguments, "--resume")
     assert done.code == 0, "it was asked to stop in the last step, which was the end anyway"
-    assert "continuing after step 1" in done.out
+    assert "continuing with step 1 (1/2 done)" in done.out
     assert (output / "export").is_dir()
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from flowsteer.rewards.composition import CompositionReward
 from flowsteer.rewards.types import Reward
-from flowsteer.rewards.world import BACKGROUNDS, COLORS, Caption, all_captions, draw, reserved_captions
+from flowsteer.rewards.world import BACKGROUNDS, COLORS, Caption, all_captions, draw, parse_caption, reserved_captions
 
 PARTS = ("graded", "tolerant", "strict")
 
@@ -139,6 +139,26 @@ def test_one_fault_costs_the_strict_score_and_part_of_the_graded(caption: str, r
     assert nothing[0] <= fault[0] < 0.8
     if wrong:
         assert nothing[0] < fault[0]  # something to climb
+
+
+@pytest.mark.parametrize("relation", ["left of", "right of", "above", "below"])
+@pytest.mark.parametrize("second", ["blue square", "red square", "blue circle"])
+def test_two_colored_shapes_with_a_relation_are_drawn_and_verified(relation: str, second: str) -> None:
+    caption = parse_caption(f"a red circle {relation} a {second}")
+    mirrored = f"A photo of a {second} {relation} a red circle."
+    rng = np.random.default_rng(0)
+    images = np.stack([draw(caption, rng) for _ in range(50)])
+    assert np.mean(CompositionReward(score="strict")(images, [caption.text] * 50)["score"]) >= 0.98
+    assert np.max(CompositionReward(score="strict")(images, [mirrored] * 50)["score"]) == 0
+
+
+def test_prompts_that_cannot_be_verified_are_told_with_the_reason() -> None:
+    prompts = ["a red circle", "A Red Circle.", "a cat", "a circle and a circle"]
+    said = CompositionReward().unscorable(prompts)
+    assert list(said) == prompts[2:]
+    assert said["a cat"] == "it does not know 'cat'"
+    images = np.stack([scene(GOOD[0])] * 4)
+    assert CompositionReward()(images, prompts)["strict"] == [1, 1, None, None]
 
 
 def test_the_background_is_judged() -> None:

@@ -10,6 +10,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,11 +20,6 @@ import pytest
 from flowsteer.rl.build import build_algorithm, build_plan
 from flowsteer.rl.config import Config, load_config, shipped_configs
 from flowsteer.rl.train import train
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib  # comes with pytest
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("rl", "rewards", "rollout", "configs")
@@ -111,6 +107,46 @@ def test_no_circles():
 def test_packages_are_the_folders_with_python_files():
     folders = {".".join(("flowsteer", *path.parent.relative_to(ROOT).parts)) for path in files()}
     assert set(PYPROJECT["tool"]["setuptools"]["packages"]) == folders
+
+
+def test_the_source_distribution_is_the_whole_project(tmp_path):
+    """Setuptools' own list of what it would pack: documents, scripts, examples and tests too, and nothing compiled."""
+    code = "from setuptools import setup; setup()"
+    command = [sys.executable, "-c", code, "--quiet", "egg_info", "--egg-base", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    listed = (tmp_path / "flowsteer.egg-info" / "SOURCES.txt").read_text(encoding="utf-8").splitlines()
+    packed = {line.removeprefix("./") for line in listed}
+    folders = (*FOLDERS, "docs", "examples", "scripts", "tests")
+    compiled = re.compile(r"__pycache__|\.pyc$|\.egg-info/|^examples/[^/]+/build/")
+    there = {
+        path.relative_to(ROOT).as_posix() for folder in folders for path in (ROOT / folder).rglob("*") if path.is_file()
+    }
+    assert {path for path in there if not compiled.search(path)} - packed == set()
+    assert {"README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "constraints.txt", "pyproject.toml"} <= packed
+    assert not [path for path in packed if compiled.search(path) and not path.startswith(str(tmp_path))]
+
+
+def test_python_versions_agree():
+    """What is promised, linted for and installed with is one thing."""
+    project = PYPROJECT["project"]
+    lowest = re.search(r">=3\.(\d+)", project["requires-python"])
+    assert lowest
+    named = [int(text) for text in re.findall(r"Python :: 3\.(\d+)", "\n".join(project["classifiers"]))]
+    assert named == list(range(int(lowest[1]), named[-1] + 1))
+    assert PYPROJECT["tool"]["ruff"]["target-version"] == f"py3{lowest[1]}"
+    assert f"(3.{named[0]} to 3.{named[-1]})" in (ROOT / "scripts" / "environment.sh").read_text(encoding="utf-8")
+    for package in ("torch", "diffusers", "transformers", "accelerate", "peft"):
+        needs = importlib.metadata.metadata(package)["Requires-Python"]
+        least = re.search(r">=\s*3\.(\d+)", needs)
+        assert least is None or int(least[1]) <= int(lowest[1]), f"{package} needs Python {needs}"
+
+
+def test_all_extras_are_installed_with_the_tests():
+    extras = PYPROJECT["project"]["optional-dependencies"]
+    everything = re.fullmatch(r"flowsteer\[(.*)\]", extras["all"][0])
+    assert everything
+    assert set(everything[1].split(",")) == set(extras) - {"all", "test"}
+    assert "flowsteer[all]" in extras["test"]
 
 
 def test_every_folder_is_typed_and_its_data_are_packaged():

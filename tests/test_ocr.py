@@ -80,7 +80,8 @@ def test_a_prompt_without_a_target_has_no_score(reward, prompt):
     images = torch.ones(2, 3, 32, 32)
     scores = RewardSet([("ocr", reward, 1.0)]).score(images, [prompt, 'says "A"'])
     assert scores.missing.tolist() == [True, False]
-    assert scores.failures == {0: "reward 'ocr' gave no score (None)"}
+    assert list(scores.failures) == [0]
+    assert "reward 'ocr' gave no score (None): it has no text between double quotes" in scores.failures[0]
 
 
 def test_an_image_that_cannot_be_read_has_no_score_and_a_reason(reward, monkeypatch):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import math
 import re
@@ -17,7 +19,15 @@ from PIL import Image
 
 from flowsteer.rl import curves
 from flowsteer.rl.evaluate import image_grid, save_grid
-from flowsteer.rl.report import changed_prompts, cut_grids, difference, number, read_evaluations, write_report
+from flowsteer.rl.report import (
+    changed_prompts,
+    compared_pictures,
+    cut_grids,
+    difference,
+    number,
+    read_evaluations,
+    write_report,
+)
 
 VOID = {"meta", "img", "br"}
 HOSTILE = "<script>alert('x')</script> & \"quotes\" {{ 7 * 7 }}"
@@ -123,7 +133,7 @@ def test_whole_run(tmp_path: Path) -> None:
     assert "Table of mine" in page.text
     assert "0.123" in page.text
     assert "before and after" in page.text
-    assert page.count("img") == 2 + 1 + 2 * 4  # sheets, the picture, a pair for each prompt
+    assert page.count("img") == 2 * 4 + 1 + 2 * 4  # side by side, the picture, prompts that changed
     # total, reward, colour, agreement, time; the rate is constant and composition alone is the total
     assert page.count("svg") == 5
     assert "The same at all 4 steps so far." in page.text
@@ -204,9 +214,10 @@ def test_one_evaluation_is_told_without_a_difference(tmp_path: Path) -> None:
 
     page = Page(write_report(folder))
 
-    assert "total before training is 0.500 ± 0.490" in page.text  # 1.96 * sqrt(1/8) / sqrt(2) = 0.49
+    assert "total before training is 0.500 (0.010 to 0.990)" in page.text  # 1.96 * sqrt(1/8) / sqrt(2) = 0.49
     assert "mean difference" not in page.text
-    assert page.count("img") == 1
+    assert page.count("img") == 2, "a picture for each prompt"
+    assert page.count("input") == 0, "nothing to choose"
 
 
 @pytest.mark.parametrize("text", ["null", "NaN"])
@@ -221,7 +232,7 @@ def test_numbers_that_are_missing(tmp_path: Path, text: str) -> None:
 
     assert "Of 4 steps, 1 without a finite number." in page.text
     assert "No finite number so far." in page.text
-    assert "0.500 ± –" in page.text
+    assert "0.500 (– to –)" in page.text
     assert "Some pictures could not be scored" in page.text
     assert "nan" not in re.sub(r"base64,[^\"]*", "", page.source).lower()
 
@@ -249,6 +260,71 @@ def test_verdict_is_that_of_paired_differences(tmp_path: Path, after: list[float
     assert found is not None
     assert verdict in found[2]
     assert verdict in Page(write_report(folder)).text
+
+
+def test_pictures_stand_side_by_side_with_caption_and_score_after_the_curves(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "first")
+    for step in (0, 2, 4):
+        add_evaluation(folder, step, [[(place + step) / 64, None] for place in range(48)])
+
+    pictures = compared_pictures(read_evaluations(folder))
+    page = Page(write_report(folder))
+
+    assert pictures is not None
+    assert pictures.names == ["before", "after 2 steps", "after 4 steps"]
+    assert pictures.prompts == [f"prompt number {place}" for place in range(0, 48, 2)], "24, spread evenly"
+    assert pictures.scores == [[(place + step) / 64 for step in (0, 2, 4)] for place in range(0, 48, 2)]
+    shown = [name for name, _ in page.elements if name in ("svg", "img", "input")]
+    assert shown[-1] == "img"
+    assert shown.index("input") > len(shown) - 1 - shown[::-1].index("svg"), "the curves come first"
+    alternatives = [attributes["alt"] for name, attributes in page.elements if name == "img"]
+    assert alternatives[3:6] == [f"prompt number 2, {name}" for name in pictures.names], "one prompt's are neighbours"
+    assert "before 0.031 after 2 steps 0.062 after 4 steps 0.094 prompt number 2 " in page.text  # 2, 4 and 6 of 64
+    assert "24 of the evaluation's 48 prompts, spread evenly" in page.text
+    boxes = [attributes for name, attributes in page.elements if name == "input"]
+    assert [box["id"] for box in boxes if "checked" in box] == ["show0", "show2"], "first and last; all can be chosen"
+    assert len(boxes) == 3
+    for place in range(3):
+        assert f"#show{place}:not(:checked) ~ .pairs .e{place} {{ display: none; }}" in page.source
+
+
+def test_pictures_of_the_same_place_are_compared(tmp_path: Path) -> None:
+    """`add_evaluation` draws a prompt's place as its grey."""
+    folder = make_run(tmp_path / "first")
+    for step in (0, 4):
+        add_evaluation(folder, step, [[0.5]] * 30)
+    pictures = compared_pictures(read_evaluations(folder))
+    assert pictures is not None
+    for prompt, images in zip(pictures.prompts, pictures.images):
+        for image in images:
+            content = base64.b64decode(image.removeprefix("data:image/png;base64,"))
+            grey = np.asarray(Image.open(io.BytesIO(content)))
+            assert abs(int(grey[0, 0, 0]) - round(int(prompt.split()[-1]) / 50 * 255)) <= 1
+            assert np.ptp(grey) == 0, "no gutter"
+
+
+def test_evaluations_that_cannot_be_compared_are_counted(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "first")
+    add_evaluation(folder, 0, [[0.1], [0.2]], prompts=["a", "b"])
+    for step in (2, 3, 4):
+        add_evaluation(folder, step, [[0.1], [0.2]])
+    Image.new("RGB", (7, 5)).save(folder / "evaluations" / "step_000002.png")
+    pictures = compared_pictures(read_evaluations(folder))
+    assert pictures is not None
+    assert (pictures.names, pictures.left_out) == (["after 3 steps", "after 4 steps"], 2)
+    assert (
+        "Not shown: 2 evaluations of other prompts or without pictures of this size." in Page(write_report(folder)).text
+    )
+
+
+def test_many_evaluations_keep_the_page_small(tmp_path: Path) -> None:
+    """Noise does not compress: 24 prompts x 20 evaluations at 256 pixels would be 126 MB."""
+    folder = make_run(tmp_path / "first")
+    noise = np.random.default_rng(0).integers(0, 255, (2 * 258, 12 * 258, 3), dtype=np.uint8)
+    for step in range(20):
+        add_evaluation(folder, step, [[0.5]] * 24)
+        Image.fromarray(noise).save(folder / "evaluations" / f"step_{step:06d}.png", compress_level=0)
+    assert write_report(folder).stat().st_size < 20e6  # 4e6 pixels x 3 bytes x 4 / 3, and base64 of the last pairs
 
 
 def test_evaluations_of_other_prompts_are_not_compared(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from flowsteer.rewards.world import (
     COLORS,
     MIRRORED,
     SHAPES,
+    NotACaption,
     Thing,
     all_captions,
     draw,
@@ -61,10 +62,64 @@ def test_parsing_is_the_inverse_of_writing() -> None:
     assert parse_caption("three circles").things == (Thing("circle"),) * 3
 
 
-@pytest.mark.parametrize("text", ["", "a cat", "five circles", "a circle and a circle", "a red circle on black "])
+@pytest.mark.parametrize("text", ["", "a cat", "five circles", "a circle and a circle"])
 def test_a_caption_of_another_world_is_refused_with_what_this_one_knows(text: str) -> None:
     with pytest.raises(ValueError, match=r"not a caption of the world.*circle.*purple.*gray.*all_captions"):
         parse_caption(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "canonical"),
+    [
+        ("A red circle", "a red circle"),
+        ("a red circle.", "a red circle"),
+        ("red circle", "a red circle"),
+        (" The  red circle on black\n", "a red circle on black"),
+        ("a photo of a red circle", "a red circle"),
+        ("A picture of the red circle on a grey background.", "a red circle on gray"),
+        ("an image of three blue squares on white.", "three blue squares on white"),
+        ("a circle to the left of a blue square", "a circle left of a blue square"),
+        ("Circle at top", "a circle at the top"),
+        ("a circle in the centre", "a circle in the center"),
+    ],
+)
+def test_another_wording_is_the_canonical_caption(text: str, canonical: str) -> None:
+    assert parse_caption(text) is parse_caption(canonical)
+
+
+def test_every_canonical_caption_is_found_again_in_every_wording() -> None:
+    for caption in all_captions():
+        for text in (caption.text.upper(), f"A photo of {caption.text}.", caption.text.replace("a ", "the ")):
+            assert parse_caption(text) is caption, text
+
+
+@pytest.mark.parametrize("opening", ["", "a photo of "])
+def test_two_colored_shapes_may_have_a_relation(opening: str) -> None:
+    caption = parse_caption(f"{opening}A red circle left of a blue square on black.")
+    assert caption.things == (Thing("circle", "red"), Thing("square", "blue"))
+    assert (caption.task, caption.relation, caption.background) == ("position", "left of", "black")
+    assert caption.text == "a red circle left of a blue square on black"
+    assert caption not in all_captions()
+    mirrored = parse_caption("a blue square right of a red circle")
+    assert mirrored.meaning == caption.meaning
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("a photo of a cat and a dog", "it does not know 'cat', 'dog'"),
+        ("  ", "it is empty"),
+        ("a circle and a circle", "one circle could be both of its shapes"),
+        ("a red circle left of a circle", "one circle could be both of its shapes"),
+        ("a red circle above a red circle", "one circle could be both of its shapes"),
+        ("circle red", "it knows these words but not this sentence"),
+        ("a red circle left of a blue square at the top", "it knows these words but not this sentence"),
+    ],
+)
+def test_what_cannot_be_verified_has_a_reason(text: str, reason: str) -> None:
+    with pytest.raises(NotACaption) as error:
+        parse_caption(text)
+    assert error.value.reason.startswith(reason)
 
 
 @pytest.mark.parametrize(

@@ -38,16 +38,11 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-import sys
+import tomllib
 from functools import cached_property
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError, field_validator
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 FOLDER = Path(__file__).parent
 

@@ -1,0 +1,109 @@
+"""Prompts that a reward cannot score are named with the reason before the run, and where a score is missing."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from flowsteer.rewards.combine import RewardSet
+from flowsteer.rewards.composition import CompositionReward
+from flowsteer.rl.build import start
+from flowsteer.rl.cli import app
+from flowsteer.rl.config import parse_config
+from flowsteer.rl.scoring import check_scorable
+
+Make = Callable[..., dict[str, Any]]
+
+
+class Picky:
+    """Scores prompts of at most three letters."""
+
+    def unscorable(self, prompts):
+        assert len(prompts) == len(set(prompts)), "each prompt is asked for once"
+        return {prompt: f"it has {len(prompt)} letters" for prompt in prompts if len(prompt) > 3}
+
+    def __call__(self, images, prompts, **columns):
+        return [None if len(prompt) > 3 else 1.0 for prompt in prompts]
+
+
+def test_a_missing_score_says_why():
+    scores = RewardSet([("picky", Picky(), 1.0)]).score(torch.zeros(3, 3, 4, 4), ["cat", "horse", "cat"])
+    assert scores.failures == {1: "reward 'picky' gave no score (None): it has 5 letters"}
+
+
+def test_rewards_with_a_weight_are_asked():
+    rewards = RewardSet([("picky", Picky(), 1.0), ("shapes", CompositionReward(), -1.0), ("idle", Picky(), 0.0)])
+    assert rewards.unscorable(["cat", "a circle", "cat"]) == {
+        "cat": "reward 'shapes': it does not know 'cat'",
+        "a circle": "reward 'picky': it has 8 letters",
+    }
+    assert RewardSet([("plain", lambda images, prompts, **columns: [], 1.0)]).unscorable(["horse"]) == {}
+
+
+@pytest.mark.parametrize("answer", [["horse"], {"zebra": "another prompt"}, {"horse": 3}])
+def test_an_answer_of_another_kind_is_refused(answer: Any):
+    class Wrong(Picky):
+        def unscorable(self, prompts):
+            return answer
+
+    with pytest.raises(ValueError, match=r"reward 'wrong': unscorable\(prompts\) gave .*must map"):
+        RewardSet([("wrong", Wrong(), 1.0)]).unscorable(["horse"])
+
+
+def test_ocr_names_prompts_without_a_target():
+    from flowsteer.rewards.ocr import OCRReward
+
+    said = OCRReward.unscorable(object.__new__(OCRReward), ['a sign "OPEN"', "a sign", 'a sign " "'])
+    assert list(said) == ["a sign", 'a sign " "']
+    assert "double quotes" in said["a sign"]
+
+
+def check(prompts: list[str], least: float) -> None:
+    check_scorable(RewardSet([("picky", Picky(), 1.0)]), prompts, min_scored=least, file="own.txt", key="prompts.train")
+
+
+def test_as_many_as_are_allowed_only_warn(caplog: pytest.LogCaptureFixture):
+    """Rows count, not different prompts: 2 of 8."""
+    rows = ["cat"] * 6 + ["horse"] * 2
+    with caplog.at_level(logging.WARNING):
+        check(rows, 0.75)
+    assert "prompts.train=own.txt: 2 of 8 prompts cannot be scored: 'horse' (reward 'picky': it has 5" in caplog.text
+    with pytest.raises(ValueError, match=r"2 of 8 prompts .*min_scored=0\.76 asks for .* 76\.0%: change or remove"):
+        check(rows, 0.76)
+    caplog.clear()
+    check(["cat"], 1.0)
+    assert not caplog.text
+
+
+def test_only_the_first_are_named():
+    with pytest.raises(ValueError, match=r"7 of 7 prompts cannot.*'horse4'.*, and 2 more\. advantage") as error:
+        check([f"horse{place}" for place in range(7)], 0.9)
+    assert "horse5" not in str(error.value)
+
+
+def test_a_run_is_refused_before_it_draws(tmp_path: Path, make_config: Make):
+    file = tmp_path / "own.txt"
+    file.write_text("A red circle.\na photo of a cat\n")
+    config = make_config(tmp_path / "run", rewards={"composition": {}}, prompts={"train": str(file)})
+    with pytest.raises(ValueError, match=r"own\.txt: 1 of 2 prompts cannot be scored: 'a photo of a cat' \(reward"):
+        start(parse_config(config, source="here"), quiet=True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_score_says_why_there_is_none(tmp_path: Path):
+    Image.new("RGB", (32, 32)).save(tmp_path / "x.png")
+
+    def score(prompt: str) -> str:
+        done = CliRunner().invoke(app, ["score", str(tmp_path / "x.png"), "-p", prompt], env={"COLUMNS": "300"})
+        return " ".join(done.output.split())
+
+    assert re.search(r"x\.png . composition . 0\.\d{4}", score("A red circle left of a blue square."))
+    assert "it does not know 'cat'" in score("a cat").replace(" . ", " ")
