@@ -332,7 +332,7 @@ class TestBuiltIns:
         assert said["a red circle on black"] is None
 
     def test_step_preference(self, tmp_path):
-        from test_step_preference import tiny_model
+        from tiny_preference import tiny_model
 
         tiny_model(perturbed=True).save(tmp_path / "model")
         make = functools.partial(StepPreference, str(tmp_path / "model"), device="cpu")

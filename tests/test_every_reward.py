@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny_rewards
-from test_step_preference import tiny_model
-from test_vlm import Server
+from chat_server import Server
+from tiny_preference import tiny_model
 
 from flowsteer.rewards.certify import certify
 from flowsteer.rewards.certify_inputs import built_in_inputs

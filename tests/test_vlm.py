@@ -1,21 +1,17 @@
 """Judges behind a real HTTP server on this machine: it decodes the PNGs and answers by their brightness."""
 
-import base64
-import contextlib
-import io
 import itertools
 import json
 import logging
 import random
 import re
 import socket
-import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
 import torch
+from chat_server import Server, completion
 from PIL import Image
 
 from flowsteer.rewards.combine import RewardSet
@@ -32,84 +28,6 @@ from flowsteer.rewards.vlm_prompts import AXIS_SCORES, fill, read_number, read_r
 
 KEY = "sk-do-not-print-me"
 RUBRIC = "Rate it for: {prompt}\nEnd with 'Score: X', 0 to 255."
-
-
-class Server:
-    """An OpenAI-compatible server. ``answer(images, text, count)`` gives what it says: a text, (status, body), or None to hang.
-
-    ``count`` is the number of requests before this one; ``seen`` holds (path, headers, body) of each.
-    """
-
-    def __init__(self, answer):
-        self.answer, self.seen, self.released = answer, [], threading.Event()
-        self.running = self.most_running = 0
-        self._lock = threading.Lock()
-        server = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                with server._lock:
-                    count = len(server.seen)
-                    server.seen.append((self.path, dict(self.headers), body))
-                    server.running += 1
-                    server.most_running = max(server.most_running, server.running)
-                try:
-                    given = server.answer(*server.read(body), count)
-                finally:
-                    with server._lock:
-                        server.running -= 1
-                with contextlib.suppress(OSError):  # a client that has given up
-                    server.send(self, given)
-
-            def log_message(self, format, *args):
-                pass
-
-        class Listener(ThreadingHTTPServer):
-            request_queue_size = 64  # a connection beyond the usual 5 waits for a second
-            daemon_threads = True
-
-        self._http = Listener(("127.0.0.1", 0), Handler)
-        self._thread = threading.Thread(target=self._http.serve_forever, args=(0.01,))
-        self._thread.start()
-        self.url = f"http://127.0.0.1:{self._http.server_port}/v1"
-
-    @staticmethod
-    def read(body):
-        """The images and the texts of a request, each in order."""
-        (message,) = body["messages"]
-        images, texts = [], []
-        for part in message["content"]:
-            if part["type"] == "image_url":
-                kind, _, data = part["image_url"]["url"].partition(",")
-                assert kind == "data:image/png;base64"
-                images.append(np.asarray(Image.open(io.BytesIO(base64.b64decode(data, validate=True)))))
-            else:
-                texts.append(part["text"])
-        return images, texts
-
-    def send(self, handler, given):
-        if given is None:
-            self.released.wait(20)
-            return
-        if isinstance(given, str):
-            given = (200, completion(given))
-        status, data = given
-        handler.send_response(status)
-        handler.send_header("Content-Length", str(len(data)))
-        handler.end_headers()
-        handler.wfile.write(data)
-
-    def close(self):
-        self.released.set()
-        self._http.shutdown()
-        self._thread.join()
-        self._http.server_close()
-
-
-def completion(text, ended="stop"):
-    choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": ended}
-    return json.dumps({"object": "chat.completion", "choices": [choice]}).encode()
 
 
 @pytest.fixture
