@@ -36,7 +36,7 @@ class Reward(Protocol):
     - ``fingerprint``: a mapping of names to texts and numbers on which scores depend (weights' hash, preprocessing, versions);
       it is kept with a run.
     - ``unscorable(prompts)``: which of the prompts no image can be scored for, as a mapping ``{prompt: reason}``. A run asks
-      at its start and warns or, where ``advantage.min_scored`` does not allow so many, refuses.
+      at its start and warns or, where a step would draw more of them than ``advantage.min_scored`` allows, refuses.
     - ``close()``: called at the end of a run.
     """
 

@@ -40,7 +40,7 @@ from flowsteer.rollout import kernels, selfcheck
 from flowsteer.rollout.branches import Branching
 from flowsteer.rollout.pipeline import FlowPipeline, UnlikeConditioning
 from flowsteer.rollout.plan import Plan, all_steps, decay, fixed_steps, no_steps, window
-from flowsteer.rollout.prompts import Prompts, read_prompts
+from flowsteer.rollout.prompts import Prompts, read_prompts, step_rows
 from flowsteer.rollout.worker import RolloutWorker
 
 logger = logging.getLogger(__name__)
@@ -358,12 +358,13 @@ def check_groupwise(rewards: RewardSet, config: Config) -> None:
 
 
 def check_prompts(rewards: RewardSet, config: Config, train: Prompts, evaluation: Prompts | None) -> None:
-    """Warn of prompts that the rewards cannot score. Raises ValueError where too many of those to train on are among them."""
-    least = config.advantage.min_scored
-    check_scorable(rewards, train.texts, min_scored=least, file=config.prompts.train, key="prompts.train")
+    """Warn of prompts that the rewards cannot score. Raises ValueError where a training step would fail."""
+    each = {"seed": config.seed, "prompts_per_step": config.rollout.prompts_per_step}
+    steps = (step_rows(len(train), step=step, **each) for step in range(config.num_steps))
+    key = f"prompts.train={config.prompts.train}"
+    check_scorable(rewards, train.texts, key=key, steps=steps, min_scored=config.advantage.min_scored)
     if config.evaluation is not None and evaluation is not None:
-        file, key = config.evaluation.prompts, "evaluation.prompts"
-        check_scorable(rewards, evaluation.texts, min_scored=0.0, file=file, key=key)
+        check_scorable(rewards, evaluation.texts, key=f"evaluation.prompts={config.evaluation.prompts}")
 
 
 def build_engine(config: Config) -> Engine:

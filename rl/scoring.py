@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from flowsteer.rewards.combine import RewardSet
 from flowsteer.rewards.hosts.inprocess import PendingScores, Scorer, collect
@@ -15,18 +15,25 @@ logger = logging.getLogger(__name__)
 _NAMED = 5  # prompts that a message names
 
 
-def check_scorable(rewards: RewardSet, prompts: Sequence[str], *, min_scored: float, file: str, key: str) -> None:
+def check_scorable(
+    rewards: RewardSet,
+    prompts: Sequence[str],
+    *,
+    key: str,
+    steps: Iterable[Sequence[int]] = (),
+    min_scored: float = 0.0,
+) -> None:
     """Say which prompts of a file the rewards cannot score, before anything is drawn.
 
     Args:
         rewards: asked by their optional method ``unscorable``.
         prompts: of the file, as often as they stand there.
-        min_scored: the part of the prompts, 0 to 1, that must be scorable; 0 only warns.
-        file: its name, and
-        key: the setting that named it, for the message.
+        key: the setting that names the file and the file, for the message: ``prompts.train=own.txt``.
+        steps: of each training step the rows that it draws; empty only warns.
+        min_scored: the part of a step's samples, 0 to 1, that must have a score.
 
     Raises:
-        ValueError: fewer than ``min_scored`` of the prompts can be scored.
+        ValueError: a step draws so many of these prompts that it would end the run.
     """
     reasons = rewards.unscorable(prompts)
     count = sum(prompt in reasons for prompt in prompts)
@@ -34,12 +41,15 @@ def check_scorable(rewards: RewardSet, prompts: Sequence[str], *, min_scored: fl
         return
     named = [f"{prompt!r} ({reason})" for prompt, reason in list(reasons.items())[:_NAMED]]
     more = f", and {len(reasons) - _NAMED} more" if len(reasons) > _NAMED else ""
-    text = f"{key}={file}: {count} of {len(prompts)} prompts cannot be scored: {', '.join(named)}{more}"
-    if len(prompts) - count < min_scored * len(prompts):
-        raise ValueError(
-            f"{text}. advantage.min_scored={min_scored} asks for a score of at least {min_scored:.1%}: change or remove these "
-            "prompts, or lower it"
-        )
+    text = f"{key}: {count} of {len(prompts)} prompts cannot be scored: {', '.join(named)}{more}"
+    for step, rows in enumerate(steps):
+        lost = sum(prompts[row] in reasons for row in rows)
+        if (len(rows) - lost) / len(rows) < min_scored:
+            raise ValueError(
+                f"{text}. Training step {step} draws {lost} of them among its {len(rows)} prompts, which would end the run: "
+                f"advantage.min_scored={min_scored} asks that {min_scored:.1%} of a step's samples have a score. Change or "
+                "remove these prompts, or lower it"
+            )
     logger.warning("%s; their samples will have no score", text)
 
 

@@ -73,14 +73,14 @@ class Screen:
     @contextmanager
     def evaluating(self, step: int) -> Iterator[Callable[[int], None]]:
         """Show that an evaluation is under way; call what it gives with the number of images that are done."""
-        self._below(f"evaluating after {step} steps")
-        yield lambda done: self._below(f"evaluating after {step} steps: {done} images")
+        self._below(f"evaluating after {_steps(step)}")
+        yield lambda done: self._below(f"evaluating after {_steps(step)}: {done} images")
         self._below(self._numbers)
 
     def evaluation(self, step: int, summary: dict[str, Estimate]) -> None:
         """Print an evaluation's means with their 95 % intervals."""
         numbers = "  ".join(f"{name} {own.mean:.3f} ({own.low:.3f} to {own.high:.3f})" for name, own in summary.items())
-        self._line(f"evaluation after {step} steps  {numbers}")
+        self._line(f"evaluation after {_steps(step)}  {numbers}")
 
     def print(self, text: str) -> None:
         """Something of its own."""
@@ -100,3 +100,7 @@ class Screen:
         if self._live is not None:
             self._live.update(Group(self._progress, Text(text, style="dim")))
             self._live.start()
+
+
+def _steps(count: int) -> str:
+    return f"{count} step{'' if count == 1 else 's'}"

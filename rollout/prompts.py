@@ -142,14 +142,19 @@ def step_batches(
         raise ValueError(
             f"step {step} of process {process_index}: steps begin at 0, processes are 0 to {num_processes - 1}"
         )
-    first = step * prompts_per_step
-    rows = [_row(len(prompts), position, seed) for position in range(first, first + prompts_per_step)]
+    rows = step_rows(len(prompts), step=step, seed=seed, prompts_per_step=prompts_per_step)
     num_batches = prompts_per_step * group_size // batch_size
     mine = torch.arange(num_batches).view(updates_per_rollout, -1, num_processes)[..., process_index].flatten()
     return [
         _batch(rows, range(index * batch_size, (index + 1) * batch_size), group_size, seed, step)
         for index in mine.tolist()
     ]
+
+
+def step_rows(num_prompts: int, *, step: int, seed: int, prompts_per_step: int) -> list[int]:
+    """The rows of a file of ``num_prompts`` prompts whose prompts all processes together draw at a training step, in order."""
+    first = step * prompts_per_step
+    return [_row(num_prompts, position, seed) for position in range(first, first + prompts_per_step)]
 
 
 def sample_seeds(samples: Iterable[int], *, seed: int, step: int) -> Tensor:

@@ -15,10 +15,12 @@ from typer.testing import CliRunner
 
 from flowsteer.rewards.combine import RewardSet
 from flowsteer.rewards.composition import CompositionReward
+from flowsteer.rewards.world import BACKGROUNDS, COLORS, SHAPES
 from flowsteer.rl.build import start
 from flowsteer.rl.cli import app
 from flowsteer.rl.config import parse_config
 from flowsteer.rl.scoring import check_scorable
+from flowsteer.rollout.prompts import read_prompts, step_batches
 
 Make = Callable[..., dict[str, Any]]
 
@@ -66,27 +68,45 @@ def test_ocr_names_prompts_without_a_target():
     assert "double quotes" in said["a sign"]
 
 
-def check(prompts: list[str], least: float) -> None:
-    check_scorable(RewardSet([("picky", Picky(), 1.0)]), prompts, min_scored=least, file="own.txt", key="prompts.train")
+def check(prompts: list[str], least: float, *steps: list[int]) -> None:
+    rewards = RewardSet([("picky", Picky(), 1.0)])
+    check_scorable(rewards, prompts, key="prompts.train=own.txt", steps=steps, min_scored=least)
 
 
 def test_as_many_as_are_allowed_only_warn(caplog: pytest.LogCaptureFixture):
-    """Rows count, not different prompts: 2 of 8."""
+    """Rows count, not different prompts: 2 of 8. What a step draws decides, as it does in the run: 1 of 4 in each."""
     rows = ["cat"] * 6 + ["horse"] * 2
     with caplog.at_level(logging.WARNING):
-        check(rows, 0.75)
+        check(rows, 0.75, [0, 1, 2, 6], [3, 4, 5, 7])
     assert "prompts.train=own.txt: 2 of 8 prompts cannot be scored: 'horse' (reward 'picky': it has 5" in caplog.text
-    with pytest.raises(ValueError, match=r"2 of 8 prompts .*min_scored=0\.76 asks for .* 76\.0%: change or remove"):
-        check(rows, 0.76)
+    with pytest.raises(ValueError, match=r"2 of 8 prompts .*Training step 0 draws 1 of them among its 4 .*=0\.76 asks"):
+        check(rows, 0.76, [0, 1, 2, 6], [3, 4, 5, 7])
+    with pytest.raises(ValueError, match=r"Training step 1 draws 2 of them .* 75\.0% of a step.* Change or remove"):
+        check(rows, 0.75, [0, 1, 2, 3], [4, 5, 6, 7])
     caplog.clear()
-    check(["cat"], 1.0)
+    check(["cat"], 1.0, [0])
     assert not caplog.text
 
 
 def test_only_the_first_are_named():
-    with pytest.raises(ValueError, match=r"7 of 7 prompts cannot.*'horse4'.*, and 2 more\. advantage") as error:
-        check([f"horse{place}" for place in range(7)], 0.9)
+    with pytest.raises(ValueError, match=r"7 of 7 prompts cannot.*'horse4'.*, and 2 more\. Training") as error:
+        check([f"horse{place}" for place in range(7)], 0.9, [0])
     assert "horse5" not in str(error.value)
+
+
+def test_the_step_is_the_one_that_would_fail(tmp_path: Path, make_config: Make):
+    """One of 40 prompts is more than a tenth of a step of 4. It comes in one of the ten steps of a pass."""
+    file = tmp_path / "own.txt"
+    prompts = [f"a {color} {shape} on {ground}" for color in COLORS for shape in SHAPES for ground in BACKGROUNDS][:39]
+    file.write_text("\n".join([*prompts, "a cat"]))
+    make = {"rewards": {"composition": {}}, "prompts": {"train": str(file)}, "num_steps": 10}
+    config = parse_config(make_config(tmp_path / "run", **make), source="here")
+    with pytest.raises(ValueError, match=r"1 of 40 prompts .* Training step \d draws 1 of them") as error:
+        start(config, quiet=True)
+    step = int(str(error.value).partition("Training step ")[2][0])
+    sizes = {"seed": config.seed, "prompts_per_step": 4, "group_size": 4, "batch_size": 4, "num_processes": 1}
+    batches = step_batches(read_prompts(file), step=step, process_index=0, **sizes)
+    assert 39 in {row for batch in batches for row in batch.rows}
 
 
 def test_a_run_is_refused_before_it_draws(tmp_path: Path, make_config: Make):
