@@ -9,7 +9,7 @@ import hashlib
 import json
 import logging
 import os
-import signal
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -31,6 +31,7 @@ from flowsteer.rl.config import Config, PlanConfig, RewardConfig, save_config
 from flowsteer.rl.engine import Engine, OptimizerSettings
 from flowsteer.rl.evaluate import Evaluation, evaluate, save_grid
 from flowsteer.rl.export import export_lora, export_weights
+from flowsteer.rl.interrupts import Interrupts
 from flowsteer.rl.metrics import Log, Meter
 from flowsteer.rl.policy import Policy
 from flowsteer.rl.scoring import StepScorer, check_scorable
@@ -70,12 +71,10 @@ class Run:
         self.num_steps = self.config.num_steps
         weights = self.scorer.rewards.weights
         self.compare = partial(compare, weights=weights, **self.config.advantage.model_dump())
-        self._stop_requested = False
+        self.stopped_by = 0  # the signal that ended the run before its last step; 0: none
         self._saved = self.start or -1
-        self._sigterm_before = signal.signal(signal.SIGTERM, self._request_stop)
-
-    def _request_stop(self, *_: object) -> None:
-        self._stop_requested = True
+        self._saved_at = time.monotonic()
+        self._interrupts = Interrupts(None if self.engine.is_main else lambda line: None)
 
     @contextmanager
     def saving_before(self, step: int) -> Iterator[None]:
@@ -134,13 +133,19 @@ class Run:
         self.screen.evaluation(step, result.summary())
 
     def save(self, step: int, *, now: bool = False) -> bool:
-        """Keep a checkpoint when due; returns True when the run was asked to stop (SIGTERM) and has been saved."""
-        stopping = bool(self.engine.gather(torch.tensor([int(self._stop_requested)])).any())
+        """Keep a checkpoint when due; returns True when the run was asked to stop (SIGTERM, Ctrl-C) and has been saved.
+
+        Every process calls it. The main one's clock says whether a checkpoint is due by time, so that all save together.
+        """
+        seconds = self.config.save_every_s
+        late = self.engine.is_main and seconds and time.monotonic() - self._saved_at >= seconds
+        asked = self.engine.gather(torch.tensor([[self._interrupts.received, int(late)]]))  # [processes, 2]
+        self.stopped_by, overdue = asked.amax(dim=0).tolist()
         regular = self.config.save_every and step % self.config.save_every == 0
-        if (now or stopping or regular or step == self.num_steps) and step != self._saved:
+        if (now or self.stopped_by or overdue or regular or step == self.num_steps) and step != self._saved:
             self.checkpoints.save(step)
-            self._saved = step
-        return stopping
+            self._saved, self._saved_at = step, time.monotonic()
+        return bool(self.stopped_by)
 
     def export(self) -> Path:
         """Write the result as weights that diffusers loads; every process calls it."""
@@ -148,8 +153,8 @@ class Run:
         return write(self.policy, self.engine, self.folder / "export")
 
     def close(self) -> None:
-        """Let go of threads, files, processes and SIGTERM."""
-        signal.signal(signal.SIGTERM, self._sigterm_before or signal.SIG_DFL)
+        """Let go of threads, files, processes and signals."""
+        self._interrupts.close()
         with ExitStack() as closing:  # each of them, also where another fails; the last one first
             for part in (self.engine, self.screen, self.log, self.scorer):
                 closing.callback(part.close)
@@ -160,7 +165,7 @@ def start(config: Config, *, resume: bool = False, quiet: bool = False) -> Run:
 
     Raises ValueError for everything that makes the run impossible, before anything on disk has changed.
     """
-    folder = Path(config.output)
+    folder = Path(config.output).absolute()  # once: a reward may change the current folder later
     open_run(folder, config, resume=resume)
     plan = build_plan(config.rollout.plan, config)
     build_branching(config)  # its faults, like all others, before anything is loaded or written
@@ -186,6 +191,7 @@ def start(config: Config, *, resume: bool = False, quiet: bool = False) -> Run:
             folder, engine, model=model, prompts=prompts.fingerprint(), rewards=depends_on, keep=config.keep
         )
         first = checkpoints.restore() if resume else 0
+        origin = origin_of(first, checkpoints, config, resume=resume)
         if engine.is_main:
             folder.mkdir(parents=True, exist_ok=True)
             write_whole(folder / "config.json", config.model_dump_json(indent=1))
@@ -203,7 +209,8 @@ def start(config: Config, *, resume: bool = False, quiet: bool = False) -> Run:
             config=json.loads(config.model_dump_json()),
         )
         screen = Screen(quiet=quiet or not engine.is_main, start=first, num_steps=config.num_steps)
-        screen.opening(derived(config, policy, engine, prompts), missing_trackers=log.missing_trackers)
+        facts = derived(config, policy, engine, prompts)
+        screen.opening(facts, origin=origin, missing_trackers=log.missing_trackers)
         run = Run(
             config=config,
             folder=folder,
@@ -221,6 +228,15 @@ def start(config: Config, *, resume: bool = False, quiet: bool = False) -> Run:
         )
         undo.pop_all()
     return run
+
+
+def origin_of(first: int, checkpoints: Checkpoints, config: Config, *, resume: bool) -> str:
+    """From where a run starts, as a sentence for the screen; ``first`` is the training step that it begins with."""
+    if not resume:
+        return "starting at step 0"
+    if not checkpoints.steps():
+        return f"--resume found no checkpoint in {checkpoints.root}: starting at step 0"
+    return f"continuing with step {first} ({first}/{config.num_steps} done)"
 
 
 def build_plan(section: PlanConfig, config: Config) -> Plan:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import sys
 import traceback
 from contextlib import closing
@@ -50,7 +51,7 @@ app = typer.Typer(
 app.add_typer(rewards_app, name="rewards")
 console = Console()
 
-STOPPED = 143  # exit code of a run that SIGTERM ended: 128 + 15, as of any process
+STOPPED = 128  # plus the signal's number: the exit code of a run that SIGTERM (143) or Ctrl-C (130) ended
 
 Overrides = Annotated[
     list[str] | None,
@@ -92,11 +93,14 @@ def train(
         done = max(run.checkpoints.steps())
         if done < run.num_steps:
             run.screen.print(f"stopped after {done} of {run.num_steps} steps; the same command with --resume goes on")
-            raise typer.Exit(STOPPED)
+            raise typer.Exit(STOPPED + run.stopped_by)
         exported = run.export()
         if run.engine.is_main:
             report = write_report(run.folder)
             run.screen.print(f"weights: {exported}\nreport:  {report}")
+    except KeyboardInterrupt:
+        run.screen.print(_ended_now(run.checkpoints.steps()))
+        raise typer.Exit(STOPPED + signal.SIGINT) from None
     except TooFewScores as error:
         raise TooFewScores(
             f"{error}. The state before this step is saved: once the reward works again, go on with --resume"
@@ -338,6 +342,13 @@ def report(run: Annotated[Path, typer.Argument(help="Folder of a run, finished o
     from flowsteer.rl.report import write_report
 
     console.print(Text(f"report: {write_report(run)}"), soft_wrap=True)
+
+
+def _ended_now(saved: list[int]) -> str:
+    """What is left of a run that a second Ctrl-C ended: ``saved`` are the steps with a checkpoint, ascending."""
+    if not saved:
+        return "ended in the middle of a step, before the first checkpoint"
+    return f"ended in the middle of a step; the same command with --resume goes on after step {saved[-1]}"
 
 
 def _is_for_the_user(error: Exception) -> bool:

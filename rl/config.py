@@ -285,7 +285,9 @@ class Config(Section):
     seed: Annotated[int, Field(ge=0)] = 0
     num_steps: PositiveInt
     save_every: Annotated[int, Field(ge=0)] = 0
-    """A checkpoint after each so many steps, and one at the end; 0 keeps only the last."""
+    """A checkpoint after each so many steps; 0: none by the number of steps. There is always one at the end."""
+    save_every_s: NonNegativeFloat = 600.0
+    """A checkpoint after the first step that ends at least so many seconds after the last one; 0: none by time."""
     keep: PositiveInt = 2
     """How many checkpoints stay on disk."""
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)

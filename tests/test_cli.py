@@ -251,8 +251,10 @@ def test_evaluate_by_hand(trained, tiny_sd3, prompt_file, tmp_path):
     by_hand += ["--num-prompts", 3, "--num-inference-steps", 3]
     assert command(*by_hand, "--output", tmp_path / "base.json").code == 0
     assert summary(tmp_path / "base.json") == summary(folder / "evaluations" / "step_000000.json")
-    assert command(*by_hand, "--lora", folder / "export", "--output", tmp_path / "tuned.json").code == 0
-    assert summary(tmp_path / "tuned.json") == summary(folder / "evaluations" / "step_000002.json")
+    for number, lora in enumerate([folder / "export", folder / "export" / "pytorch_lora_weights.safetensors"]):
+        file = tmp_path / f"tuned_{number}.json"
+        assert command(*by_hand, "--lora", lora, "--output", file).code == 0
+        assert summary(file) == summary(folder / "evaluations" / "step_000002.json")
 
 
 def test_evaluate_refuses(trained, tmp_path, tiny_sd3):
@@ -270,6 +272,11 @@ def test_evaluate_refuses(trained, tmp_path, tiny_sd3):
     assert "--run brings its own model" in refusal("evaluate", "--run", folder, "--model", tiny_sd3)
     assert "is not the folder of a run" in refusal("evaluate", "--run", tmp_path)
     assert "holds no pytorch_lora_weights.safetensors" in refusal("evaluate", "--lora", tmp_path)
+    (tmp_path / "other.safetensors").write_bytes(b"")
+    assert "is not called pytorch_lora_weights.safetensors" in refusal(
+        "evaluate", "--lora", tmp_path / "other.safetensors"
+    )
+    assert "there is no file no.safetensors" in refusal("evaluate", "--lora", "no.safetensors")
     assert "'x' is not of the form key=value" in refusal("evaluate", "--run", folder, "--call", "x")
 
 
@@ -375,9 +382,20 @@ def plugin(tmp_path_factory, monkeypatch) -> Iterator[str]:
     folder = tmp_path_factory.mktemp("plugin")
     name = f"ending_rewards_{folder.name}"
     (folder / f"{name}.py").write_text(
-        "import os, signal\n\n\n"
+        "import os, signal, time\n\n\n"
         "def terminated(images, prompts, **columns):\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    return [float(image.mean()) for image in images]\n\n\n"
+        "def interrupted(images, prompts, **columns):\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    return [float(image.mean()) for image in images]\n\n\n"
+        "def interrupted_twice(images, prompts, **columns):\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    time.sleep(1.2)\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    return [float(image.mean()) for image in images]\n\n\n"
+        "def moves(images, prompts, **columns):\n"
+        "    os.chdir('/')\n"
         "    return [float(image.mean()) for image in images]\n\n\n"
         "def down(images, prompts, **columns):\n"
         "    raise ConnectionError('the server is down')\n"
@@ -387,11 +405,15 @@ def plugin(tmp_path_factory, monkeypatch) -> Iterator[str]:
     sys.modules.pop(name, None)
 
 
-def test_sigterm_saves_and_says_how_to_go_on(run_file, tmp_path, plugin):
+@pytest.mark.parametrize(("reward", "code"), [("terminated", 143), ("interrupted", 130)])
+def test_sigterm_and_ctrl_c_save_and_say_how_to_go_on(run_file, tmp_path, plugin, reward, code, capfd):
     output = tmp_path / "run"
-    arguments = ["train", run_file, f"output={output}", f"rewards={{{plugin}:terminated: {{}}}}", "evaluation=null"]
+    arguments = ["train", run_file, f"output={output}", f"rewards={{{plugin}:{reward}: {{}}}}", "evaluation=null"]
     done = command(*arguments)
-    assert done.code == 143
+    assert done.code == code
+    assert "starting at step 0\n" in done.out
+    said = capfd.readouterr().err
+    assert said.count("press Ctrl-C again to end it now") == (reward == "interrupted"), "four calls are one press"
     assert done.out.endswith("stopped after 1 of 2 steps; the same command with --resume goes on\n")
     assert (output / "checkpoints" / "step_000001").is_dir()
     assert not (output / "export").exists(), "the result of half a run is no result"
@@ -399,6 +421,26 @@ def test_sigterm_saves_and_says_how_to_go_on(run_file, tmp_path, plugin):
     assert done.code == 0, "it was asked to stop in the last step, which was the end anyway"
     assert "continuing with step 1 (1/2 done)" in done.out
     assert (output / "export").is_dir()
+
+
+def test_a_second_ctrl_c_ends_the_run_now(run_file, tmp_path, plugin):
+    output = tmp_path / "run"
+    arguments = ["train", run_file, f"output={output}", "evaluation=null", "save_every=1"]
+    arguments += [f"rewards={{{plugin}:interrupted_twice: {{}}}}"]
+    done = command(*arguments)
+    assert done.code == 130
+    assert done.out.endswith("ended in the middle of a step, before the first checkpoint\n")
+    assert not (output / "checkpoints").exists()
+    done = command(*arguments, "--resume")
+    assert f"--resume found no checkpoint in {output / 'checkpoints'}: starting at step 0\n" in done.out
+
+
+def test_a_reward_that_changes_the_folder_moves_no_output(run_file, tmp_path, plugin, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = command("train", run_file, "output=run", f"rewards={{{plugin}:moves: {{}}}}", "evaluation=null")
+    assert done.code == 0, done.err
+    assert (tmp_path / "run" / "export" / "pytorch_lora_weights.safetensors").is_file()
+    assert (tmp_path / "run" / "checkpoints" / "step_000002").is_dir()
 
 
 def test_too_few_scores_say_how_to_go_on(run_file, tmp_path, plugin):
