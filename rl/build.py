@@ -23,7 +23,7 @@ from flowsteer.rewards.combine import Normalise, RewardSet, check_names_and_weig
 from flowsteer.rewards.environments import locate
 from flowsteer.rewards.hosts.child import WorkerReward
 from flowsteer.rewards.hosts.remote import HTTPReward
-from flowsteer.rewards.registry import load_reward
+from flowsteer.rewards.registry import label_of, load_reward
 from flowsteer.rewards.types import Reward
 from flowsteer.rl.checkpoint import Checkpoints, fingerprint, open_run, write_whole
 from flowsteer.rl.compare import TooFewScores, compare
@@ -292,15 +292,16 @@ def build_algorithm(config: Config, plan: Plan, engine: Engine, *, common_indice
 
 def build_rewards(config: Config, device: torch.device) -> RewardSet:
     """The rewards by their entry points, or where their hosts say. Closes what was started when one of them fails."""
-    check_names_and_weights([(name, section.weight) for name, section in config.rewards.items()])
+    check_names_and_weights([(label_of(name), section.weight) for name, section in config.rewards.items()])
     with ExitStack() as undo:
         entries = []
         for name, section in config.rewards.items():
             reward = build_reward(name, section, device)
             undo.callback(getattr(reward, "close", lambda: None))
-            entries.append((name, reward, section.weight))
+            entries.append((label_of(name), reward, section.weight))
         constants = {
-            name: Normalise(scale=section.scale, offset=section.offset) for name, section in config.rewards.items()
+            label_of(name): Normalise(scale=section.scale, offset=section.offset)
+            for name, section in config.rewards.items()
         }
         rewards = RewardSet(entries, normalise=constants)
         undo.pop_all()

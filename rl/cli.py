@@ -31,6 +31,7 @@ from flowsteer.rl.options import (
     ModelOption,
     NegativeOption,
     RewardOption,
+    RewardOptionOption,
     RunOption,
     StepsOption,
     WidthOption,
@@ -49,8 +50,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(rewards_app, name="rewards")
-console = Console()
+console, stderr = Console(), Console(stderr=True)
 
+UNSCORED = 1  # exit code of `score` where an image has no score
 STOPPED = 128  # plus the signal's number: the exit code of a run that SIGTERM (143) or Ctrl-C (130) ended
 
 Overrides = Annotated[
@@ -124,6 +126,7 @@ def evaluate(
     dtype: DTypeOption = None,
     device: DeviceOption = "auto",
     reward: RewardOption = None,
+    option: RewardOptionOption = None,
     num_prompts: Annotated[int, typer.Option(min=1, help="Prompts, spread evenly over the file.")] = 48,
     num_seeds: SeedsOption = 4,
     num_inference_steps: StepsOption = None,
@@ -153,7 +156,7 @@ def evaluate(
         refuse_existing(output, output.with_suffix(".png"))
     chosen = choose(run=run, model=model, lora=lora, height=height, width=width, call=call, dtype=dtype, device=device)
     texts = read_prompts(prompts or chosen.evaluation.prompts)
-    with closing(chosen.rewards(reward)) as rewards, console.status("loading") as status:
+    with closing(chosen.rewards(reward, option)) as rewards, console.status("loading") as status:
         result = run_evaluation(
             chosen.load(),
             texts,
@@ -254,32 +257,52 @@ def sample(
 
 @app.command()
 def score(
-    images: Annotated[list[Path], typer.Argument(help="Image files.")],
-    prompt: Annotated[str, typer.Option("--prompt", "-p", help="What they should show.")],
+    images: Annotated[list[Path] | None, typer.Argument(help="Image files; not with --metadata.")] = None,
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="What they should show.")] = None,
     reward: RewardOption = None,
+    option: RewardOptionOption = None,
+    column: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="What the reward gets of each image besides the prompt; repeatable."),
+    ] = None,
+    metadata: Annotated[
+        Path | None,
+        typer.Option(help="JSON lines instead of images: `file_name`, `prompt` and any columns of each image."),
+    ] = None,
 ) -> None:
-    """Score image files with rewards.
+    """Score image files with rewards. Ends with exit code 1 and the reasons if an image has no score.
+
+    Rewards that compare images, such as `diversity`, get all images of a prompt together.
 
     **Example**: `flowsteer score picture.png -p "a red circle" -r composition -r jpeg_compressibility`
     """
-    import numpy as np
-    import torch
-    from PIL import Image, UnidentifiedImageError
+    from flowsteer.rl.config import parse_overrides
+    from flowsteer.rl.score_files import Pictures, from_metadata, score_files
 
-    rewards = named_rewards(reward)
+    if metadata is not None:
+        if images or prompt is not None or column:
+            raise ValueError(
+                "--metadata names the images, prompts and columns itself; leave out the images, -p and --column"
+            )
+        pictures = from_metadata(metadata)
+    elif not images or prompt is None:
+        raise ValueError("give image files and their prompt with -p, or a file with both as --metadata")
+    else:
+        count = len(images)
+        columns = {key: (value,) * count for key, value in parse_overrides(column or []).items()}
+        pictures = Pictures(files=tuple(images), prompts=(prompt,) * count, columns=columns)
+    with closing(named_rewards(reward, option)) as rewards:
+        scores = score_files(pictures, rewards)
     table = Table("image", "reward", "score")
-    for path in images:
-        try:
-            pixels = np.asarray(Image.open(path).convert("RGB"))
-        except (OSError, UnidentifiedImageError) as error:
-            raise ValueError(f"{path} is not an image that can be read: {error}") from None
-        batch = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].float() / 255
-        scores = rewards.score(batch, [prompt], {})
-        for name, value in scores.parts.items():
-            number = float(value[0])
-            reason = scores.failures.get(0, "missing")
-            table.add_row(*map(Text, (path.name, name, f"{number:.4f}" if number == number else reason)))
+    for place, path in enumerate(pictures.files):
+        for name, values in scores.parts.items():
+            number = values[place]
+            table.add_row(*map(Text, (path.name, name, f"{number:.4f}" if number == number else "none")))
     console.print(table)
+    for place, reason in scores.failures.items():
+        stderr.print(Text(f"{pictures.files[place]} has no score: {reason}"), soft_wrap=True)
+    if scores.failures:
+        raise typer.Exit(UNSCORED)
 
 
 @app.command("check-model")

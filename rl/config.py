@@ -518,12 +518,17 @@ def _apply(data: dict[str, Any], override: str) -> None:
         value = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         raise ValueError(f"the value of {override!r} is not YAML: {error}") from None
-    *parents, last = key.split(".")
-    for parent in parents:
-        data = data.setdefault(parent, {})
+    parts = key.split(".")
+    while parts:
+        known = [".".join(parts[:end]) for end in range(len(parts), 1, -1)]  # a reward's name may have dots
+        name = next((name for name in known if name in data), parts[0])
+        parts = parts[name.count(".") + 1 :]
+        if not parts:
+            data[name] = value
+            return
+        data = data.setdefault(name, {})
         if not isinstance(data, dict):
-            raise ValueError(f"the override {override!r} goes through {parent!r}, which is not a section")
-    data[last] = value
+            raise ValueError(f"the override {override!r} goes through {name!r}, which is not a section")
 
 
 def _explain(fault: Any) -> str:

@@ -65,7 +65,18 @@ NegativeOption = Annotated[
 RewardOption = Annotated[
     list[str] | None,
     typer.Option(
-        "--reward", "-r", help="Name of a reward, may be repeated; default `composition`, or those of `--run`."
+        "--reward",
+        "-r",
+        help="Name of a reward, `package.module:attribute` or `path/to/file.py:attribute`; may be repeated; default "
+        "`composition`, or those of `--run`.",
+    ),
+]
+RewardOptionOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--option",
+        metavar="[REWARD.]KEY=VALUE",
+        help="An argument of the constructor of a reward that --reward names; repeatable.",
     ),
 ]
 
@@ -102,23 +113,28 @@ class Chosen:
             load_lora(pipeline.pipe, self.weights)
         return pipeline
 
-    def rewards(self, names: list[str] | None) -> RewardSet:
-        """The rewards by name; without names the run's own, with its weights."""
+    def rewards(self, names: list[str] | None, options: list[str] | None = None) -> RewardSet:
+        """The rewards by name; without names the run's own, with its weights. Raises ValueError for options to those."""
         import torch
 
         from flowsteer.rl.build import build_rewards
 
         if self.config is None or names:
-            return named_rewards(names)
+            return named_rewards(names, options)
+        if options:
+            raise ValueError("--option is for rewards that --reward names; those of --run have the run's own options")
         return build_rewards(self.config, torch.device(self.device))
 
 
-def named_rewards(names: list[str] | None) -> RewardSet:
-    """The rewards by name, with the weight 1 each."""
+def named_rewards(names: list[str] | None, options: list[str] | None = None) -> RewardSet:
+    """The rewards by name, with the weight 1 each; ``options`` are ``KEY=VALUE``, or ``REWARD.KEY=VALUE`` for several."""
     from flowsteer.rewards.combine import RewardSet
-    from flowsteer.rewards.registry import load_reward
+    from flowsteer.rewards.registry import label_of, load_reward
+    from flowsteer.rl.score_files import options_by_reward
 
-    return RewardSet([(name, load_reward(name), 1.0) for name in names or ["composition"]])
+    names = names or ["composition"]
+    given = options_by_reward(names, options or [])
+    return RewardSet([(label_of(name), load_reward(name, **given[name]), 1.0) for name in names])
 
 
 def choose(

@@ -312,6 +312,75 @@ def test_score(tmp_path):
     assert "there is no reward 'jpg'" in refusal("score", flat, "-p", "x", "-r", "jpg")
 
 
+SCORED_FILES = """
+class Counted:
+    def __init__(self, factor=1.0):
+        self.factor = factor
+
+    def __call__(self, images, prompts, count, **columns):
+        return [self.factor * number for number in count]
+
+
+class Rank:
+    groupwise = True
+
+    def __call__(self, images, prompts, **columns):
+        if len(images) < 2:
+            return [None] * len(images)
+        return [float(image.mean() > images.mean()) for image in images]
+"""
+
+
+def test_score_gives_columns_options_and_groups(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(SCORED_FILES)
+    for name, level in (("dark", 10), ("bright", 200)):
+        Image.new("RGB", (8, 8), (level,) * 3).save(f"{name}.png")
+    both = ["dark.png", "bright.png", "-p", "a cat"]
+
+    def numbers(done: Done) -> list[float]:
+        assert done.code == 0, done.err
+        return [float(value) for value in re.findall(r"(-?\d+\.\d{4})", done.out)]
+
+    counted = ["-r", "mine.py:Counted"]
+    assert numbers(command("score", *both, *counted, "--column", "count=3", "--option", "factor=2")) == [6.0, 6.0]
+    assert numbers(command("score", *both, "-r", "mine.py:Rank")) == [0.0, 1.0]
+    named = ["--option", "mine.py:Counted.factor=2", "--column", "count=3"]
+    assert numbers(command("score", *both, *counted, "-r", "mine.py:Rank", *named)) == [6.0, 0.0, 6.0, 1.0]
+    rows = [
+        {"file_name": "dark.png", "prompt": "a", "count": 3},
+        {"file_name": "bright.png", "prompt": "b", "count": 4},
+    ]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    monkeypatch.chdir("/")
+    place = tmp_path / "metadata.jsonl"
+    assert numbers(command("score", "--metadata", place, "-r", f"{tmp_path}/mine.py:Counted")) == [3.0, 4.0]
+
+
+def test_score_without_a_score_is_code_1_with_the_reason(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(SCORED_FILES)
+    Image.new("RGB", (8, 8)).save("one.png")
+    Image.new("RGB", (8, 9)).save("two.png")
+    done = command("score", "one.png", "-p", "a cat", "-r", "mine.py:Counted")
+    assert done.code == 1
+    assert "one.png has no score: reward 'mine.py:Counted' raised TypeError: " in done.err
+    assert "missing 1 required positional argument: 'count'" in done.err
+    assert "TypeError" not in done.out, "an error is no score"
+    done = command("score", "one.png", "-p", "a cat", "-r", "mine.py:Rank")
+    assert done.code == 1
+    assert "one.png has no score: reward 'mine.py:Rank' gave no score (None)" in done.err
+    both = ["score", "one.png", "two.png", "-p", "x", "-r", "mine.py:Rank"]
+    assert "compares images, which must have one size; these have 8x8, 8x9" in refusal(*both)
+    assert "does not say of which reward it is an option" in refusal(
+        *both, "-r", "mine.py:Counted", "--option", "factor=2"
+    )
+    assert "give image files and their prompt with -p" in refusal("score", "one.png")
+    (tmp_path / "metadata.jsonl").write_text('{"prompt": "a"}')
+    assert 'needs the image as "file_name"' in refusal("score", "--metadata", "metadata.jsonl")
+    assert "leave out the images" in refusal("score", "one.png", "--metadata", "metadata.jsonl")
+
+
 def test_export_writes_a_pipeline_that_needs_no_lora(trained, tmp_path, prompt_file):
     folder, _ = trained
     done = command("export", folder, tmp_path / "tuned")
@@ -441,6 +510,27 @@ def test_a_reward_that_changes_the_folder_moves_no_output(run_file, tmp_path, pl
     assert done.code == 0, done.err
     assert (tmp_path / "run" / "export" / "pytorch_lora_weights.safetensors").is_file()
     assert (tmp_path / "run" / "checkpoints" / "step_000002").is_dir()
+
+
+def test_a_reward_in_a_file(run_file, tmp_path, monkeypatch):
+    """By its path, wherever a reward is named: in a configuration, for score and certify, and in an override."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(
+        "class Level:\n    uses_prompt = False\n    def __init__(self, factor=1.0):\n        self.factor = factor\n"
+        "    def __call__(self, images, prompts, **columns):\n"
+        "        return [self.factor * float(image.mean()) for image in images]\n"
+    )
+    Image.new("RGB", (8, 8), (10, 10, 10)).save("flat.png")
+    done = command("score", "flat.png", "-p", "x", "-r", "./mine.py:Level")
+    assert done.code == 0, done.err
+    assert "10.0000" in done.out
+    assert command("rewards", "certify", "mine.py:Level").code == 0
+    assert "mine.py:Level" in refusal("score", "flat.png", "-p", "x", "-r", "mine.py")
+    rewards = ["rewards={./mine.py:Level: {}}", "rewards../mine.py:Level.options={factor: 2.0}"]
+    done = command("train", run_file, "output=run", *rewards, "evaluation=null")
+    assert done.code == 0, done.err
+    line = read_metrics(tmp_path / "run" / "metrics.jsonl")[0]
+    assert any("mine.py:Level" in name for name in line), line.keys()
 
 
 def test_too_few_scores_say_how_to_go_on(run_file, tmp_path, plugin):
