@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     NonNegativeFloat,
@@ -28,7 +29,7 @@ from pydantic import (
     model_validator,
 )
 
-from flowsteer.rl.algorithms import AnyAlgorithm
+from flowsteer.rl.algorithms import ALGORITHMS, AnyAlgorithm
 from flowsteer.rl.types import Setting, changed, not_whole
 from flowsteer.rollout.prompts import check_divisible
 
@@ -39,6 +40,23 @@ class Section(BaseModel):
     """A part of the configuration: frozen, and strict about its keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+def _by_name(given: Any) -> Any:
+    """A text stands for the section of that name: ``all`` for ``{name: all}``."""
+    return {"name": given} if isinstance(given, str) else given
+
+
+def _by_names(given: Any) -> Any:
+    """A reward's name, or a list of them, stands for these rewards with the defaults; so does a name without a section."""
+    names = [given] if isinstance(given, str) else given
+    if isinstance(names, list) and all(isinstance(name, str) for name in names):
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"{twice[0]!r} stands there more than once")
+        return {name: {} for name in names}
+    if isinstance(given, dict):
+        return {name: {} if section is None else section for name, section in given.items()}
+    return given
 
 
 class LoRAConfig(Section):
@@ -132,6 +150,8 @@ class WindowPlan(Section):
 
 PlanConfig = Annotated[AllPlan | NonePlan | StepsPlan | WindowPlan, Field(discriminator="name")]
 
+_DEFAULT_PLANS = {"transitions": "all", "final latents": "none"}  # by what an algorithm learns from
+
 
 class BranchingConfig(Section):
     """Samples of a group leave the same state at each stochastic step of the plan (G2RPO, step-aware DPO)."""
@@ -158,8 +178,9 @@ class RolloutConfig(Section):
     group_size: Annotated[int, Field(ge=2)] = 16
     batch_size: PositiveInt = 64
     """Samples in one network pass, in sampling and in training: kernels that depend on the shape then agree."""
-    plan: PlanConfig = NonePlan()
-    kernel: KernelConfig = KernelConfig()
+    plan: Annotated[PlanConfig, BeforeValidator(_by_name)] = NonePlan()
+    """Which steps are stochastic; by default ``all`` for algorithms that learn from transitions, ``none`` for others."""
+    kernel: Annotated[KernelConfig, BeforeValidator(_by_name)] = KernelConfig()
     solver: Literal["euler", "dpmpp_2m"] = "euler"
     shared_noise: bool = False
     """The samples of a group start from the same initial noise; what they have in common is computed once."""
@@ -295,14 +316,33 @@ class Config(Section):
     model: ModelConfig = ModelConfig()
     prompts: PromptsConfig = PromptsConfig()
     rollout: RolloutConfig = RolloutConfig()
-    rewards: Annotated[dict[str, RewardConfig], Field(min_length=1)]
+    rewards: Annotated[dict[str, RewardConfig], Field(min_length=1), BeforeValidator(_by_names)]
+    """By name: one of `flowsteer rewards list`, ``package.module:attribute``, or ``path/to/file.py:attribute``."""
     advantage: AdvantageConfig = AdvantageConfig()
-    algorithm: AnyAlgorithm
+    algorithm: Annotated[AnyAlgorithm, BeforeValidator(_by_name)]
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Of the averaged weights that are evaluated and exported; 0 evaluates the current ones."""
     optimizer: OptimizerConfig = OptimizerConfig()
     engine: EngineConfig = EngineConfig()
     evaluation: EvaluationConfig | None = EvaluationConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _plan_of_the_algorithm(cls, data: Any) -> Any:
+        """The default of ``rollout.plan`` follows the algorithm."""
+        if not isinstance(data, dict) or "algorithm" not in data:
+            return data
+        algorithm, rollout = _by_name(data["algorithm"]), data.get("rollout", {})
+        name = algorithm.get("name") if isinstance(algorithm, dict) else getattr(algorithm, "name", None)
+        known = {own.model_fields["name"].default: own.learns_from for own in ALGORITHMS}
+        if not isinstance(name, str) or name not in known:
+            return data
+        plan = {"name": _DEFAULT_PLANS[known[name]]}
+        if isinstance(rollout, RolloutConfig) and "plan" not in rollout.model_fields_set:
+            return {**data, "rollout": {**rollout.model_dump(exclude_unset=True), "plan": plan}}
+        if isinstance(rollout, dict) and "plan" not in rollout:
+            return {**data, "rollout": {**rollout, "plan": plan}}
+        return data
 
     @property
     def num_updates(self) -> int:
@@ -544,7 +584,13 @@ def _explain(fault: Any) -> str:
         return f"{key}.name: {f'unknown name {given!r}' if given else 'this key is required'}; allowed: {names}"
     if fault["type"] == "missing":
         return f"{key}: this key is required"
-    return f"{key}: {fault['msg']}, got {fault['input']!r}"
+    given = f"the text {fault['input']!r}" if isinstance(fault["input"], str) else repr(fault["input"])
+    if fault["type"] in ("model_type", "model_attributes_type"):
+        keys = ", ".join(_place([*location, "?"])[2])
+        return f"{key}: this is a section, got {given}; set its keys, as {key}.KEY=VALUE: {keys}"
+    if fault["type"] == "dict_type":
+        return f"{key}: maps names to values, got {given}; write {{NAME: VALUE}}"
+    return f"{key}: {fault['msg'].removeprefix('Value error, ')}, got {fault['input']!r}"
 
 
 def _place(location: list[str]) -> tuple[str, str | None, list[str]]:

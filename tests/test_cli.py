@@ -414,7 +414,14 @@ def test_report_again(trained):
         (["rollout.group_size=3", "rollout.batch_size=4"], "one of these works"),
         (["rollot.group_size=3"], "rollot: unknown key; did you mean 'rollout'?"),
         (["group_size"], "is not of the form key=value"),
-        (["rewards=[ocr]"], "rewards: Input should be a valid dictionary, got ['ocr']"),
+        (["rewards=5"], "rewards: maps names to values, got 5; write {NAME: VALUE}"),
+        (["rewards=[ocr, ocr]"], "rewards: 'ocr' stands there more than once"),
+        (
+            ["model=embedded"],
+            "model: this is a section, got the text 'embedded'; set its keys, as model.KEY=VALUE: call,",
+        ),
+        (["rewards.jpeg_compressibility=1.0"], "jpeg_compressibility: this is a section, got 1.0; set its keys"),
+        (["rollout.plan=al"], "rollout.plan.name: unknown name 'al'; allowed: all, none, steps, window"),
         (["model.lora.targets=[query]"], "'query' match no linear layer"),
     ],
 )
