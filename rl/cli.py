@@ -12,6 +12,7 @@ import signal
 import sys
 import traceback
 from contextlib import closing
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated
 
@@ -45,11 +46,12 @@ app = typer.Typer(
     name="flowsteer",
     help="Reinforcement-learning fine-tuning of flow and diffusion models, for any diffusers pipeline.",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
 app.add_typer(rewards_app, name="rewards")
+config_app = typer.Typer(help="The configuration of a run: its keys.", no_args_is_help=True)
+app.add_typer(config_app, name="config")
 console, stderr = Console(), Console(stderr=True)
 
 UNSCORED = 1  # exit code of `score` where an image has no score
@@ -58,11 +60,31 @@ STOPPED = 128  # plus the signal's number: the exit code of a run that SIGTERM (
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="[KEY=VALUE]...", help="Overrides such as `rollout.group_size=8 optimizer.learning_rate=1e-4`."
+        metavar="[KEY=VALUE]...",
+        help="Overrides such as `rollout.group_size=8 optimizer.learning_rate=1e-4`; `flowsteer config keys` lists all.",
     ),
 ]
 SeedsOption = Annotated[int, typer.Option("--num-seeds", min=1, help="Noise seeds of each prompt.")]
 BatchOption = Annotated[int, typer.Option("--batch-size", min=1, help="Samples per network pass.")]
+
+
+def _print_version(wanted: bool) -> None:
+    if not wanted:
+        return
+    try:
+        typer.echo(f"flowsteer {metadata.version('flowsteer')}")
+    except metadata.PackageNotFoundError:
+        raise ValueError("flowsteer is not installed here, so it has no version: pip install -e .") from None
+    raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Options of the command itself; without a docstring of its own for users, who read the app's help."""
 
 
 @app.command()
@@ -80,6 +102,8 @@ def train(
 
     Runs on one process, or on many under `torchrun` or `accelerate launch`. The output folder gets `config.yaml`,
     `metrics.jsonl`, `evaluations/`, `checkpoints/`, `export/` and `report.html`.
+
+    `flowsteer config keys` prints every key with its type, default and meaning.
 
     **Example**: `flowsteer train embedded_nft_composition output=runs/first num_steps=20`
     """
@@ -265,9 +289,11 @@ def score(
         list[str] | None,
         typer.Option(metavar="KEY=VALUE", help="What the reward gets of each image besides the prompt; repeatable."),
     ] = None,
-    metadata: Annotated[
+    metadata_file: Annotated[
         Path | None,
-        typer.Option(help="JSON lines instead of images: `file_name`, `prompt` and any columns of each image."),
+        typer.Option(
+            "--metadata", help="JSON lines instead of images: `file_name`, `prompt` and any columns of each image."
+        ),
     ] = None,
 ) -> None:
     """Score image files with rewards. Ends with exit code 1 and the reasons if an image has no score.
@@ -279,12 +305,12 @@ def score(
     from flowsteer.rl.config import parse_overrides
     from flowsteer.rl.score_files import Pictures, from_metadata, score_files
 
-    if metadata is not None:
+    if metadata_file is not None:
         if images or prompt is not None or column:
             raise ValueError(
                 "--metadata names the images, prompts and columns itself; leave out the images, -p and --column"
             )
-        pictures = from_metadata(metadata)
+        pictures = from_metadata(metadata_file)
     elif not images or prompt is None:
         raise ValueError("give image files and their prompt with -p, or a file with both as --metadata")
     else:
@@ -365,6 +391,22 @@ def report(run: Annotated[Path, typer.Argument(help="Folder of a run, finished o
     from flowsteer.rl.report import write_report
 
     console.print(Text(f"report: {write_report(run)}"), soft_wrap=True)
+
+
+@config_app.command("keys")
+def config_keys(
+    pattern: Annotated[
+        str | None, typer.Argument(help="Part of a key, or a whole one with `*`, such as `optimizer.*`; default: all.")
+    ] = None,
+) -> None:
+    """Print the keys of a configuration with their types, defaults and meanings.
+
+    **Example**: `flowsteer config keys guidance`
+    """
+    from flowsteer.rl.config_keys import find_keys
+
+    for key in find_keys(pattern):
+        console.print(Text(key.text()), soft_wrap=True)
 
 
 def _ended_now(saved: list[int]) -> str:

@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +24,7 @@ from PIL import Image
 
 from flowsteer.rl.cli import app, main
 from flowsteer.rl.config import load_config
+from flowsteer.rl.config_keys import find_keys
 from flowsteer.rl.metrics import read_metrics
 
 SIZE = ["--height", "16", "--width", "16", "--call", "max_sequence_length=32", "--device", "cpu"]
@@ -92,7 +94,7 @@ def trained(run_file) -> tuple[Path, Done]:
 def test_every_command_is_known_here():
     assert {" ".join(path) for path in commands()} == {
         "train", "evaluate", "export", "sample", "score", "check-model", "show-loop", "report", "rewards list",
-        "rewards certify", "rewards serve", "rewards env list", "rewards env create", "rewards env check",
+        "config keys", "rewards certify", "rewards serve", "rewards env list", "rewards env create", "rewards env check",
         "rewards env remove",
     }  # fmt: skip
 
@@ -109,6 +111,37 @@ def test_without_a_command_it_lists_them():
     done = command()
     assert "Usage: flowsteer" in done.out + done.err
     assert "check-model" in done.out + done.err
+
+
+def test_version():
+    done = command("--version")
+    assert done.code == 0
+    assert done.out == f"flowsteer {metadata.version('flowsteer')}\n"
+
+
+def test_config_keys():
+    """Every key of the schema, with an explanation; those of sections, of variants and of what users name."""
+    keys = find_keys()
+    assert [key.path for key in keys if not key.about] == []
+    paths = {key.path for key in keys}
+    saved = json.loads(load_config("embedded_nft_composition").model_dump_json())
+    flat = set(flat_keys({**saved, "rewards": {"NAME": saved["rewards"]["composition"] | {"options": {}}}}))
+    known = {path for path in flat if not path.endswith(".name") or path == "rollout.kernel.name"}
+    assert known <= paths, known - paths
+    assert {key.variant for key in keys if key.path == "rollout.plan.size"} == {"window"}
+    done = command("config", "keys", "optimizer.*")
+    assert "optimizer.learning_rate\n    number > 0, default 0.0003\n    After the warm-up.\n" in done.out
+    assert "rollout" not in done.out
+    assert "section with name: all | none | steps | window, default name: none" in command("config", "keys", "plan").out
+    assert "did you mean optimizer.learning_rate or " in refusal("config", "keys", "learning_rte")
+    assert "flowsteer config keys" in command("train", "--help").out
+
+
+def flat_keys(tree: dict[str, object], prefix: str = "") -> list[str]:
+    keys = []
+    for name, value in tree.items():
+        keys += flat_keys(value, f"{prefix}{name}.") if isinstance(value, dict) and value else [f"{prefix}{name}"]
+    return keys
 
 
 def test_installed_and_as_a_module():

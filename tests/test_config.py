@@ -398,6 +398,10 @@ def test_what_can_teach_nothing_or_has_no_effect_is_refused():
             "rollout.negative_prompt does nothing with rollout.guidance_scale=1",
         ),
         (
+            {"rollout": {"negative_prompt": "grey", "guidance_scale": 0}},
+            "rollout.negative_prompt does nothing with rollout.guidance_scale=0; set that above 1",
+        ),
+        (
             {"evaluation": {"negative_prompt": "grey"}},
             "evaluation.negative_prompt does nothing with evaluation.guidance",
         ),
