@@ -34,7 +34,7 @@ from flowsteer.rl.export import export_lora, export_weights
 from flowsteer.rl.interrupts import Interrupts
 from flowsteer.rl.metrics import Log, Meter
 from flowsteer.rl.policy import Policy
-from flowsteer.rl.scoring import StepScorer, check_scorable
+from flowsteer.rl.scoring import StepScorer, check_scorable, warn_of_single_images
 from flowsteer.rl.show import Screen
 from flowsteer.rl.types import Algorithm, Facts
 from flowsteer.rollout import kernels, selfcheck
@@ -364,8 +364,10 @@ def without(fingerprints: dict[str, dict[str, Any]], key: str) -> dict[str, dict
 
 
 def check_groupwise(rewards: RewardSet, config: Config) -> None:
-    """Rewards that compare the images of a group must be shown whole groups. Raises ValueError."""
+    """Rewards that compare the images of a group must be shown whole groups. Raises ValueError; warns for evaluations."""
     rollout = config.rollout
+    if config.evaluation is not None:
+        warn_of_single_images(rewards, num_seeds=config.evaluation.num_seeds, key="evaluation.num_seeds")
     if rewards.groupwise and rollout.batch_size % rollout.group_size:
         raise ValueError(
             f"the reward {rewards.groupwise[0]!r} compares the images of a group, but a rollout batch of "

@@ -172,6 +172,7 @@ def evaluate(
     from flowsteer.rl.build import DTYPES
     from flowsteer.rl.evaluate import evaluate as run_evaluation
     from flowsteer.rl.evaluate import save_grid
+    from flowsteer.rl.scoring import warn_of_single_images
     from flowsteer.rollout.prompts import read_prompts
 
     if output is not None:
@@ -181,6 +182,7 @@ def evaluate(
     chosen = choose(run=run, model=model, lora=lora, height=height, width=width, call=call, dtype=dtype, device=device)
     texts = read_prompts(prompts or chosen.evaluation.prompts)
     with closing(chosen.rewards(reward, option)) as rewards, console.status("loading") as status:
+        warn_of_single_images(rewards, num_seeds=num_seeds, key="--num-seeds")
         result = run_evaluation(
             chosen.load(),
             texts,

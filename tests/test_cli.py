@@ -390,6 +390,20 @@ def test_score_gives_columns_options_and_groups(tmp_path, monkeypatch):
     assert numbers(command("score", "--metadata", place, "-r", f"{tmp_path}/mine.py:Counted")) == [3.0, 4.0]
 
 
+def test_one_image_of_each_prompt_for_a_reward_that_compares(run_file, tmp_path, monkeypatch, caplog):
+    """The evaluation would say nan; the advice comes before it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(SCORED_FILES)
+    arguments = ["train", run_file, "rewards=mine.py:Rank", "num_steps=1", "--quiet"]
+    advice = "compares the images of a prompt, but evaluation.num_seeds=1 draws one image of each"
+    assert command(*arguments, "output=one", "evaluation.num_seeds=1").code == 0
+    assert advice in caplog.text
+    assert "Set evaluation.num_seeds to 2 or more" in caplog.text
+    caplog.clear()
+    assert command(*arguments, "output=two").code == 0
+    assert advice not in caplog.text
+
+
 def test_score_without_a_score_is_code_1_with_the_reason(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.py").write_text(SCORED_FILES)

@@ -468,9 +468,9 @@ class TestAServer:
 
         monkeypatch.setattr(remote._jitter, "uniform", lambda low, high: 1.0)
         monkeypatch.setattr(remote, "FIRST_WAIT_S", 0.1)
-        with within(20), answering(busy) as (url, _):
-            with pytest.raises(ConnectionError, match="after 5 tries: the server answers 503 Busy"):
-                HTTPReward(url, start_timeout_s=3.0)
+        failed = pytest.raises(ConnectionError, match="after 5 tries: the server answers 503 Busy")
+        with within(20), answering(busy) as (url, _), failed:
+            HTTPReward(url, start_timeout_s=3.0)
         assert slept == pytest.approx([0.1, 0.2, 0.4, 0.8])  # and 1.6 more would be past the 3 s
 
     def test_a_server_that_goes_away_is_asked_three_times(self, monkeypatch):
