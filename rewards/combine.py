@@ -59,8 +59,10 @@ def check_names_and_weights(rewards: Sequence[tuple[str, float]]) -> None:
     """Raise ValueError for names or weights that no set of rewards can have; asked before anything heavy is loaded."""
     names = [name for name, _ in rewards]
     for name, weight in rewards:
-        if not name or "/" in name or names.count(name) > 1:
-            raise ValueError(f"the reward name {name!r} must be its own, not empty, and without '/'; got {names}")
+        if not name or "/" in name:
+            raise ValueError(f"the reward name {name!r} must not be empty, and without '/'; got {names}")
+        if names.count(name) > 1:
+            raise ValueError(f"the reward name {name!r} must be its own: metrics are told apart by it; got {names}")
         if name == "total":
             raise ValueError("the reward name 'total' stands for the weighted sum; choose another")
         if not math.isfinite(weight):

@@ -7,18 +7,24 @@ A package adds a reward with three lines of its ``pyproject.toml``::
 
 The target is a class whose instances are a `flowsteer.rewards.types.Reward` (its constructor's arguments are the
 options), such a function, or a reward function as TRL knows it (`flowsteer.rewards.functions`). Without packaging
-anything, ``my_module:my_function`` names one in an installed package or in the current folder.
+anything, ``my_module:my_function`` names one in an installed package or in the current folder, and
+``path/to/file.py:my_function`` one in a file.
 """
 
 from __future__ import annotations
 
+import ast
 import difflib
+import hashlib
 import importlib
+import importlib.util
 import inspect
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 from flowsteer.rewards.functions import FunctionReward, bind_options, parameters_of
@@ -50,17 +56,18 @@ def list_rewards() -> list[RewardEntry]:
 
 
 def load_reward(name: str, **options: Any) -> Reward:
-    """Make the reward of that name, or the one at ``package.module:attribute``.
+    """Make the reward of that name, or the one at ``package.module:attribute`` or ``path/to/file.py:attribute``.
 
     Args:
-        name: an entry point of the group ``flowsteer.rewards``, or ``package.module:attribute``.
+        name: an entry point of the group ``flowsteer.rewards``, ``package.module:attribute``, or
+            ``path/to/file.py:attribute``.
         options: arguments of the reward's constructor; of a function, keyword arguments that it names.
 
     Raises:
         ValueError: no such reward, no such option, a required option is missing, or the target is not a reward.
         ImportError: the module that the name stands for cannot be imported.
     """
-    target = _import_target(name) if ":" in name else _entry_point(name).load()
+    target = _import_target(name) if _is_place(name) else _entry_point(name).load()
     if not callable(target):
         raise ValueError(f"reward {name!r} is a {type(target).__name__}; it must be a class or a function")
     if inspect.isclass(target):
@@ -77,8 +84,69 @@ def load_reward(name: str, **options: Any) -> Reward:
 
 
 def target_of(name: str) -> str:
-    """``package.module:attribute`` of a reward. Raises ValueError where there is none of that name."""
-    return name if ":" in name else _entry_point(name).value
+    """``package.module:attribute`` (or ``path/to/file.py:attribute``) of a reward. Raises ValueError where there is none."""
+    if not _is_place(name):
+        return _entry_point(name).value
+    place, _, attribute = name.rpartition(":")
+    if place.endswith(".py"):
+        _check_file(name, Path(place), attribute)
+    return name
+
+
+def label_of(name: str) -> str:
+    """The name that a reward's scores have: its own, without the folders of a file.
+
+    Example: ``label_of("./mine/rewards.py:Red") == "rewards.py:Red"``; metrics keep "/" for the parts of a reward.
+    """
+    place, separator, attribute = name.rpartition(":")
+    return f"{Path(place).name}:{attribute}" if separator and place.endswith(".py") else name
+
+
+def _is_place(name: str) -> bool:
+    """Whether a name says where the reward is written. Raises ValueError for a path that lacks something."""
+    if name.endswith(".py"):
+        _check_file(name, Path(name), "")
+    if ":" not in name and "/" in name:
+        raise ValueError(
+            f"{name!r} is no place of a reward; write path/to/file.py:NAME, with the function's or class's name"
+        )
+    return ":" in name
+
+
+def _check_file(name: str, file: Path, attribute: str) -> None:
+    """Raise ValueError where there is no such file, or no attribute is named; the message lists what the file defines."""
+    if not file.is_file():
+        raise ValueError(f"reward {name!r}: there is no file {file.absolute()}")
+    if not attribute:
+        defined = ast.parse(file.read_bytes(), str(file)).body
+        kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+        names = [found.name for found in defined if isinstance(found, kinds) and not found.name.startswith("_")]
+        given = name.removesuffix(":")
+        raise ValueError(
+            f"{name!r} does not say which function or class of the file is the reward; write "
+            f"{' or '.join(f'{given}:{found}' for found in names) or f'{given}:NAME'}"
+        )
+
+
+def _import_file(name: str, file: Path, attribute: str) -> ModuleType:
+    """The module of a file, imported once. It may import its neighbours, and hides no package of its own name."""
+    _check_file(name, file, attribute)
+    folder = str(file.absolute().parent)
+    if folder not in sys.path:
+        sys.path.append(folder)
+    module_name = f"reward_{file.stem}_{hashlib.sha256(str(file.resolve()).encode()).hexdigest()[:8]}"
+    if module_name in sys.modules:
+        return sys.modules[module_name]
+    spec = importlib.util.spec_from_file_location(module_name, file.absolute())
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[module_name] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[module_name]
+        raise
+    return module
 
 
 def _points() -> list[EntryPoint]:
@@ -101,16 +169,24 @@ def _entry_point(name: str) -> EntryPoint:
         raise ValueError(
             f"there is no reward {name!r}; there are: {', '.join(ordered) or 'none'}. A new entry point is visible only "
             "after its project has been installed again (pip install -e .); a function or class of your own can also be "
-            "given as package.module:attribute"
+            "given as package.module:attribute or path/to/file.py:attribute"
         )
     return found[0]
 
 
 def _import_target(name: str) -> Any:
-    """``package.module:attribute`` from the installed packages, then from the current folder."""
-    module_name, _, attribute = name.partition(":")
+    """``path/to/file.py:attribute``, or ``package.module:attribute`` from the installed packages, then the current folder."""
+    module_name, _, attribute = name.rpartition(":")
+    if module_name.endswith(".py"):
+        return _attribute(name, _import_file(name, Path(module_name), attribute), Path(module_name).name, attribute)
     if not module_name or not attribute:
-        raise ValueError(f"{name!r} is no place of a reward; write package.module:attribute")
+        raise ValueError(
+            f"{name!r} is no place of a reward; write package.module:attribute or path/to/file.py:attribute"
+        )
+    if "/" in module_name:
+        raise ValueError(
+            f"{name!r} is no place of a reward: a file's path ends in .py, as in {module_name}.py:{attribute}"
+        )
     if os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.append(os.getcwd())  # last, so that a file here hides no installed package
     try:
@@ -121,6 +197,11 @@ def _import_target(name: str) -> Any:
         raise ValueError(
             f"reward {name!r}: there is no module {error.name!r} among the installed packages or in {os.getcwd()}"
         ) from error
+    return _attribute(name, target, module_name, attribute)
+
+
+def _attribute(name: str, target: Any, module_name: str, attribute: str) -> Any:
+    """``attribute``, which may have dots, of a module. Raises ValueError, with the nearest, where there is none."""
     for part in attribute.split("."):
         try:
             target = getattr(target, part)

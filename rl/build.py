@@ -9,7 +9,7 @@ import hashlib
 import json
 import logging
 import os
-import signal
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -23,7 +23,7 @@ from flowsteer.rewards.combine import Normalise, RewardSet, check_names_and_weig
 from flowsteer.rewards.environments import locate
 from flowsteer.rewards.hosts.child import WorkerReward
 from flowsteer.rewards.hosts.remote import HTTPReward
-from flowsteer.rewards.registry import load_reward
+from flowsteer.rewards.registry import label_of, load_reward
 from flowsteer.rewards.types import Reward
 from flowsteer.rl.checkpoint import Checkpoints, fingerprint, open_run, write_whole
 from flowsteer.rl.compare import TooFewScores, compare
@@ -31,9 +31,10 @@ from flowsteer.rl.config import Config, PlanConfig, RewardConfig, save_config
 from flowsteer.rl.engine import Engine, OptimizerSettings
 from flowsteer.rl.evaluate import Evaluation, evaluate, save_grid
 from flowsteer.rl.export import export_lora, export_weights
+from flowsteer.rl.interrupts import Interrupts
 from flowsteer.rl.metrics import Log, Meter
 from flowsteer.rl.policy import Policy
-from flowsteer.rl.scoring import StepScorer, check_scorable
+from flowsteer.rl.scoring import StepScorer, check_scorable, warn_of_single_images
 from flowsteer.rl.show import Screen
 from flowsteer.rl.types import Algorithm, Facts
 from flowsteer.rollout import kernels, selfcheck
@@ -70,12 +71,10 @@ class Run:
         self.num_steps = self.config.num_steps
         weights = self.scorer.rewards.weights
         self.compare = partial(compare, weights=weights, **self.config.advantage.model_dump())
-        self._stop_requested = False
+        self.stopped_by = 0  # the signal that ended the run before its last step; 0: none
         self._saved = self.start or -1
-        self._sigterm_before = signal.signal(signal.SIGTERM, self._request_stop)
-
-    def _request_stop(self, *_: object) -> None:
-        self._stop_requested = True
+        self._saved_at = time.monotonic()
+        self._interrupts = Interrupts(None if self.engine.is_main else lambda line: None)
 
     @contextmanager
     def saving_before(self, step: int) -> Iterator[None]:
@@ -134,13 +133,19 @@ class Run:
         self.screen.evaluation(step, result.summary())
 
     def save(self, step: int, *, now: bool = False) -> bool:
-        """Keep a checkpoint when due; returns True when the run was asked to stop (SIGTERM) and has been saved."""
-        stopping = bool(self.engine.gather(torch.tensor([int(self._stop_requested)])).any())
+        """Keep a checkpoint when due; returns True when the run was asked to stop (SIGTERM, Ctrl-C) and has been saved.
+
+        Every process calls it. The main one's clock says whether a checkpoint is due by time, so that all save together.
+        """
+        seconds = self.config.save_every_s
+        late = self.engine.is_main and seconds and time.monotonic() - self._saved_at >= seconds
+        asked = self.engine.gather(torch.tensor([[self._interrupts.received, int(late)]]))  # [processes, 2]
+        self.stopped_by, overdue = asked.amax(dim=0).tolist()
         regular = self.config.save_every and step % self.config.save_every == 0
-        if (now or stopping or regular or step == self.num_steps) and step != self._saved:
+        if (now or self.stopped_by or overdue or regular or step == self.num_steps) and step != self._saved:
             self.checkpoints.save(step)
-            self._saved = step
-        return stopping
+            self._saved, self._saved_at = step, time.monotonic()
+        return bool(self.stopped_by)
 
     def export(self) -> Path:
         """Write the result as weights that diffusers loads; every process calls it."""
@@ -148,8 +153,8 @@ class Run:
         return write(self.policy, self.engine, self.folder / "export")
 
     def close(self) -> None:
-        """Let go of threads, files, processes and SIGTERM."""
-        signal.signal(signal.SIGTERM, self._sigterm_before or signal.SIG_DFL)
+        """Let go of threads, files, processes and signals."""
+        self._interrupts.close()
         with ExitStack() as closing:  # each of them, also where another fails; the last one first
             for part in (self.engine, self.screen, self.log, self.scorer):
                 closing.callback(part.close)
@@ -160,7 +165,7 @@ def start(config: Config, *, resume: bool = False, quiet: bool = False) -> Run:
 
     Raises ValueError for everything that makes the run impossible, before anything on disk has changed.
     """
-    folder = Path(config.output)
+    folder = Path(config.output).absolute()  # once: a reward may change the current folder later
     open_run(folder, config, resume=resume)
     plan = build_plan(config.rollout.plan, config)
     build_branching(config)  # its faults, like all others, before anything is loaded or written
@@ -186,6 +191,7 @@ def start(config: Config, *, resume: bool = False, quiet: bool = False) -> Run:
             folder, engine, model=model, prompts=prompts.fingerprint(), rewards=depends_on, keep=config.keep
         )
         first = checkpoints.restore() if resume else 0
+        origin = origin_of(first, checkpoints, config, resume=resume)
         if engine.is_main:
             folder.mkdir(parents=True, exist_ok=True)
             write_whole(folder / "config.json", config.model_dump_json(indent=1))
@@ -203,7 +209,8 @@ def start(config: Config, *, resume: bool = False, quiet: bool = False) -> Run:
             config=json.loads(config.model_dump_json()),
         )
         screen = Screen(quiet=quiet or not engine.is_main, start=first, num_steps=config.num_steps)
-        screen.opening(derived(config, policy, engine, prompts), missing_trackers=log.missing_trackers)
+        facts = derived(config, policy, engine, prompts)
+        screen.opening(facts, origin=origin, missing_trackers=log.missing_trackers)
         run = Run(
             config=config,
             folder=folder,
@@ -221,6 +228,15 @@ def start(config: Config, *, resume: bool = False, quiet: bool = False) -> Run:
         )
         undo.pop_all()
     return run
+
+
+def origin_of(first: int, checkpoints: Checkpoints, config: Config, *, resume: bool) -> str:
+    """From where a run starts, as a sentence for the screen; ``first`` is the training step that it begins with."""
+    if not resume:
+        return "starting at step 0"
+    if not checkpoints.steps():
+        return f"--resume found no checkpoint in {checkpoints.root}: starting at step 0"
+    return f"continuing with step {first} ({first}/{config.num_steps} done)"
 
 
 def build_plan(section: PlanConfig, config: Config) -> Plan:
@@ -276,15 +292,16 @@ def build_algorithm(config: Config, plan: Plan, engine: Engine, *, common_indice
 
 def build_rewards(config: Config, device: torch.device) -> RewardSet:
     """The rewards by their entry points, or where their hosts say. Closes what was started when one of them fails."""
-    check_names_and_weights([(name, section.weight) for name, section in config.rewards.items()])
+    check_names_and_weights([(label_of(name), section.weight) for name, section in config.rewards.items()])
     with ExitStack() as undo:
         entries = []
         for name, section in config.rewards.items():
             reward = build_reward(name, section, device)
             undo.callback(getattr(reward, "close", lambda: None))
-            entries.append((name, reward, section.weight))
+            entries.append((label_of(name), reward, section.weight))
         constants = {
-            name: Normalise(scale=section.scale, offset=section.offset) for name, section in config.rewards.items()
+            label_of(name): Normalise(scale=section.scale, offset=section.offset)
+            for name, section in config.rewards.items()
         }
         rewards = RewardSet(entries, normalise=constants)
         undo.pop_all()
@@ -347,8 +364,10 @@ def without(fingerprints: dict[str, dict[str, Any]], key: str) -> dict[str, dict
 
 
 def check_groupwise(rewards: RewardSet, config: Config) -> None:
-    """Rewards that compare the images of a group must be shown whole groups. Raises ValueError."""
+    """Rewards that compare the images of a group must be shown whole groups. Raises ValueError; warns for evaluations."""
     rollout = config.rollout
+    if config.evaluation is not None:
+        warn_of_single_images(rewards, num_seeds=config.evaluation.num_seeds, key="evaluation.num_seeds")
     if rewards.groupwise and rollout.batch_size % rollout.group_size:
         raise ValueError(
             f"the reward {rewards.groupwise[0]!r} compares the images of a group, but a rollout batch of "

@@ -23,7 +23,8 @@ from flowsteer.rl.engine import Engine
 FORMAT = 2
 
 _FREE_TO_CHANGE = {
-    "output", "num_steps", "save_every", "keep", "trackers", "evaluation", "engine.timeout_s", "advantage.min_scored",
+    "output", "num_steps", "save_every", "save_every_s", "keep", "trackers", "evaluation", "engine.timeout_s",
+    "advantage.min_scored",
     "model.path", "prompts.train",  # where they lie; what they hold is compared by `Checkpoints.restore`
 }  # fmt: skip
 _FREE_OF_A_HOST = {  # a reward may move and be given more time; which one it is, its fingerprint says

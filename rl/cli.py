@@ -8,9 +8,11 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import sys
 import traceback
 from contextlib import closing
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated
 
@@ -30,6 +32,7 @@ from flowsteer.rl.options import (
     ModelOption,
     NegativeOption,
     RewardOption,
+    RewardOptionOption,
     RunOption,
     StepsOption,
     WidthOption,
@@ -43,23 +46,45 @@ app = typer.Typer(
     name="flowsteer",
     help="Reinforcement-learning fine-tuning of flow and diffusion models, for any diffusers pipeline.",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
 app.add_typer(rewards_app, name="rewards")
-console = Console()
+config_app = typer.Typer(help="The configuration of a run: its keys.", no_args_is_help=True)
+app.add_typer(config_app, name="config")
+console, stderr = Console(), Console(stderr=True)
 
-STOPPED = 143  # exit code of a run that SIGTERM ended: 128 + 15, as of any process
+UNSCORED = 1  # exit code of `score` where an image has no score
+STOPPED = 128  # plus the signal's number: the exit code of a run that SIGTERM (143) or Ctrl-C (130) ended
 
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="[KEY=VALUE]...", help="Overrides such as `rollout.group_size=8 optimizer.learning_rate=1e-4`."
+        metavar="[KEY=VALUE]...",
+        help="Overrides such as `rollout.group_size=8 optimizer.learning_rate=1e-4`; `flowsteer config keys` lists all.",
     ),
 ]
 SeedsOption = Annotated[int, typer.Option("--num-seeds", min=1, help="Noise seeds of each prompt.")]
 BatchOption = Annotated[int, typer.Option("--batch-size", min=1, help="Samples per network pass.")]
+
+
+def _print_version(wanted: bool) -> None:
+    if not wanted:
+        return
+    try:
+        typer.echo(f"flowsteer {metadata.version('flowsteer')}")
+    except metadata.PackageNotFoundError:
+        raise ValueError("flowsteer is not installed here, so it has no version: pip install -e .") from None
+    raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Options of the command itself; without a docstring of its own for users, who read the app's help."""
 
 
 @app.command()
@@ -78,6 +103,8 @@ def train(
     Runs on one process, or on many under `torchrun` or `accelerate launch`. The output folder gets `config.yaml`,
     `metrics.jsonl`, `evaluations/`, `checkpoints/`, `export/` and `report.html`.
 
+    `flowsteer config keys` prints every key with its type, default and meaning.
+
     **Example**: `flowsteer train embedded_nft_composition output=runs/first num_steps=20`
     """
     from flowsteer.rl.build import start
@@ -92,11 +119,14 @@ def train(
         done = max(run.checkpoints.steps())
         if done < run.num_steps:
             run.screen.print(f"stopped after {done} of {run.num_steps} steps; the same command with --resume goes on")
-            raise typer.Exit(STOPPED)
+            raise typer.Exit(STOPPED + run.stopped_by)
         exported = run.export()
         if run.engine.is_main:
             report = write_report(run.folder)
             run.screen.print(f"weights: {exported}\nreport:  {report}")
+    except KeyboardInterrupt:
+        run.screen.print(_ended_now(run.checkpoints.steps()))
+        raise typer.Exit(STOPPED + signal.SIGINT) from None
     except TooFewScores as error:
         raise TooFewScores(
             f"{error}. The state before this step is saved: once the reward works again, go on with --resume"
@@ -120,6 +150,7 @@ def evaluate(
     dtype: DTypeOption = None,
     device: DeviceOption = "auto",
     reward: RewardOption = None,
+    option: RewardOptionOption = None,
     num_prompts: Annotated[int, typer.Option(min=1, help="Prompts, spread evenly over the file.")] = 48,
     num_seeds: SeedsOption = 4,
     num_inference_steps: StepsOption = None,
@@ -141,6 +172,7 @@ def evaluate(
     from flowsteer.rl.build import DTYPES
     from flowsteer.rl.evaluate import evaluate as run_evaluation
     from flowsteer.rl.evaluate import save_grid
+    from flowsteer.rl.scoring import warn_of_single_images
     from flowsteer.rollout.prompts import read_prompts
 
     if output is not None:
@@ -149,7 +181,8 @@ def evaluate(
         refuse_existing(output, output.with_suffix(".png"))
     chosen = choose(run=run, model=model, lora=lora, height=height, width=width, call=call, dtype=dtype, device=device)
     texts = read_prompts(prompts or chosen.evaluation.prompts)
-    with closing(chosen.rewards(reward)) as rewards, console.status("loading") as status:
+    with closing(chosen.rewards(reward, option)) as rewards, console.status("loading") as status:
+        warn_of_single_images(rewards, num_seeds=num_seeds, key="--num-seeds")
         result = run_evaluation(
             chosen.load(),
             texts,
@@ -250,32 +283,54 @@ def sample(
 
 @app.command()
 def score(
-    images: Annotated[list[Path], typer.Argument(help="Image files.")],
-    prompt: Annotated[str, typer.Option("--prompt", "-p", help="What they should show.")],
+    images: Annotated[list[Path] | None, typer.Argument(help="Image files; not with --metadata.")] = None,
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="What they should show.")] = None,
     reward: RewardOption = None,
+    option: RewardOptionOption = None,
+    column: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="What the reward gets of each image besides the prompt; repeatable."),
+    ] = None,
+    metadata_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--metadata", help="JSON lines instead of images: `file_name`, `prompt` and any columns of each image."
+        ),
+    ] = None,
 ) -> None:
-    """Score image files with rewards.
+    """Score image files with rewards. Ends with exit code 1 and the reasons if an image has no score.
+
+    Rewards that compare images, such as `diversity`, get all images of a prompt together.
 
     **Example**: `flowsteer score picture.png -p "a red circle" -r composition -r jpeg_compressibility`
     """
-    import numpy as np
-    import torch
-    from PIL import Image, UnidentifiedImageError
+    from flowsteer.rl.config import parse_overrides
+    from flowsteer.rl.score_files import Pictures, from_metadata, score_files
 
-    rewards = named_rewards(reward)
+    if metadata_file is not None:
+        if images or prompt is not None or column:
+            raise ValueError(
+                "--metadata names the images, prompts and columns itself; leave out the images, -p and --column"
+            )
+        pictures = from_metadata(metadata_file)
+    elif not images or prompt is None:
+        raise ValueError("give image files and their prompt with -p, or a file with both as --metadata")
+    else:
+        count = len(images)
+        columns = {key: (value,) * count for key, value in parse_overrides(column or []).items()}
+        pictures = Pictures(files=tuple(images), prompts=(prompt,) * count, columns=columns)
+    with closing(named_rewards(reward, option)) as rewards:
+        scores = score_files(pictures, rewards)
     table = Table("image", "reward", "score")
-    for path in images:
-        try:
-            pixels = np.asarray(Image.open(path).convert("RGB"))
-        except (OSError, UnidentifiedImageError) as error:
-            raise ValueError(f"{path} is not an image that can be read: {error}") from None
-        batch = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].float() / 255
-        scores = rewards.score(batch, [prompt], {})
-        for name, value in scores.parts.items():
-            number = float(value[0])
-            reason = scores.failures.get(0, "missing")
-            table.add_row(*map(Text, (path.name, name, f"{number:.4f}" if number == number else reason)))
+    for place, path in enumerate(pictures.files):
+        for name, values in scores.parts.items():
+            number = values[place]
+            table.add_row(*map(Text, (path.name, name, f"{number:.4f}" if number == number else "none")))
     console.print(table)
+    for place, reason in scores.failures.items():
+        stderr.print(Text(f"{pictures.files[place]} has no score: {reason}"), soft_wrap=True)
+    if scores.failures:
+        raise typer.Exit(UNSCORED)
 
 
 @app.command("check-model")
@@ -338,6 +393,29 @@ def report(run: Annotated[Path, typer.Argument(help="Folder of a run, finished o
     from flowsteer.rl.report import write_report
 
     console.print(Text(f"report: {write_report(run)}"), soft_wrap=True)
+
+
+@config_app.command("keys")
+def config_keys(
+    pattern: Annotated[
+        str | None, typer.Argument(help="Part of a key, or a whole one with `*`, such as `optimizer.*`; default: all.")
+    ] = None,
+) -> None:
+    """Print the keys of a configuration with their types, defaults and meanings.
+
+    **Example**: `flowsteer config keys guidance`
+    """
+    from flowsteer.rl.config_keys import find_keys
+
+    for key in find_keys(pattern):
+        console.print(Text(key.text()), soft_wrap=True)
+
+
+def _ended_now(saved: list[int]) -> str:
+    """What is left of a run that a second Ctrl-C ended: ``saved`` are the steps with a checkpoint, ascending."""
+    if not saved:
+        return "ended in the middle of a step, before the first checkpoint"
+    return f"ended in the middle of a step; the same command with --resume goes on after step {saved[-1]}"
 
 
 def _is_for_the_user(error: Exception) -> bool:

@@ -24,7 +24,10 @@ console = Console()
 REFUSED = 1  # exit code of a certificate that was refused
 
 NameArgument = Annotated[
-    str, typer.Argument(help="A reward of `flowsteer rewards list`, or `package.module:attribute`.")
+    str,
+    typer.Argument(
+        help="A reward of `flowsteer rewards list`, `package.module:attribute`, or `path/to/file.py:attribute`."
+    ),
 ]
 OptionOption = Annotated[
     list[str] | None,
@@ -39,7 +42,7 @@ EnvironmentArgument = Annotated[
 def list_installed() -> None:
     """List the installed rewards: their names, what they score, the package that brings them.
 
-    A function or class of your own is a reward too, as `package.module:attribute`.
+    A function or class of your own is a reward too, as `package.module:attribute` or `path/to/file.py:attribute`.
 
     **Example**: `flowsteer rewards list`
     """

@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     NonNegativeFloat,
@@ -28,7 +29,7 @@ from pydantic import (
     model_validator,
 )
 
-from flowsteer.rl.algorithms import AnyAlgorithm
+from flowsteer.rl.algorithms import ALGORITHMS, AnyAlgorithm
 from flowsteer.rl.types import Setting, changed, not_whole
 from flowsteer.rollout.prompts import check_divisible
 
@@ -38,14 +39,33 @@ logger = logging.getLogger(__name__)
 class Section(BaseModel):
     """A part of the configuration: frozen, and strict about its keys."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+
+
+def _by_name(given: Any) -> Any:
+    """A text stands for the section of that name: ``all`` for ``{name: all}``."""
+    return {"name": given} if isinstance(given, str) else given
+
+
+def _by_names(given: Any) -> Any:
+    """A reward's name, or a list of them, stands for these rewards with the defaults; so does a name without a section."""
+    names = [given] if isinstance(given, str) else given
+    if isinstance(names, list) and all(isinstance(name, str) for name in names):
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"{twice[0]!r} stands there more than once")
+        return {name: {} for name in names}
+    if isinstance(given, dict):
+        return {name: {} if section is None else section for name, section in given.items()}
+    return given
 
 
 class LoRAConfig(Section):
     """Low-rank adapters on the denoiser (arXiv 2106.09685)."""
 
     rank: PositiveInt = 32
+    """Of the two factors of each adapter."""
     alpha: PositiveInt = 64
+    """An adapter's output is multiplied by alpha / rank."""
     targets: Annotated[tuple[str, ...], Field(min_length=1)] = ("to_q", "to_k", "to_v", "to_out.0")
     """Names of the linear layers, matched at the end of a module's path. Each must match something."""
 
@@ -58,10 +78,13 @@ class ModelConfig(Section):
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the frozen weights. float16 is left out: its gradients vanish without a loss scale that a resumed run would need."""
     height: PositiveInt | None = None
+    """In pixels; null is the pipeline's own."""
     width: PositiveInt | None = None
+    """In pixels; null is the pipeline's own."""
     lora: LoRAConfig | None = LoRAConfig()
     """``null`` trains all weights of the denoiser."""
     gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass: less memory, more time."""
     call: dict[str, Any] = {}
     """Further arguments of the pipeline's own ``__call__``, such as ``max_sequence_length``."""
 
@@ -77,7 +100,9 @@ class KernelConfig(Section):
     """One stochastic denoising step as a Gaussian (rollout/kernels.py)."""
 
     name: Literal["flow_sde", "dance_sde", "cps", "ddim"] = "flow_sde"
+    """Whose stochastic step: Flow-GRPO's, DanceGRPO's, CPS's, or DDIM's with eta."""
     noise_level: NonNegativeFloat = 0.7
+    """Scales the noise of a stochastic step; 0 is none."""
     decay: Literal["constant", "linear", "power", "cosine", "exponential"] = "constant"
     """How the noise level falls from step to step; ``linear``, ``power`` and ``cosine`` reach 0 at the last one."""
     decay_rate: PositiveFloat = 1.0
@@ -93,6 +118,7 @@ class AllPlan(Section):
 
     name: Literal["all"] = "all"
     include_last: bool = False
+    """The last step is stochastic, too."""
 
 
 class NonePlan(Section):
@@ -106,6 +132,7 @@ class StepsPlan(Section):
 
     name: Literal["steps"] = "steps"
     indices: tuple[int, ...]
+    """The denoising steps that are stochastic, counted from 0."""
 
 
 class WindowPlan(Section):
@@ -113,12 +140,15 @@ class WindowPlan(Section):
 
     name: Literal["window"] = "window"
     strategy: Literal["fixed", "progressive", "random", "linear_decay", "exponential_decay"] = "random"
+    """How the window moves: not at all, step by step, at random, or step by step and ever faster."""
     size: PositiveInt = 2
+    """Steps in the window."""
     low: int = 0
     """First step that a window may cover."""
     high: int | None = None
     """End (exclusive) of the steps that a window may cover; the default leaves the last step out."""
     stride: PositiveInt = 1
+    """Steps that the window moves by, at most its size."""
     iterations: PositiveInt = 25
     """Training steps at each place; at the first ones when they decay."""
     min_iterations: PositiveInt = 1
@@ -128,9 +158,12 @@ class WindowPlan(Section):
     decay_rate: PositiveFloat = 0.1
     """Of ``exponential_decay``, per place."""
     roll_back: bool = True
+    """Start again at the first place after the last one; otherwise stay there."""
 
 
 PlanConfig = Annotated[AllPlan | NonePlan | StepsPlan | WindowPlan, Field(discriminator="name")]
+
+_DEFAULT_PLANS = {"transitions": "all", "final latents": "none"}  # by what an algorithm learns from
 
 
 class BranchingConfig(Section):
@@ -151,16 +184,23 @@ class RolloutConfig(Section):
     """How samples are drawn."""
 
     num_inference_steps: PositiveInt = 10
+    """Denoising steps."""
     guidance_scale: NonNegativeFloat = 1.0
-    """In the unit of the pipeline's own guidance argument; 1 is without (a guidance-distilled model is told 1)."""
+    """In the unit of the pipeline's own guidance argument; 1 is without (a guidance-distilled model is told 1). 0 is what
+    some models publish for the same (SDXL Turbo, FLUX.1-schnell): pipelines guide above 1 only."""
     negative_prompt: str | None = None
+    """What guidance leads away from; null is none."""
     prompts_per_step: PositiveInt = 24
+    """Prompts drawn in each training step, over all processes."""
     group_size: Annotated[int, Field(ge=2)] = 16
+    """Samples of each prompt, which are compared with one another."""
     batch_size: PositiveInt = 64
     """Samples in one network pass, in sampling and in training: kernels that depend on the shape then agree."""
-    plan: PlanConfig = NonePlan()
-    kernel: KernelConfig = KernelConfig()
+    plan: Annotated[PlanConfig, BeforeValidator(_by_name)] = NonePlan()
+    """Which steps are stochastic; by default ``all`` for algorithms that learn from transitions, ``none`` for others."""
+    kernel: Annotated[KernelConfig, BeforeValidator(_by_name)] = KernelConfig()
     solver: Literal["euler", "dpmpp_2m"] = "euler"
+    """Of the deterministic steps; the second-order one is for those after the last stochastic step."""
     shared_noise: bool = False
     """The samples of a group start from the same initial noise; what they have in common is computed once."""
     branching: BranchingConfig | None = None
@@ -186,7 +226,9 @@ class HostConfig(Section):
     token_file: str | None = None
     """The server's token; null takes it from the environment variable FLOWSTEER_REWARD_TOKEN."""
     start_timeout_s: PositiveFloat = 600.0
+    """How long to wait until the reward is ready: it may load a model."""
     deadline_s: PositiveFloat = 30.0
+    """See ``deadline_per_image_s``."""
     deadline_per_image_s: NonNegativeFloat = 2.0
     """A batch of B images is waited for ``deadline_s + deadline_per_image_s * B`` seconds; then its scores are missing."""
     max_restarts: Annotated[int, Field(ge=0)] = 3
@@ -210,8 +252,11 @@ class RewardConfig(Section):
     """One reward: ``weight * scale * (score - offset)``."""
 
     weight: float = 1.0
+    """In the sum of the rewards; may be negative, and 0 only reports."""
     scale: float = 1.0
+    """Multiplies the score, after the offset."""
     offset: float = 0.0
+    """Subtracted from the score."""
     options: dict[str, Any] = {}
     """Arguments of the reward's constructor."""
     host: HostConfig | None = None
@@ -228,11 +273,13 @@ class AdvantageConfig(Section):
     """How a sample is compared with its group."""
 
     deviation: Literal["group", "global", "none"] = "group"
+    """What differences to the group's mean are divided by: its own deviation, that of all samples, or nothing."""
     ddof: Literal[0, 1] = 0
     """Of the deviation, which is that of n - ddof samples; Flow-GRPO's is 0, that of DanceGRPO, MixGRPO and G2RPO 1."""
     epsilon: NonNegativeFloat = 1e-4
     """Added to the deviation; DanceGRPO, MixGRPO and G2RPO have 1e-8."""
     clip: PositiveFloat | None = 5.0
+    """Largest size of an advantage; null does not clip."""
     combine: Literal["rewards", "advantages", "gdpo"] = "rewards"
     """Several rewards: sum the scores; or compare each on its own scale and sum that; or normalise that sum once more."""
     best_and_worst: Annotated[int, Field(ge=2, multiple_of=2)] | None = None
@@ -245,13 +292,19 @@ class OptimizerConfig(Section):
     """AdamW; the learning rate is a pure function of the number of updates."""
 
     learning_rate: PositiveFloat = 3e-4
+    """After the warm-up."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """``linear`` and ``cosine`` fall towards 0, which they would reach one update after the run's last."""
     warmup_updates: Annotated[int, Field(ge=0)] = 0
+    """Updates in which the learning rate rises from 0."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    """Of the running means of the gradient and of its square."""
     weight_decay: NonNegativeFloat = 1e-4
+    """Decoupled, times the learning rate."""
     epsilon: PositiveFloat = 1e-8
+    """Added to the root of the mean square."""
     max_grad_norm: PositiveFloat = 1.0
+    """Gradients of a larger norm are scaled down to it."""
 
 
 class EngineConfig(Section):
@@ -260,6 +313,7 @@ class EngineConfig(Section):
     zero_stage: Literal[0, 1, 2, 3] | None = None
     """DeepSpeed's ZeRO stage; ``null`` leaves DeepSpeed out."""
     device: Literal["auto", "cpu"] = "auto"
+    """``auto``: an accelerator if there is one."""
     timeout_s: PositiveInt = 1800
     """A process that keeps the others waiting longer than this ends the job."""
 
@@ -268,24 +322,34 @@ class EvaluationConfig(Section):
     """Fixed prompts and seeds, the deterministic sampler."""
 
     prompts: str = "shapes_reserved.txt"
+    """A prompt file, as in ``prompts.train``."""
     num_prompts: PositiveInt = 48
     """So many of the file's, spread evenly over it."""
     num_seeds: PositiveInt = 1
+    """Samples of each prompt; rewards that compare the images of a prompt need at least 2."""
     every: Annotated[int, Field(ge=0)] = 0
     """Evaluate after each so many steps; 0 evaluates only before the first step and after the last."""
     num_inference_steps: PositiveInt = 10
+    """Denoising steps."""
     guidance_scale: NonNegativeFloat = 1.0
+    """As in ``rollout.guidance_scale``."""
     negative_prompt: str | None = None
+    """As in ``rollout.negative_prompt``."""
 
 
 class Config(Section):
     """A whole run."""
 
     output: str = "runs/run"
+    """The run's folder, which must be new or empty, or that of the run to resume."""
     seed: Annotated[int, Field(ge=0)] = 0
+    """Of all draws: prompts, noise, windows and new weights."""
     num_steps: PositiveInt
+    """Training steps of the whole run."""
     save_every: Annotated[int, Field(ge=0)] = 0
-    """A checkpoint after each so many steps, and one at the end; 0 keeps only the last."""
+    """A checkpoint after each so many steps; 0: none by the number of steps. There is always one at the end."""
+    save_every_s: NonNegativeFloat = 600.0
+    """A checkpoint after the first step that ends at least so many seconds after the last one; 0: none by time."""
     keep: PositiveInt = 2
     """How many checkpoints stay on disk."""
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
@@ -293,14 +357,34 @@ class Config(Section):
     model: ModelConfig = ModelConfig()
     prompts: PromptsConfig = PromptsConfig()
     rollout: RolloutConfig = RolloutConfig()
-    rewards: Annotated[dict[str, RewardConfig], Field(min_length=1)]
+    rewards: Annotated[dict[str, RewardConfig], Field(min_length=1), BeforeValidator(_by_names)]
+    """By name: one of `flowsteer rewards list`, ``package.module:attribute``, or ``path/to/file.py:attribute``."""
     advantage: AdvantageConfig = AdvantageConfig()
-    algorithm: AnyAlgorithm
+    algorithm: Annotated[AnyAlgorithm, BeforeValidator(_by_name)]
+    """What is learned from the comparisons (`docs/algorithms.md`)."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Of the averaged weights that are evaluated and exported; 0 evaluates the current ones."""
     optimizer: OptimizerConfig = OptimizerConfig()
     engine: EngineConfig = EngineConfig()
     evaluation: EvaluationConfig | None = EvaluationConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _plan_of_the_algorithm(cls, data: Any) -> Any:
+        """The default of ``rollout.plan`` follows the algorithm."""
+        if not isinstance(data, dict) or "algorithm" not in data:
+            return data
+        algorithm, rollout = _by_name(data["algorithm"]), data.get("rollout", {})
+        name = algorithm.get("name") if isinstance(algorithm, dict) else getattr(algorithm, "name", None)
+        known = {own.model_fields["name"].default: own.learns_from for own in ALGORITHMS}
+        if not isinstance(name, str) or name not in known:
+            return data
+        plan = {"name": _DEFAULT_PLANS[known[name]]}
+        if isinstance(rollout, RolloutConfig) and "plan" not in rollout.model_fields_set:
+            return {**data, "rollout": {**rollout.model_dump(exclude_unset=True), "plan": plan}}
+        if isinstance(rollout, dict) and "plan" not in rollout:
+            return {**data, "rollout": {**rollout, "plan": plan}}
+        return data
 
     @property
     def num_updates(self) -> int:
@@ -375,10 +459,10 @@ class Config(Section):
             drawn["evaluation"] = (self.evaluation.negative_prompt, {self.evaluation.guidance_scale})
         guided_by_call = {"guidance_scale", "true_cfg_scale"} & self.model.call.keys()
         for section, (negative_prompt, scales) in drawn.items():
-            if negative_prompt is not None and scales <= {1, None} and not guided_by_call:
+            if negative_prompt is not None and scales <= {0, 1, None} and not guided_by_call:
                 yield (
-                    f"{section}.negative_prompt does nothing with {section}.guidance_scale=1; set that above 1, or leave "
-                    "negative_prompt out"
+                    f"{section}.negative_prompt does nothing with {section}.guidance_scale={max(scales - {None}):g}; set that "
+                    "above 1, or leave negative_prompt out"
                 )
         if rollout.branching is not None:
             if not stochastic:
@@ -516,12 +600,17 @@ def _apply(data: dict[str, Any], override: str) -> None:
         value = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         raise ValueError(f"the value of {override!r} is not YAML: {error}") from None
-    *parents, last = key.split(".")
-    for parent in parents:
-        data = data.setdefault(parent, {})
+    parts = key.split(".")
+    while parts:
+        known = [".".join(parts[:end]) for end in range(len(parts), 1, -1)]  # a reward's name may have dots
+        name = next((name for name in known if name in data), parts[0])
+        parts = parts[name.count(".") + 1 :]
+        if not parts:
+            data[name] = value
+            return
+        data = data.setdefault(name, {})
         if not isinstance(data, dict):
-            raise ValueError(f"the override {override!r} goes through {parent!r}, which is not a section")
-    data[last] = value
+            raise ValueError(f"the override {override!r} goes through {name!r}, which is not a section")
 
 
 def _explain(fault: Any) -> str:
@@ -537,7 +626,13 @@ def _explain(fault: Any) -> str:
         return f"{key}.name: {f'unknown name {given!r}' if given else 'this key is required'}; allowed: {names}"
     if fault["type"] == "missing":
         return f"{key}: this key is required"
-    return f"{key}: {fault['msg']}, got {fault['input']!r}"
+    given = f"the text {fault['input']!r}" if isinstance(fault["input"], str) else repr(fault["input"])
+    if fault["type"] in ("model_type", "model_attributes_type"):
+        keys = ", ".join(_place([*location, "?"])[2])
+        return f"{key}: this is a section, got {given}; set its keys, as {key}.KEY=VALUE: {keys}"
+    if fault["type"] == "dict_type":
+        return f"{key}: maps names to values, got {given}; write {{NAME: VALUE}}"
+    return f"{key}: {fault['msg'].removeprefix('Value error, ')}, got {fault['input']!r}"
 
 
 def _place(location: list[str]) -> tuple[str, str | None, list[str]]:

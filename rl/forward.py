@@ -165,6 +165,7 @@ class ForwardAlgorithm(Algorithm):
     noise_levels_per_sample: PositiveInt = 1
     """How many of the sampler's noise levels each rollout batch is trained at."""
     first_level: Annotated[int, Field(ge=0)] = 0
+    """See ``end_level``."""
     end_level: PositiveInt | None = None
     """Denoising indices to train at, ``first_level <= index < end_level``; null leaves out the last one."""
 

@@ -53,6 +53,21 @@ def check_scorable(
     logger.warning("%s; their samples will have no score", text)
 
 
+def warn_of_single_images(rewards: RewardSet, *, num_seeds: int, key: str) -> None:
+    """Warn, with advice, where a reward that compares the images of a prompt will be shown one of each in evaluations.
+
+    ``key`` is the setting that ``num_seeds`` comes from. It is no error: a reward may know what to say of one image.
+    """
+    if num_seeds == 1 and rewards.groupwise:
+        logger.warning(
+            "the reward %r compares the images of a prompt, but %s=1 draws one image of each; unless it can score one alone, "
+            "evaluations have no score (nan). Set %s to 2 or more",
+            rewards.groupwise[0],
+            key,
+            key,
+        )
+
+
 class StepScorer:
     """Scores the rollouts of one training step after another.
 

@@ -43,17 +43,15 @@ class Screen:
         shown = self._console.is_terminal and not quiet
         self._live = Live(console=self._console, refresh_per_second=4) if shown else None
         self._numbers = ""
-        self._first = start
         self._num_steps = num_steps
 
-    def opening(self, facts: dict[str, str], *, missing_trackers: list[str]) -> None:
-        """Say what the run is going to do, in quantities that were derived."""
+    def opening(self, facts: dict[str, str], *, origin: str, missing_trackers: list[str]) -> None:
+        """Say what the run is going to do, in quantities that were derived, and from where it starts (``origin``)."""
         table = Table.grid(padding=(0, 2))
         for name, fact in facts.items():
             table.add_row(Text(name, style="bold"), Text(fact))
         self._console.print(table)
-        if self._first:
-            self._console.print(f"continuing with step {self._first} ({self._first}/{self._num_steps} done)")
+        self._line(origin)
         for name in missing_trackers:
             self._console.print(f"{name} is not installed: its log is left out (metrics.jsonl has everything)")
 

@@ -44,5 +44,5 @@ def train(run: Run) -> None:
         # then: report, save and evaluate when due
         run.report(step, statistics)
         if run.save(step=step + 1):
-            break  # SIGTERM
+            break  # SIGTERM or Ctrl-C
         run.evaluate(step=step + 1)

@@ -115,7 +115,7 @@ class Algorithm(BaseModel):
     and `per_sample`. `bind` hands over what it has to know of the run, and gives the algorithm that trains.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
     learns_from: ClassVar[Literal["transitions", "final latents"]]
     on_pairs: ClassVar[bool] = False

@@ -70,11 +70,12 @@ class Batch:
         return len(self.rows)
 
 
-def read_prompts(path: str | Path) -> Prompts:
+def read_prompts(path: str | Path, *, warn: bool = True) -> Prompts:
     """Read a ``.txt`` file (one prompt per line) or a ``.jsonl`` file (objects with ``"prompt"`` and further columns).
 
     Both in UTF-8. ``path`` may also be the bare name of a file that is shipped with the project, such as
-    ``shapes_train.txt``. Lines without text are left out. Prompts that stand there twice are kept, counted and warned of.
+    ``shapes_train.txt``. Lines without text are left out. Prompts that stand there twice are kept and counted. Unless
+    ``warn`` is false, these are warned of, and lines of a text file that begin with ``#``: they are prompts like all others.
 
     Raises:
         ValueError: with the file and the line: no such file, empty, not UTF-8, a line that is no JSON object, has no
@@ -98,7 +99,15 @@ def read_prompts(path: str | Path) -> Prompts:
     else:
         texts, columns = _columns(place, lines)
     duplicates = sum(count - 1 for count in Counter(texts).values())
-    if duplicates:
+    if warn and place.suffix == ".txt" and (hashes := [number for number, line in lines if line.startswith("#")]):
+        logger.warning(
+            "%s: %s, line %d the first, begin with '#' and are drawn as prompts; a prompt file has no comments, remove them "
+            "if they are some",
+            place,
+            "1 line" if len(hashes) == 1 else f"{len(hashes)} lines",
+            hashes[0],
+        )
+    if duplicates and warn:
         logger.warning(
             "%s: %d of %d prompts stand there more than once; each row is drawn", place, duplicates, len(texts)
         )

@@ -1,4 +1,4 @@
-"""Whole runs inside the test process. accelerate keeps a state per process, and a run listens to SIGTERM: both are put back."""
+"""Whole runs inside the test process. accelerate keeps a state per process, and a run listens to signals: both are put back."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ from flowsteer.rl.train import train
 @contextmanager
 def fresh_process() -> Iterator[None]:
     """Inside, this process is as if nothing had run in it before."""
-    handler = signal.getsignal(signal.SIGTERM)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     _reset()
     try:
         yield
     finally:
         _reset()
-        signal.signal(signal.SIGTERM, handler)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def finished(config: dict[str, Any], *, resume: bool = False) -> Run:

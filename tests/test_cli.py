@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +24,7 @@ from PIL import Image
 
 from flowsteer.rl.cli import app, main
 from flowsteer.rl.config import load_config
+from flowsteer.rl.config_keys import find_keys
 from flowsteer.rl.metrics import read_metrics
 
 SIZE = ["--height", "16", "--width", "16", "--call", "max_sequence_length=32", "--device", "cpu"]
@@ -92,7 +94,7 @@ def trained(run_file) -> tuple[Path, Done]:
 def test_every_command_is_known_here():
     assert {" ".join(path) for path in commands()} == {
         "train", "evaluate", "export", "sample", "score", "check-model", "show-loop", "report", "rewards list",
-        "rewards certify", "rewards serve", "rewards env list", "rewards env create", "rewards env check",
+        "config keys", "rewards certify", "rewards serve", "rewards env list", "rewards env create", "rewards env check",
         "rewards env remove",
     }  # fmt: skip
 
@@ -109,6 +111,37 @@ def test_without_a_command_it_lists_them():
     done = command()
     assert "Usage: flowsteer" in done.out + done.err
     assert "check-model" in done.out + done.err
+
+
+def test_version():
+    done = command("--version")
+    assert done.code == 0
+    assert done.out == f"flowsteer {metadata.version('flowsteer')}\n"
+
+
+def test_config_keys():
+    """Every key of the schema, with an explanation; those of sections, of variants and of what users name."""
+    keys = find_keys()
+    assert [key.path for key in keys if not key.about] == []
+    paths = {key.path for key in keys}
+    saved = json.loads(load_config("embedded_nft_composition").model_dump_json())
+    flat = set(flat_keys({**saved, "rewards": {"NAME": saved["rewards"]["composition"] | {"options": {}}}}))
+    known = {path for path in flat if not path.endswith(".name") or path == "rollout.kernel.name"}
+    assert known <= paths, known - paths
+    assert {key.variant for key in keys if key.path == "rollout.plan.size"} == {"window"}
+    done = command("config", "keys", "optimizer.*")
+    assert "optimizer.learning_rate\n    number > 0, default 0.0003\n    After the warm-up.\n" in done.out
+    assert "rollout" not in done.out
+    assert "section with name: all | none | steps | window, default name: none" in command("config", "keys", "plan").out
+    assert "did you mean optimizer.learning_rate or " in refusal("config", "keys", "learning_rte")
+    assert "flowsteer config keys" in command("train", "--help").out
+
+
+def flat_keys(tree: dict[str, object], prefix: str = "") -> list[str]:
+    keys = []
+    for name, value in tree.items():
+        keys += flat_keys(value, f"{prefix}{name}.") if isinstance(value, dict) and value else [f"{prefix}{name}"]
+    return keys
 
 
 def test_installed_and_as_a_module():
@@ -251,8 +284,10 @@ def test_evaluate_by_hand(trained, tiny_sd3, prompt_file, tmp_path):
     by_hand += ["--num-prompts", 3, "--num-inference-steps", 3]
     assert command(*by_hand, "--output", tmp_path / "base.json").code == 0
     assert summary(tmp_path / "base.json") == summary(folder / "evaluations" / "step_000000.json")
-    assert command(*by_hand, "--lora", folder / "export", "--output", tmp_path / "tuned.json").code == 0
-    assert summary(tmp_path / "tuned.json") == summary(folder / "evaluations" / "step_000002.json")
+    for number, lora in enumerate([folder / "export", folder / "export" / "pytorch_lora_weights.safetensors"]):
+        file = tmp_path / f"tuned_{number}.json"
+        assert command(*by_hand, "--lora", lora, "--output", file).code == 0
+        assert summary(file) == summary(folder / "evaluations" / "step_000002.json")
 
 
 def test_evaluate_refuses(trained, tmp_path, tiny_sd3):
@@ -270,6 +305,11 @@ def test_evaluate_refuses(trained, tmp_path, tiny_sd3):
     assert "--run brings its own model" in refusal("evaluate", "--run", folder, "--model", tiny_sd3)
     assert "is not the folder of a run" in refusal("evaluate", "--run", tmp_path)
     assert "holds no pytorch_lora_weights.safetensors" in refusal("evaluate", "--lora", tmp_path)
+    (tmp_path / "other.safetensors").write_bytes(b"")
+    assert "is not called pytorch_lora_weights.safetensors" in refusal(
+        "evaluate", "--lora", tmp_path / "other.safetensors"
+    )
+    assert "there is no file no.safetensors" in refusal("evaluate", "--lora", "no.safetensors")
     assert "'x' is not of the form key=value" in refusal("evaluate", "--run", folder, "--call", "x")
 
 
@@ -305,6 +345,89 @@ def test_score(tmp_path):
     assert "there is no reward 'jpg'" in refusal("score", flat, "-p", "x", "-r", "jpg")
 
 
+SCORED_FILES = """
+class Counted:
+    def __init__(self, factor=1.0):
+        self.factor = factor
+
+    def __call__(self, images, prompts, count, **columns):
+        return [self.factor * number for number in count]
+
+
+class Rank:
+    groupwise = True
+
+    def __call__(self, images, prompts, **columns):
+        if len(images) < 2:
+            return [None] * len(images)
+        return [float(image.mean() > images.mean()) for image in images]
+"""
+
+
+def test_score_gives_columns_options_and_groups(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(SCORED_FILES)
+    for name, level in (("dark", 10), ("bright", 200)):
+        Image.new("RGB", (8, 8), (level,) * 3).save(f"{name}.png")
+    both = ["dark.png", "bright.png", "-p", "a cat"]
+
+    def numbers(done: Done) -> list[float]:
+        assert done.code == 0, done.err
+        return [float(value) for value in re.findall(r"(-?\d+\.\d{4})", done.out)]
+
+    counted = ["-r", "mine.py:Counted"]
+    assert numbers(command("score", *both, *counted, "--column", "count=3", "--option", "factor=2")) == [6.0, 6.0]
+    assert numbers(command("score", *both, "-r", "mine.py:Rank")) == [0.0, 1.0]
+    named = ["--option", "mine.py:Counted.factor=2", "--column", "count=3"]
+    assert numbers(command("score", *both, *counted, "-r", "mine.py:Rank", *named)) == [6.0, 0.0, 6.0, 1.0]
+    rows = [
+        {"file_name": "dark.png", "prompt": "a", "count": 3},
+        {"file_name": "bright.png", "prompt": "b", "count": 4},
+    ]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    monkeypatch.chdir("/")
+    place = tmp_path / "metadata.jsonl"
+    assert numbers(command("score", "--metadata", place, "-r", f"{tmp_path}/mine.py:Counted")) == [3.0, 4.0]
+
+
+def test_one_image_of_each_prompt_for_a_reward_that_compares(run_file, tmp_path, monkeypatch, caplog):
+    """The evaluation would say nan; the advice comes before it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(SCORED_FILES)
+    arguments = ["train", run_file, "rewards=mine.py:Rank", "num_steps=1", "--quiet"]
+    advice = "compares the images of a prompt, but evaluation.num_seeds=1 draws one image of each"
+    assert command(*arguments, "output=one", "evaluation.num_seeds=1").code == 0
+    assert advice in caplog.text
+    assert "Set evaluation.num_seeds to 2 or more" in caplog.text
+    caplog.clear()
+    assert command(*arguments, "output=two").code == 0
+    assert advice not in caplog.text
+
+
+def test_score_without_a_score_is_code_1_with_the_reason(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(SCORED_FILES)
+    Image.new("RGB", (8, 8)).save("one.png")
+    Image.new("RGB", (8, 9)).save("two.png")
+    done = command("score", "one.png", "-p", "a cat", "-r", "mine.py:Counted")
+    assert done.code == 1
+    assert "one.png has no score: reward 'mine.py:Counted' raised TypeError: " in done.err
+    assert "missing 1 required positional argument: 'count'" in done.err
+    assert "TypeError" not in done.out, "an error is no score"
+    done = command("score", "one.png", "-p", "a cat", "-r", "mine.py:Rank")
+    assert done.code == 1
+    assert "one.png has no score: reward 'mine.py:Rank' gave no score (None)" in done.err
+    both = ["score", "one.png", "two.png", "-p", "x", "-r", "mine.py:Rank"]
+    assert "compares images, which must have one size; these have 8x8, 8x9" in refusal(*both)
+    assert "does not say of which reward it is an option" in refusal(
+        *both, "-r", "mine.py:Counted", "--option", "factor=2"
+    )
+    assert "give image files and their prompt with -p" in refusal("score", "one.png")
+    (tmp_path / "metadata.jsonl").write_text('{"prompt": "a"}')
+    assert 'needs the image as "file_name"' in refusal("score", "--metadata", "metadata.jsonl")
+    assert "leave out the images" in refusal("score", "one.png", "--metadata", "metadata.jsonl")
+
+
 def test_export_writes_a_pipeline_that_needs_no_lora(trained, tmp_path, prompt_file):
     folder, _ = trained
     done = command("export", folder, tmp_path / "tuned")
@@ -338,7 +461,14 @@ def test_report_again(trained):
         (["rollout.group_size=3", "rollout.batch_size=4"], "one of these works"),
         (["rollot.group_size=3"], "rollot: unknown key; did you mean 'rollout'?"),
         (["group_size"], "is not of the form key=value"),
-        (["rewards=[ocr]"], "rewards: Input should be a valid dictionary, got ['ocr']"),
+        (["rewards=5"], "rewards: maps names to values, got 5; write {NAME: VALUE}"),
+        (["rewards=[ocr, ocr]"], "rewards: 'ocr' stands there more than once"),
+        (
+            ["model=embedded"],
+            "model: this is a section, got the text 'embedded'; set its keys, as model.KEY=VALUE: call,",
+        ),
+        (["rewards.jpeg_compressibility=1.0"], "jpeg_compressibility: this is a section, got 1.0; set its keys"),
+        (["rollout.plan=al"], "rollout.plan.name: unknown name 'al'; allowed: all, none, steps, window"),
         (["model.lora.targets=[query]"], "'query' match no linear layer"),
     ],
 )
@@ -375,9 +505,20 @@ def plugin(tmp_path_factory, monkeypatch) -> Iterator[str]:
     folder = tmp_path_factory.mktemp("plugin")
     name = f"ending_rewards_{folder.name}"
     (folder / f"{name}.py").write_text(
-        "import os, signal\n\n\n"
+        "import os, signal, time\n\n\n"
         "def terminated(images, prompts, **columns):\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    return [float(image.mean()) for image in images]\n\n\n"
+        "def interrupted(images, prompts, **columns):\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    return [float(image.mean()) for image in images]\n\n\n"
+        "def interrupted_twice(images, prompts, **columns):\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    time.sleep(1.2)\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    return [float(image.mean()) for image in images]\n\n\n"
+        "def moves(images, prompts, **columns):\n"
+        "    os.chdir('/')\n"
         "    return [float(image.mean()) for image in images]\n\n\n"
         "def down(images, prompts, **columns):\n"
         "    raise ConnectionError('the server is down')\n"
@@ -387,11 +528,15 @@ def plugin(tmp_path_factory, monkeypatch) -> Iterator[str]:
     sys.modules.pop(name, None)
 
 
-def test_sigterm_saves_and_says_how_to_go_on(run_file, tmp_path, plugin):
+@pytest.mark.parametrize(("reward", "code"), [("terminated", 143), ("interrupted", 130)])
+def test_sigterm_and_ctrl_c_save_and_say_how_to_go_on(run_file, tmp_path, plugin, reward, code, capfd):
     output = tmp_path / "run"
-    arguments = ["train", run_file, f"output={output}", f"rewards={{{plugin}:terminated: {{}}}}", "evaluation=null"]
+    arguments = ["train", run_file, f"output={output}", f"rewards={{{plugin}:{reward}: {{}}}}", "evaluation=null"]
     done = command(*arguments)
-    assert done.code == 143
+    assert done.code == code
+    assert "starting at step 0\n" in done.out
+    said = capfd.readouterr().err
+    assert said.count("press Ctrl-C again to end it now") == (reward == "interrupted"), "four calls are one press"
     assert done.out.endswith("stopped after 1 of 2 steps; the same command with --resume goes on\n")
     assert (output / "checkpoints" / "step_000001").is_dir()
     assert not (output / "export").exists(), "the result of half a run is no result"
@@ -399,6 +544,47 @@ def test_sigterm_saves_and_says_how_to_go_on(run_file, tmp_path, plugin):
     assert done.code == 0, "it was asked to stop in the last step, which was the end anyway"
     assert "continuing with step 1 (1/2 done)" in done.out
     assert (output / "export").is_dir()
+
+
+def test_a_second_ctrl_c_ends_the_run_now(run_file, tmp_path, plugin):
+    output = tmp_path / "run"
+    arguments = ["train", run_file, f"output={output}", "evaluation=null", "save_every=1"]
+    arguments += [f"rewards={{{plugin}:interrupted_twice: {{}}}}"]
+    done = command(*arguments)
+    assert done.code == 130
+    assert done.out.endswith("ended in the middle of a step, before the first checkpoint\n")
+    assert not (output / "checkpoints").exists()
+    done = command(*arguments, "--resume")
+    assert f"--resume found no checkpoint in {output / 'checkpoints'}: starting at step 0\n" in done.out
+
+
+def test_a_reward_that_changes_the_folder_moves_no_output(run_file, tmp_path, plugin, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = command("train", run_file, "output=run", f"rewards={{{plugin}:moves: {{}}}}", "evaluation=null")
+    assert done.code == 0, done.err
+    assert (tmp_path / "run" / "export" / "pytorch_lora_weights.safetensors").is_file()
+    assert (tmp_path / "run" / "checkpoints" / "step_000002").is_dir()
+
+
+def test_a_reward_in_a_file(run_file, tmp_path, monkeypatch):
+    """By its path, wherever a reward is named: in a configuration, for score and certify, and in an override."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(
+        "class Level:\n    uses_prompt = False\n    def __init__(self, factor=1.0):\n        self.factor = factor\n"
+        "    def __call__(self, images, prompts, **columns):\n"
+        "        return [self.factor * float(image.mean()) for image in images]\n"
+    )
+    Image.new("RGB", (8, 8), (10, 10, 10)).save("flat.png")
+    done = command("score", "flat.png", "-p", "x", "-r", "./mine.py:Level")
+    assert done.code == 0, done.err
+    assert "10.0000" in done.out
+    assert command("rewards", "certify", "mine.py:Level").code == 0
+    assert "mine.py:Level" in refusal("score", "flat.png", "-p", "x", "-r", "mine.py")
+    rewards = ["rewards={./mine.py:Level: {}}", "rewards../mine.py:Level.options={factor: 2.0}"]
+    done = command("train", run_file, "output=run", *rewards, "evaluation=null")
+    assert done.code == 0, done.err
+    line = read_metrics(tmp_path / "run" / "metrics.jsonl")[0]
+    assert any("mine.py:Level" in name for name in line), line.keys()
 
 
 def test_too_few_scores_say_how_to_go_on(run_file, tmp_path, plugin):

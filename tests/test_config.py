@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from flowsteer.rl.algorithms import ALGORITHMS
 from flowsteer.rl.config import (
     Config,
     NonePlan,
+    RolloutConfig,
     WindowPlan,
     load_config,
     parse_config,
@@ -20,6 +22,7 @@ from flowsteer.rl.config import (
     save_config,
     shipped_configs,
 )
+from flowsteer.rl.transitions import TransitionAlgorithm
 
 
 def whole(**sections: Any) -> dict[str, Any]:
@@ -186,7 +189,6 @@ def test_an_unknown_name_lists_the_right_ones(sections, message):
         ({"ema_decay": 1}, "ema_decay: Input should be less than 1", "1"),
         ({"rewards": {}}, "rewards: Dictionary should have at least 1 item", "{}"),
         ({"model": {"lora": {"targets": []}}}, "model.lora.targets: Tuple should have at least 1 item", "[]"),
-        ({"optimizer": 3}, "optimizer: Input should be a valid dictionary", "3"),
         ({"output": 5}, "output: Input should be a valid string", "5"),
         ({"engine": {"zero_stage": 4}}, "engine.zero_stage: Input should be 0, 1, 2 or 3", "4"),
         ({"num_steps": None}, "num_steps: Input should be a valid integer", "None"),
@@ -206,6 +208,38 @@ def test_all_faults_in_one_message():
     assert [line.split(":")[0] for line in lines] == [
         "num_steps", "rollout.group_size", "algorithm.clip_rage", "nonsense",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS, ids=lambda cls: cls.model_fields["name"].default)
+def test_the_default_plan_follows_the_algorithm(algorithm):
+    """Three keys make a run: its number of steps, its rewards and its algorithm."""
+    name = algorithm.model_fields["name"].default
+    expected = "all" if issubclass(algorithm, TransitionAlgorithm) else "none"
+    data = {"num_steps": 1, "rewards": {"composition": {}}, "algorithm": {"name": name}}
+    kept = json.loads(json.dumps(data))
+    config = parse_config(data)
+    assert config.rollout.plan.name == expected
+    assert data == kept
+    if name != "step_dpo":  # which needs branches, and says so
+        config.check(1)
+    assert parse_config({**data, "rollout": RolloutConfig(group_size=4)}).rollout.plan.name == expected
+    chosen = parse_config({**data, "rollout": {"plan": {"name": "window"}}})
+    assert chosen.rollout.plan.name == "window", "what is given stays"
+
+
+def test_a_name_stands_for_its_section():
+    short = {"num_steps": 1, "rewards": ["composition", "ocr"], "algorithm": "flow_grpo"}
+    written = {"num_steps": 1, "rewards": {"composition": {}, "ocr": None}, "algorithm": {"name": "flow_grpo"}}
+    more = {"plan": "window", "kernel": "cps"}, {"plan": {"name": "window"}, "kernel": {"name": "cps"}}
+    assert parse_config({**short, "rollout": more[0]}) == parse_config({**written, "rollout": more[1]})
+    assert parse_config({**short, "rewards": "ocr"}).rewards == parse_config({**short, "rewards": {"ocr": {}}}).rewards
+
+
+def test_an_override_reaches_a_reward_whose_name_has_dots():
+    config = load_config(
+        "embedded_nft_composition", ["rewards={./my.py:f: {}, a.b:C: {}}", "rewards../my.py:f.weight=2"]
+    )
+    assert config.rewards["./my.py:f"].weight == 2.0
 
 
 def test_what_must_be_given():
@@ -362,6 +396,10 @@ def test_what_can_teach_nothing_or_has_no_effect_is_refused():
         (
             {"rollout": {"negative_prompt": "grey"}},
             "rollout.negative_prompt does nothing with rollout.guidance_scale=1",
+        ),
+        (
+            {"rollout": {"negative_prompt": "grey", "guidance_scale": 0}},
+            "rollout.negative_prompt does nothing with rollout.guidance_scale=0; set that above 1",
         ),
         (
             {"evaluation": {"negative_prompt": "grey"}},

@@ -309,3 +309,14 @@ class TestDivisibility:
     def test_sizes_are_at_least_one(self, name):
         with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
             check_divisible(**{**dict.fromkeys(SIZES, 1), name: 0})
+
+
+def test_lines_that_look_like_comments_are_warned_of_once(tmp_path, caplog):
+    file = tmp_path / "prompts.txt"
+    file.write_text("# my prompts\na cat\n#1 fan\n")
+    assert read_prompts(file).texts == ("# my prompts", "a cat", "#1 fan")
+    assert len(caplog.messages) == 1
+    assert "2 lines, line 1 the first, begin with '#' and are drawn as prompts" in caplog.text
+    caplog.clear()
+    read_prompts(file, warn=False)
+    assert not caplog.messages

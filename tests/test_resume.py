@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from signal import SIGKILL, SIGTERM, getsignal
+from signal import SIGINT, SIGKILL, SIGTERM, Signals, getsignal
 from typing import Any
 
 import launch
@@ -85,15 +85,30 @@ def test_killed_and_resumed_is_unbroken(make_config: Make, tmp_path: Path, case:
     assert saved_steps(resumed) == [STEPS - 1, STEPS]  # keep: 2
 
 
-def test_terminated_run_saves_and_resumes(make_config: Make, tmp_path: Path) -> None:
-    """SIGTERM, as a cluster sends before it takes a machine away; one process hears it, both stop at the same step."""
+@pytest.mark.parametrize("number", [SIGTERM, SIGINT], ids=lambda number: number.name)
+def test_terminated_run_saves_and_resumes(make_config: Make, tmp_path: Path, number: Signals) -> None:
+    """SIGTERM, as a cluster sends before it takes a machine away, or Ctrl-C; one process hears it, both stop at one step."""
     unbroken = launch.run(make_config(tmp_path / "unbroken", num_steps=STEPS), processes=2)
     config = make_config(tmp_path / "stopped", num_steps=STEPS)
-    launch.run(config, processes=2, strike=Strike(step=1, signal=SIGTERM, rank=1))  # it ends without an error
+    launch.run(config, processes=2, strike=Strike(step=1, signal=number, rank=1))  # it ends without an error
     (step,) = saved_steps(tmp_path / "stopped")  # there are no regular checkpoints
     assert 1 < step < STEPS
     assert len(lines(tmp_path / "stopped")) == step  # the step under way was finished, and no other begun
     assert_same_end(launch.run(config, processes=2, resume=True), unbroken)
+
+
+def test_checkpoints_by_time(make_config: Make, tmp_path: Path) -> None:
+    """The main process's clock decides for both; another interval is no reason to refuse a resumption."""
+    settings = {"num_steps": 3, "keep": 5}
+    unbroken = launch.run(make_config(tmp_path / "unbroken", **settings), processes=2)
+    assert saved_steps(unbroken) == [3]  # a step takes less than 600 s
+    config = make_config(tmp_path / "killed", save_every_s=1e-6, **settings)
+    launch.wait(launch.begin(config, processes=2, strike=Strike(step=2, signal=SIGKILL, rank=1)))
+    assert saved_steps(tmp_path / "killed")[:2] == [1, 2]
+    shutil.rmtree(tmp_path / "killed" / "checkpoints" / "step_000003", ignore_errors=True)
+    resumed = launch.run(config | {"save_every_s": 0}, processes=2, resume=True)
+    assert_same_end(resumed, unbroken)
+    assert saved_steps(resumed) == [1, 2, 3]
 
 
 def test_zero_3_resumes(make_config: Make, tmp_path: Path) -> None:
@@ -154,7 +169,7 @@ def test_rewards_that_fail_stop_the_run_with_the_step_before_saved(make_config: 
         return [0.0] * len(images) if len(calls) <= 4 else [None] * len(images)  # a step has four batches
 
     calls: list[int] = []
-    handler = getsignal(SIGTERM)
+    handlers = getsignal(SIGTERM), getsignal(SIGINT)
     run = start(parse_config(make_config(tmp_path / "run")), quiet=True)
     try:
         run.scorer = StepScorer(RewardSet([("theirs", fails_at_the_second_step, 1.0)]))
@@ -163,6 +178,9 @@ def test_rewards_that_fail_stop_the_run_with_the_step_before_saved(make_config: 
         assert run.engine.num_updates == 2
     finally:
         run.close()
-    assert getsignal(SIGTERM) == handler  # a finished run does not swallow what is meant for its process
+    assert (
+        getsignal(SIGTERM),
+        getsignal(SIGINT),
+    ) == handlers  # a finished run does not swallow what is meant for its process
     assert saved_steps(tmp_path / "run") == [1]
     assert len(lines(tmp_path / "run")) == 1

@@ -2,6 +2,7 @@
 
 import functools
 import io
+import json
 import math
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from flowsteer.rewards.combine import Normalise, RewardSet, to_uint8
 from flowsteer.rewards.functions import FunctionReward
 from flowsteer.rewards.hosts.inprocess import Scorer, collect
 from flowsteer.rewards.jpeg import JPEGCompressibility, JPEGIncompressibility
-from flowsteer.rewards.registry import GROUP, list_rewards, load_reward
+from flowsteer.rewards.registry import GROUP, label_of, list_rewards, load_reward, target_of
 from flowsteer.rewards.types import Reward
 
 
@@ -131,12 +132,36 @@ class TestRegistry:
         assert load_reward("my_plugin:for_trl", threshold=8)(images, prompts) == [0.0, 0.0]
 
     @pytest.mark.usefixtures("plugin")
+    def test_a_file_s_path_names_one_too(self, tmp_path):
+        images, prompts = np.zeros((2, 8, 8, 3), np.uint8), ["a", "b"]
+        (tmp_path / "deep").mkdir()
+        (tmp_path / "deep" / "json.py").write_text(
+            "from neighbour import level\n\n\ndef f(images, prompts, **columns):\n    return [level] * len(images)\n"
+        )
+        (tmp_path / "deep" / "neighbour.py").write_text("level = 7.0\n")
+        for name in ("my_plugin.py:plain", "./my_plugin.py:plain", str(tmp_path / "my_plugin.py:plain")):
+            assert load_reward(name)(images, prompts) == [1.0, 1.0]
+        assert load_reward("./my_plugin.py:Bright", factor=2.0)(images, prompts) == [2.0, 2.0]
+        assert load_reward("deep/json.py:f")(images, prompts) == [7.0, 7.0]
+        assert json.__file__ != str(tmp_path / "deep" / "json.py")
+        sys.modules.pop("neighbour")
+        assert label_of("./deep/json.py:f") == "json.py:f"
+        assert label_of("package.module:f") == "package.module:f"
+        assert target_of("deep/json.py:f") == "deep/json.py:f"
+
+    @pytest.mark.usefixtures("plugin")
     @pytest.mark.parametrize(
         ("name", "options", "message"),
         [
             ("my_plugin:Brigt", {}, "my_plugin has no 'Brigt'; did you mean Bright"),
             ("my_plugn:Bright", {}, "no module 'my_plugn' among the installed packages or in "),
             ("my_plugin:", {}, "write package.module:attribute"),
+            ("./my_plugin.py:Brigt", {}, "my_plugin.py has no 'Brigt'; did you mean Bright"),
+            ("./my_plugin.py", {}, "which function or class .*; write ./my_plugin.py:Bright or ./my_plugin.py:for_trl"),
+            ("my_plugin.py:", {}, "write my_plugin.py:Bright or "),
+            ("mine/my_plugin.py:f", {}, "there is no file /.*/mine/my_plugin.py"),
+            ("./my_plugin:f", {}, "a file's path ends in .py, as in ./my_plugin.py:f"),
+            ("./my_plugin", {}, "write path/to/file.py:NAME"),
             ("my_plugin:Bright", {}, "needs the option 'factor'. It accepts: factor, shift"),
             ("my_plugin:Bright", {"factor": 1.0, "scale": 2}, "no option 'scale'"),
             ("my_plugin:for_trl", {"treshold": 2}, "no option 'treshold'. It accepts: threshold"),

@@ -6,6 +6,7 @@ import ast
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -236,6 +237,16 @@ class TestWhatAWorkerSees:
             answer = ask(reward, random_images(6, 2, 2, 3), names)
         assert answer["score"] == [1, 1, 1, 1, 0, 0]
         assert answer["pid"][0] != os.getpid()
+
+    def test_a_relative_file_is_found_again_after_the_folder_changed(self, tmp_path, monkeypatch):
+        (tmp_path / "mine.py").write_text("def score(images, prompts, **columns):\n    return [1.0] * len(prompts)\n")
+        monkeypatch.chdir(tmp_path)
+        with within(60), WorkerReward("mine.py:score", start_timeout_s=START_S) as reward:
+            assert reward(random_images(1, 2, 2, 3), TEXTS[:1]) == [1.0]
+            monkeypatch.chdir("/")  # as a reward in this process may do
+            assert reward.pid is not None
+            os.kill(reward.pid, signal.SIGKILL)
+            assert reward(random_images(1, 2, 2, 3), TEXTS[:1]) == [1.0]
 
     def test_our_modules_hide_none_of_its_own(self):
         with WorkerReward(scorer("paths")) as reward:

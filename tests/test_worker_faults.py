@@ -441,13 +441,36 @@ class TestAServer:
     def token(self, monkeypatch) -> None:
         monkeypatch.setenv(remote.TOKEN_VARIABLE, TOKEN)
 
-    def test_nobody_there_is_asked_until_the_start_is_over(self, monkeypatch, slept):
+    def test_nobody_there_is_told_within_seconds(self, monkeypatch, slept):
         monkeypatch.setattr(remote._jitter, "uniform", lambda low, high: 1.0)
-        monkeypatch.setattr(remote, "FIRST_WAIT_S", 0.1)
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
-        with within(10), pytest.raises(ConnectionError, match=r"'http://127.0.0.1:\d+' after 5 tries: .*refused"):
-            HTTPReward(f"http://127.0.0.1:{port}", start_timeout_s=3.0)
+        message = (
+            r"'http://127.0.0.1:\d+' after 3 tries: .*refused; start the server before the run, and look at the address"
+        )
+        with within(10), pytest.raises(ConnectionError, match=message):
+            HTTPReward(f"http://127.0.0.1:{port}")  # which may take 600 s to start
+        assert slept == pytest.approx([0.5, 1.0])
+
+    def test_an_unknown_host_is_told_within_seconds(self, monkeypatch, slept):
+        def unknown(*_: object, **__: object) -> None:
+            raise socket.gaierror(-2, "Name or service not known")
+
+        monkeypatch.setattr(remote.socket, "getaddrinfo", unknown)
+        with within(10), pytest.raises(ConnectionError, match=r"after 3 tries: .*not known; start the server"):
+            HTTPReward("http://no-such-host:8700")
+        assert len(slept) == 2
+
+    def test_a_busy_server_is_asked_until_the_start_is_over(self, monkeypatch, slept):
+        def busy(connection: socket.socket) -> None:
+            TestAPeerThatIsNoServer.read_request(connection)
+            connection.sendall(b"HTTP/1.0 503 Busy\r\n\r\n")
+
+        monkeypatch.setattr(remote._jitter, "uniform", lambda low, high: 1.0)
+        monkeypatch.setattr(remote, "FIRST_WAIT_S", 0.1)
+        failed = pytest.raises(ConnectionError, match="after 5 tries: the server answers 503 Busy")
+        with within(20), answering(busy) as (url, _), failed:
+            HTTPReward(url, start_timeout_s=3.0)
         assert slept == pytest.approx([0.1, 0.2, 0.4, 0.8])  # and 1.6 more would be past the 3 s
 
     def test_a_server_that_goes_away_is_asked_three_times(self, monkeypatch):

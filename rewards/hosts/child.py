@@ -119,6 +119,7 @@ class WorkerReward:
             python, str(WORKER_FILE), "run", target, "--options", json.dumps(dict(options or {}), allow_nan=False),
             "--max-body-bytes", str(max_body_bytes),
         ]  # fmt: skip
+        self._folder = os.getcwd()  # relative paths stay those of now, also when it is started again
         self._env = {**handed_on(os.environ), **(env or {})}
         self._start_timeout_s = start_timeout_s
         self._deadline = (deadline_s, deadline_per_image_s)
@@ -208,7 +209,7 @@ class WorkerReward:
     def _start(self) -> Hello:
         head = frame_head({"proto": PROTO, "op": "hello"}, 0)
         try:
-            self._worker = WorkerProcess(self._command, self._env)
+            self._worker = WorkerProcess(self._command, self._env, self._folder)
             if self._closed:  # by another thread, which may have looked for a process before there was this one
                 raise ConnectionError
             answer = exchange(self._worker.connection, head, memoryview(b""), time.monotonic() + self._start_timeout_s)
@@ -239,12 +240,13 @@ class WorkerReward:
 class WorkerProcess:
     """A worker's process with its socket and the last lines of its output."""
 
-    def __init__(self, command: Sequence[str], env: Mapping[str, str]) -> None:
+    def __init__(self, command: Sequence[str], env: Mapping[str, str], folder: str) -> None:
         self.connection, theirs = socket.socketpair()
         with theirs:
             self._process = subprocess.Popen(
                 [*command, "--fd", str(theirs.fileno())],
                 env=env,
+                cwd=folder,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,  # reward packages print; the answers have a socket of their own

@@ -8,7 +8,9 @@ over there                                      here
 a score is None, NaN or infinite                None (and a warning with what it was)
 the scorer raises, or gives nonsense            RuntimeError("TYPE: text"), never asked again
 the deadline passes                             TimeoutError at that moment
-refused, reset, unreachable, HTTP 502 or 503    three tries within the deadline; then ConnectionError
+refused, reset, unreachable, HTTP 502 or 503    three tries within the deadline; then ConnectionError. At the start as
+                                                many as ``start_timeout_s`` allows, but three where nothing listens
+                                                or the host's name is unknown
 wrong token or certificate, another protocol    ConnectionError at once
 ==============================================  ======================================================================
 
@@ -55,6 +57,7 @@ TOKEN_VARIABLE = "FLOWSTEER_REWARD_TOKEN"
 NUM_TRIES = 3
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 8.0  # between tries: doubled each time, times a jitter of 0.5 to 1.5
 BUSY = (502, 503)
+NOBODY_THERE = (ConnectionRefusedError, socket.gaierror)  # at a run's start: most likely a wrong address
 
 _jitter = random.Random()  # its own: the global generator belongs to the user
 
@@ -62,7 +65,8 @@ _jitter = random.Random()  # its own: the global generator belongs to the user
 class HTTPReward:
     """A scorer on another machine, where ``worker.py serve`` runs.
 
-    The constructor asks for the handshake, and waits for a server that is not up yet. A call ends within ``deadline_s +
+    The constructor asks for the handshake, and waits for a server that is busy or cannot be reached; where nothing listens
+    at the address, or its host is unknown, it gives up after three tries, within seconds. A call ends within ``deadline_s +
     deadline_per_image_s * B`` seconds. Calls may be made from several threads; the server scores one batch at a time, so
     the deadline includes the time of the batches, of all its clients, that are before this one in its queue. A batch whose
     time is over before its turn is not scored.
@@ -72,7 +76,7 @@ class HTTPReward:
             read on the way: use it on this machine, through a tunnel, or in a network of your own.
         token_file: a file with the server's token; default the environment variable FLOWSTEER_REWARD_TOKEN.
         name: in messages; default the url.
-        start_timeout_s: how long to wait for the handshake of a server that refuses connections.
+        start_timeout_s: how long to wait for the handshake of a server that is busy or cannot be reached.
 
     Raises:
         ValueError: an address or a token that cannot be, or a number that cannot be.
@@ -142,8 +146,14 @@ class HTTPReward:
                 over = time.monotonic() + wait >= deadline
                 if over and isinstance(error, TimeoutError):  # else it is the system's: packets that nobody answers
                     raise TimeoutError(f"reward {self.name!r}: no answer within the deadline{before}") from error
-                if attempt == num_tries or over:
-                    raise ConnectionError(f"reward {self.name!r} after {attempt} tries: {error}") from error
+                nobody = num_tries is None and isinstance(error, NOBODY_THERE)
+                if attempt == (NUM_TRIES if nobody else num_tries) or over:
+                    hint = (
+                        f"; start the server before the run, and look at the address {self._parts.netloc}"
+                        if nobody
+                        else ""
+                    )
+                    raise ConnectionError(f"reward {self.name!r} after {attempt} tries: {error}{hint}") from error
                 logger.warning("reward %r: %s; it is asked again in %.1f s", self.name, error, wait)
                 before = f"; the try before: {error}"
                 time.sleep(wait)

@@ -33,6 +33,7 @@ class AWM(ForwardAlgorithm):
 
     name: Literal["awm"] = "awm"
     weighting: Weighting = "general_huber"
+    """How the squared error of the prediction becomes a log likelihood, by the noise level sigma."""
     clip_range: PositiveFloat | None = None
     """Of the ratio to the old policy, which then draws the rollouts; null is on-policy."""
     kl_coef: NonNegativeFloat = 1e-3
@@ -40,6 +41,7 @@ class AWM(ForwardAlgorithm):
     old_coef: NonNegativeFloat = 1.0
     """Weight of the squared distance of the prediction to the old policy's."""
     old_decay_slope: NonNegativeFloat = 1e-3
+    """See ``old_decay_max``."""
     old_decay_max: Annotated[float, Field(ge=0, le=1)] = 0.3
     """After n updates the old policy keeps min(slope * n, max) of itself and takes the rest from the current one."""
     noise_levels_per_sample: PositiveInt = 6

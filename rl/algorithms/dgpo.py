@@ -37,6 +37,7 @@ class DGPO(ForwardAlgorithm):
 
     name: Literal["dgpo"] = "dgpo"
     beta: PositiveFloat = 100.0
+    """How sharply a group's comparison weights its gradient."""
     reference: Literal["reference", "old"] = "reference"
     """What errors are compared with: the start of training, or the old policy."""
     clip_range: PositiveFloat | None = 1e-2
@@ -44,6 +45,7 @@ class DGPO(ForwardAlgorithm):
     kl_coef: NonNegativeFloat = 0.02
     """Weight of the squared distance of the prediction to the reference's."""
     old_decay_slope: NonNegativeFloat = 1e-3
+    """See ``old_decay_max``."""
     old_decay_max: Annotated[float, Field(ge=0, le=1)] = 0.3
     """After n updates the old policy keeps min(slope * n, max) of itself and takes the rest from the current one."""
     noise_levels_per_sample: PositiveInt = 4

@@ -36,7 +36,9 @@ class DiffusionNFT(ForwardAlgorithm):
     kl_coef: NonNegativeFloat = 1e-4
     """Weight of the squared distance of the prediction to the reference's."""
     old_decay_slope: NonNegativeFloat = 1e-3
+    """See ``old_decay_start``."""
     old_decay_max: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """See ``old_decay_start``."""
     old_decay_start: NonNegativeInt = 0
     """After n updates the old policy keeps min(slope * (n - start), max) of itself, nothing before ``start``, and takes the
     rest from the current one. Published: slope 0.001 and max 0.5; for text rendering 0.0075, 0.999 and start 75."""

@@ -39,6 +39,7 @@ class FlowGRPO(TransitionAlgorithm):
     clip_range: PositiveFloat = 1e-4
     """Of the ratio of mean log densities; times the latent's dimensions it is in nats of the joint ratio."""
     kl_coef: NonNegativeFloat = 0.0
+    """Weight of the KL divergence of each step to the reference's."""
     transitions_per_sample: PositiveInt | None = None
     """Train so many of each batch's transitions, drawn at random; null trains all of them."""
     updates_per_rollout: PositiveInt = 2

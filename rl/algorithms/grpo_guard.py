@@ -32,6 +32,7 @@ class GRPOGuard(TransitionAlgorithm):
     clip_range: PositiveFloat = 2e-6
     """Of the normalised ratio, whose logarithm is the mean over the latent of noise times shift of the mean."""
     kl_coef: NonNegativeFloat = 0.0
+    """Weight of the KL divergence of each step to the reference's."""
     updates_per_rollout: PositiveInt = 2
 
     @property

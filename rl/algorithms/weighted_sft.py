@@ -38,6 +38,7 @@ class WeightedSFT(ForwardAlgorithm):
 
     name: Literal["weighted_sft"] = "weighted_sft"
     weights: SampleWeights = "best"
+    """Train on the best of each group, on all above its mean by their advantage, or on all by exp(advantage / temperature)."""
     temperature: PositiveFloat = 1.0
     """Of the exponential weights, in units of the advantage."""
     refresh_every: PositiveInt | None = 1
