@@ -448,7 +448,6 @@ def build_optimizer_settings(config: Config) -> OptimizerSettings:
         betas=section.betas,
         weight_decay=section.weight_decay,
         epsilon=section.epsilon,
-        max_grad_norm=section.max_grad_norm,
     )
 
 

@@ -36,7 +36,6 @@ class OptimizerSettings:
     betas: tuple[float, float]
     weight_decay: float
     epsilon: float
-    max_grad_norm: float
 
     def rate(self, update: int) -> float:
         """The learning rate of update number ``update`` (0 is the first)."""

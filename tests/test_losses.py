@@ -281,6 +281,32 @@ def test_dgpo_stops_pushing_what_has_gone_far_enough() -> None:
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["diffusion_nft", "dgpo", "dgpo old", "awm"])
+def test_the_kl_is_to_the_reference_also_where_the_old_policy_is_another(name: str) -> None:
+    """The distance that is reported, and the gradient that kl_coef adds, are those to the start of training."""
+    gradients, distances = [], []
+    for coefficient in (0.0, 0.7):
+        overrides = VARIANTS[name] | {"algorithm": VARIANTS[name]["algorithm"] | {"kl_coef": coefficient}}
+        run = moved(overrides, by=0.5)
+        run.policy.follow_old(0.0)  # the old policy has left the reference
+        with torch.no_grad():
+            run.toy.network.bias += torch.tensor([0.1, 0.2, -0.3, 0.0])  # and the current one both
+        batch, loss, metrics = first_loss(run, SPREAD)
+        gradients.append(torch.autograd.grad(loss, run.toy.network.bias)[0])
+        assert ("kl" in metrics) == bool(coefficient)
+        if coefficient:
+            noised, _ = batch.noised()
+            prediction = run.policy.velocity(noised, batch.index, batch.conditioning)
+            for other in ("reference", "old"):
+                with torch.no_grad(), run.policy.using(other):
+                    theirs = run.policy.velocity(noised, batch.index, batch.conditioning)
+                distances.append(matching_loss(prediction, theirs).mean())
+            assert metrics["kl"] == pytest.approx(float(distances[0]), rel=1e-5)
+            pull = torch.autograd.grad(distances[0], run.toy.network.bias)[0]
+            torch.testing.assert_close(gradients[1] - gradients[0], 0.7 * pull, rtol=1e-4, atol=1e-6)
+    assert abs(distances[0] - distances[1]) > 0.05
+
+
 # --- Diffusion-DPO ------------------------------------------------------------------------------------------------------
 
 

@@ -8,7 +8,7 @@ import zoo
 from torch import Tensor, nn
 
 from flowsteer.rl.engine import Engine, OptimizerSettings
-from flowsteer.rl.policy import Policy
+from flowsteer.rl.policy import CURRENT, Policy
 from flowsteer.rollout.pipeline import Conditioning, FlowPipeline
 
 RANK, ALPHA, TARGETS = 4, 12, ("to_q", "to_k", "to_v", "to_out.0")
@@ -176,6 +176,19 @@ def test_old_and_ema_follow_when_they_are_told(subject: Subject) -> None:
     assert same(subject.weights("old"), subject.weights("current"))
 
 
+def test_the_averaged_policy_keeps_so_much_of_itself_at_each_update() -> None:
+    """Unlike 0.5, a decay of 0.9 tells what stays from what is added."""
+    subject = Subject("lora", ema_decay=0.9)
+    expected = {key: value.double() for key, value in subject.weights("ema").items()}
+    for seed in (1, 2):
+        subject.move(seed)
+        subject.policy.updated()
+        now = subject.weights("current")
+        expected = {key: 0.9 * value + 0.1 * now[key].double() for key, value in expected.items()}
+    for key, value in subject.weights("ema").items():
+        torch.testing.assert_close(value.double(), expected[key], rtol=1e-6, atol=1e-6)
+
+
 def test_policies_that_are_not_there_need_not_follow() -> None:
     few = Subject("lora", variants=frozenset())
     few.policy.updated()
@@ -253,6 +266,38 @@ def test_averages_do_not_stand_still_where_the_engine_made_the_adapters_bfloat16
     assert all(torch.equal(value, kept[key]) for key, value in policy.state().items())
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_restart_brings_back_the_live_policies_where_averages_are_tensors_of_their_own(kind: str) -> None:
+    """In bfloat16 the float32 averages are restored, and the policies that draw and are evaluated must be, too."""
+
+    def fresh() -> Policy:
+        pipeline = zoo.lifted("sd3", zoo.build("sd3", torch.bfloat16))
+        policy = Policy(pipeline, lora=KINDS[kind], variants=frozenset({"old", "ema"}), seed=0, ema_decay=0.5)
+        for parameter in every_parameter(policy):
+            parameter.data = parameter.data.bfloat16()  # what deepspeed.initialize does
+        policy.ready()
+        return policy
+
+    def live(policy: Policy) -> dict[str, list[Tensor]]:
+        found = {}
+        for name in ("current", "old", "ema"):
+            with policy.using(name):
+                found[name] = [value.clone() for value in policy._variants.parts(CURRENT if kind == "full" else name)]
+        return found
+
+    unbroken, start = fresh(), live(fresh())
+    with torch.no_grad():
+        for parameter in unbroken.parameters().values():
+            parameter += 0.05
+    unbroken.updated()
+    unbroken.follow_old(0.25)
+    resumed = fresh()
+    resumed.load_state({key: value.clone() for key, value in unbroken.state().items()})
+    for name, values in live(unbroken).items():
+        assert not all(torch.equal(value, first) for value, first in zip(values, start[name]))
+        assert all(torch.equal(mine, value) for mine, value in zip(live(resumed)[name], values))
+
+
 def test_the_optimiser_sees_exactly_the_current_policy(subject: Subject) -> None:
     engine = Engine(
         zero_stage=None,
@@ -271,7 +316,6 @@ def test_the_optimiser_sees_exactly_the_current_policy(subject: Subject) -> None
         betas=(0.9, 0.999),
         weight_decay=0.0,
         epsilon=1e-8,
-        max_grad_norm=1.0,
     )
     engine.prepare(subject.policy, settings, passes_per_batch=1)
     wanted = {id(parameter) for parameter in subject.policy.parameters().values()}

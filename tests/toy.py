@@ -118,7 +118,6 @@ class ToyRun:
             betas=(0.9, 0.999),
             weight_decay=0.0,
             epsilon=1e-8,
-            max_grad_norm=1.0,
         )
         self.engine.prepare(self.policy, settings, passes_per_batch=self.algorithm.passes_per_batch)
         self.worker = build_worker(config, self.toy, PROMPTS, self.plan, self.engine)  # type: ignore[arg-type]

@@ -1,0 +1,91 @@
+"""The engine on one process: what the optimiser works with at each update, against closed forms."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from toy import Toy, toy_config
+
+from flowsteer.rl.build import build_engine, build_optimizer_settings
+from flowsteer.rl.policy import Policy
+
+COUNT, WARMUP, RATE = 8, 3, 0.02
+# with L = 8 - 3 updates after the warm-up, of which l are done: linear is 1 - l / L, cosine (1 + cos(pi l / L)) / 2
+WARMING = [RATE / 3, 2 * RATE / 3, RATE]
+FALLING = {
+    "constant": [RATE] * 5,
+    "linear": [RATE * part for part in (1, 0.8, 0.6, 0.4, 0.2)],
+    "cosine": [RATE * (1 + math.cos(math.pi * done / 5)) / 2 for done in range(5)],
+}
+
+
+def updates(overrides: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> tuple[list[dict[str, Any]], list[float]]:
+    """The optimiser's settings at each update of a run of the toy, and the learning rates that are reported."""
+    algorithm = {"name": "weighted_sft", "updates_per_rollout": 1}
+    base = {"algorithm": algorithm, "rollout.plan": {"name": "none"}, "num_steps": COUNT, "rollout.prompts_per_step": 1}
+    config = toy_config(base | overrides)
+    seen: list[dict[str, Any]] = []
+    step = torch.optim.AdamW.step
+
+    def spied(self: torch.optim.AdamW, *arguments: Any) -> Any:
+        seen.extend(
+            {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")} for group in self.param_groups
+        )
+        return step(self, *arguments)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", spied)
+    toy, engine = Toy(), build_engine(config)
+    policy = Policy(toy, lora=None, variants=frozenset(), seed=0)  # type: ignore[arg-type]
+    engine.prepare(policy, build_optimizer_settings(config), passes_per_batch=1)
+    reported = []
+    for _ in range(COUNT):
+        info = engine.backward(toy.network.weight.square().sum())
+        assert info is not None
+        reported.append(info.learning_rate)
+    return seen, reported
+
+
+@pytest.mark.parametrize("schedule", FALLING)
+@pytest.mark.parametrize("warmup", [0, WARMUP])
+def test_every_update_has_the_learning_rate_of_its_number(
+    schedule: str, warmup: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first update of a warm-up has a part of the rate, not 0; the last of a linear fall has 1 / L of it, not 0."""
+    settings = {"learning_rate": RATE, "schedule": schedule, "warmup_updates": warmup}
+    seen, reported = updates({"optimizer": settings}, monkeypatch)
+    if warmup:
+        expected = WARMING + FALLING[schedule]
+    else:
+        left = [1 - done / COUNT for done in range(COUNT)]
+        shape = {"constant": [1.0] * COUNT, "linear": left}
+        shape["cosine"] = [(1 - math.cos(math.pi * part)) / 2 for part in left]
+        expected = [RATE * part for part in shape[schedule]]
+    assert [group["lr"] for group in seen] == pytest.approx(expected, rel=1e-12)
+    assert reported == pytest.approx(expected, rel=1e-12)
+
+
+def test_the_optimiser_works_with_what_is_set_in_this_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = {"betas": [0.8, 0.95], "epsilon": 1e-5, "weight_decay": 0.03}
+    seen, _ = updates({"optimizer": given}, monkeypatch)
+    for group in seen:
+        assert (tuple(group["betas"]), group["eps"], group["weight_decay"]) == ((0.8, 0.95), 1e-5, 0.03)
+
+
+def test_betas_are_momentum_first_and_squares_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    """AdamW by hand, with betas far apart: what a run's parameters become is told by the order of the two."""
+    optimizer = {"learning_rate": 0.1, "betas": [0.5, 0.9], "weight_decay": 0.0}
+    config = toy_config(
+        {"algorithm": {"name": "flow_grpo"}, "rollout.prompts_per_step": 1, "optimizer": optimizer, "num_steps": 3}
+    )
+    toy, engine = Toy(), build_engine(config)
+    policy = Policy(toy, lora=None, variants=frozenset(), seed=0)  # type: ignore[arg-type]
+    engine.prepare(policy, build_optimizer_settings(config), passes_per_batch=1)
+    value, first, second = toy.network.bias[0].item(), 0.0, 0.0
+    for number, slope in enumerate((0.3, -0.2, 0.1), start=1):  # within the clip
+        engine.backward(slope * toy.network.bias[0])
+        first, second = 0.5 * first + 0.5 * slope, 0.9 * second + 0.1 * slope**2
+        value -= 0.1 * (first / (1 - 0.5**number)) / (math.sqrt(second / (1 - 0.9**number)) + 1e-8)
+        assert toy.network.bias[0].item() == pytest.approx(value, abs=1e-6)
