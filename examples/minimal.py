@@ -22,13 +22,13 @@ import torch
 from flowsteer.rewards.combine import RewardSet
 from flowsteer.rl.algorithms import FlowGRPO
 from flowsteer.rl.compare import compare
-from flowsteer.rl.engine import Engine, OptimizerSettings
+from flowsteer.rl.engine.base import Engine, OptimizerSettings
 from flowsteer.rl.policy import Policy
 from flowsteer.rl.scoring import StepScorer
 from flowsteer.rl.types import Facts
-from flowsteer.rollout.pipeline import FlowPipeline
-from flowsteer.rollout.plan import fixed_steps
-from flowsteer.rollout.prompts import Prompts
+from flowsteer.rollout.data.prompts import Prompts
+from flowsteer.rollout.lifting.pipeline import FlowPipeline
+from flowsteer.rollout.steps.plan import fixed_steps
 from flowsteer.rollout.worker import RolloutWorker
 
 PROMPTS = Prompts(texts=("a red circle", "a blue square", "a green triangle", "a yellow circle"))

@@ -20,28 +20,30 @@ from typing import Any
 import torch
 
 from flowsteer.rewards.combine import Normalise, RewardSet, check_names_and_weights
-from flowsteer.rewards.environments import locate
+from flowsteer.rewards.envs.environments import locate
 from flowsteer.rewards.hosts.child import WorkerReward
 from flowsteer.rewards.hosts.remote import HTTPReward
 from flowsteer.rewards.registry import label_of, load_reward
 from flowsteer.rewards.types import Reward
 from flowsteer.rl.checkpoint import Checkpoints, fingerprint, open_run, write_whole
 from flowsteer.rl.compare import TooFewScores, compare
-from flowsteer.rl.config import Config, PlanConfig, RewardConfig, save_config
-from flowsteer.rl.engine import Engine, OptimizerSettings
+from flowsteer.rl.config import Config, save_config
+from flowsteer.rl.config.schema import PlanConfig, RewardConfig
+from flowsteer.rl.engine.base import Engine, OptimizerSettings
 from flowsteer.rl.evaluate import Evaluation, evaluate, save_grid
 from flowsteer.rl.export import export_lora, export_weights
 from flowsteer.rl.interrupts import Interrupts
 from flowsteer.rl.metrics import Log, Meter
 from flowsteer.rl.policy import Policy
+from flowsteer.rl.report.screen import Screen
 from flowsteer.rl.scoring import StepScorer, check_scorable, warn_of_single_images
-from flowsteer.rl.show import Screen
 from flowsteer.rl.types import Algorithm, Facts
-from flowsteer.rollout import kernels, selfcheck
 from flowsteer.rollout.branches import Branching
-from flowsteer.rollout.pipeline import FlowPipeline, UnlikeConditioning
-from flowsteer.rollout.plan import Plan, all_steps, decay, fixed_steps, no_steps, window
-from flowsteer.rollout.prompts import Prompts, read_prompts, step_rows
+from flowsteer.rollout.data.prompts import Prompts, read_prompts, step_rows
+from flowsteer.rollout.lifting import selfcheck
+from flowsteer.rollout.lifting.pipeline import FlowPipeline, UnlikeConditioning
+from flowsteer.rollout.steps import kernels
+from flowsteer.rollout.steps.plan import Plan, all_steps, decay, fixed_steps, no_steps, window
 from flowsteer.rollout.worker import RolloutWorker
 
 logger = logging.getLogger(__name__)

@@ -18,7 +18,7 @@ from typing import Any
 from torch import nn
 
 from flowsteer.rl.config import Config, parse_config
-from flowsteer.rl.engine import Engine
+from flowsteer.rl.engine.base import Engine
 
 FORMAT = 2
 

@@ -22,8 +22,8 @@ from flowsteer.rewards.combine import RewardSet
 from flowsteer.rewards.hosts.inprocess import Scorer, collect
 from flowsteer.rl.intervals import Estimate, estimate, mean_and_interval
 from flowsteer.rl.metrics import all_names
-from flowsteer.rollout.pipeline import Pipeline, UnlikeConditioning
-from flowsteer.rollout.prompts import Prompts
+from flowsteer.rollout.data.prompts import Prompts
+from flowsteer.rollout.lifting.pipeline import Pipeline, UnlikeConditioning
 from flowsteer.rollout.sample import sample
 
 logger = logging.getLogger(__name__)

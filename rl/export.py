@@ -16,7 +16,7 @@ from peft import get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor
 
-from flowsteer.rl.engine import Engine
+from flowsteer.rl.engine.base import Engine
 from flowsteer.rl.policy import Policy
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -76,7 +76,7 @@ def merge(model: str, weights: Path, folder: Path) -> Path:
 
     Raises ValueError when ``weights`` holds neither, or ``folder`` is not empty.
     """
-    from flowsteer.rollout.pipeline import load_diffusers
+    from flowsteer.rollout.lifting.pipeline import load_diffusers
 
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"the folder {folder} is not empty; choose another one")

@@ -20,7 +20,7 @@ import torch
 from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
 from torch import Tensor
 
-from flowsteer.rl.engine import Engine, UpdateInfo
+from flowsteer.rl.engine.base import Engine, UpdateInfo
 from flowsteer.rl.types import Metrics
 
 

@@ -17,7 +17,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from flowsteer.rollout.pipeline import Pipeline
+from flowsteer.rollout.lifting.pipeline import Pipeline
 
 CURRENT = "current"
 

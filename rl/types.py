@@ -14,7 +14,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, PositiveInt, PrivateAttr
 from torch import Tensor
 
-from flowsteer.rollout.kernels import LogProbWeight
+from flowsteer.rollout.steps.kernels import LogProbWeight
 from flowsteer.rollout.types import Rollout, Schedule
 
 Metrics = dict[str, tuple[Tensor | float, float]]

@@ -20,13 +20,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from flowsteer.rollout import kernels
-from flowsteer.rollout.kernels import LogProbWeight
-from flowsteer.rollout.noise import initial_noise, mix, stream_noise
-from flowsteer.rollout.pipeline import Pipeline
-from flowsteer.rollout.plan import strided_path
+from flowsteer.rollout.lifting.pipeline import Pipeline
 from flowsteer.rollout.sample import Transition, distinct, trajectory_of
-from flowsteer.rollout.solvers import SOLVERS, History, remember
+from flowsteer.rollout.steps import kernels
+from flowsteer.rollout.steps.kernels import LogProbWeight
+from flowsteer.rollout.steps.noise import initial_noise, mix, stream_noise
+from flowsteer.rollout.steps.plan import strided_path
+from flowsteer.rollout.steps.solvers import SOLVERS, History, remember
 from flowsteer.rollout.types import SharedStates, Trajectory
 
 _CHOICE_STREAM = 1 << 21  # apart from the denoising indices, which number the streams of noise

@@ -11,10 +11,10 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from flowsteer.rollout import kernels
-from flowsteer.rollout.noise import initial_noise, stream_noise
-from flowsteer.rollout.pipeline import Pipeline
-from flowsteer.rollout.solvers import SOLVERS, remember
+from flowsteer.rollout.lifting.pipeline import Pipeline
+from flowsteer.rollout.steps import kernels
+from flowsteer.rollout.steps.noise import initial_noise, stream_noise
+from flowsteer.rollout.steps.solvers import SOLVERS, remember
 from flowsteer.rollout.types import SharedStates, Trajectory
 
 

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from flowsteer.rollout.branches import Branching, sample_branches
-from flowsteer.rollout.kernels import LogProbWeight
-from flowsteer.rollout.noise import mix
-from flowsteer.rollout.pipeline import Pipeline
-from flowsteer.rollout.plan import Plan, compressed_path
-from flowsteer.rollout.prompts import Batch, Prompts, step_batches
+from flowsteer.rollout.data.prompts import Batch, Prompts, step_batches
+from flowsteer.rollout.lifting.pipeline import Pipeline
 from flowsteer.rollout.sample import sample
+from flowsteer.rollout.steps.kernels import LogProbWeight
+from flowsteer.rollout.steps.noise import mix
+from flowsteer.rollout.steps.plan import Plan, compressed_path
 from flowsteer.rollout.types import Rollout, Trajectory
 
 Done = Callable[[Rollout], object]

@@ -25,12 +25,12 @@ from benchmark import improve_once, rollout_once, seconds
 from rich.console import Console
 from rich.table import Table
 
-from flowsteer.rewards import jpeg
 from flowsteer.rewards.combine import RewardSet
-from flowsteer.rewards.composition import CompositionReward
-from flowsteer.rewards.environments import find
+from flowsteer.rewards.envs.environments import find
 from flowsteer.rewards.envs.pythons import python_in
 from flowsteer.rewards.hosts.child import WorkerReward
+from flowsteer.rewards.scorers import jpeg
+from flowsteer.rewards.scorers.composition import CompositionReward
 from flowsteer.rewards.types import Reward
 from flowsteer.rl.build import Run, start
 from flowsteer.rl.config import load_config

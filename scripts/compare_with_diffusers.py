@@ -28,8 +28,8 @@ from rich.progress import track
 from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
-from flowsteer.rewards.composition import CompositionReward
-from flowsteer.rewards.world import reserved_captions, train_captions
+from flowsteer.rewards.scorers.composition import CompositionReward
+from flowsteer.rewards.scorers.world import reserved_captions, train_captions
 
 console = Console()
 

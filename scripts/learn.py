@@ -29,7 +29,7 @@ STUDENT = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}
 def train(config: str, seed: int, folder: Path, overrides: list[str]) -> Path:
     """One run in a process of its own on one thread; returns its folder. Raises RuntimeError with the end of its output."""
     settings = [f"seed={seed}", f"output={folder}", "evaluation.num_prompts=264", "evaluation.num_seeds=4", *overrides]
-    command = [sys.executable, "-m", "flowsteer.rl.cli", "train", config, *settings, "--quiet"]
+    command = [sys.executable, "-m", "flowsteer.rl.command", "train", config, *settings, "--quiet"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     if done.returncode:

@@ -19,8 +19,8 @@ from rich.table import Table
 from torch import Tensor
 
 from flowsteer.rewards.combine import RewardSet
-from flowsteer.rewards.step_preference import StepPreferenceModel
-from flowsteer.rollout.noise import mix
+from flowsteer.rewards.scorers.step_preference import StepPreferenceModel
+from flowsteer.rollout.steps.noise import mix
 
 MAX_FRESH_SIZE = 64  # pixels that a new vision tower sees; a larger one is not learnt from nothing
 Scorer = Callable[[np.ndarray, list[str], float], Tensor]

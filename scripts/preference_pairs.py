@@ -21,11 +21,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from flowsteer.rewards.combine import RewardSet, to_uint8
-from flowsteer.rollout.kernels import denoised
-from flowsteer.rollout.noise import mix
-from flowsteer.rollout.pipeline import Conditioning, FlowPipeline, UnlikeConditioning
-from flowsteer.rollout.prompts import Prompts
+from flowsteer.rollout.data.prompts import Prompts
+from flowsteer.rollout.lifting.pipeline import Conditioning, FlowPipeline, UnlikeConditioning
 from flowsteer.rollout.sample import sample
+from flowsteer.rollout.steps.kernels import denoised
+from flowsteer.rollout.steps.noise import mix
 
 DRAW, STEP, HELD_OUT = 1, 2, 3  # streams of randomness
 PAIR_COLUMNS = ("caption", "image_0", "image_1", "label_0")

@@ -6,7 +6,7 @@
 
 ``train`` has three stages, each kept in the working folder and skipped when it is already there: an autoencoder (AutoencoderKL,
 8 latent channels at a quarter of the size), the latents of a pool of drawn pictures, and the transformer together with
-its two text encoders by flow matching. Reserved captions (flowsteer.rewards.world) are never drawn.
+its two text encoders by flow matching. Reserved captions (flowsteer.rewards.scorers.world) are never drawn.
 
 Letters: B samples, L prompt tokens, C latent channels, D width of the prompt's embedding.
 """
@@ -39,8 +39,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
-from flowsteer.rewards.composition import CompositionReward
-from flowsteer.rewards.world import TASKS, Caption, all_captions, draw, reserved_captions, train_captions
+from flowsteer.rewards.scorers.composition import CompositionReward
+from flowsteer.rewards.scorers.world import TASKS, Caption, all_captions, draw, reserved_captions, train_captions
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPT_LENGTH = 12  # tokens: ten words, one beginning, one end

@@ -7,7 +7,7 @@ export OMP_NUM_THREADS=1
 run=runs/quickstart
 number=1
 while [ -e "$run" ]; do number=$((number + 1)); run="runs/quickstart-$number"; done
-torchrun --nproc_per_node 2 --module flowsteer.rl.cli train embedded_nft_composition "output=$run" "$@"
+torchrun --nproc_per_node 2 --module flowsteer.rl.command train embedded_nft_composition "output=$run" "$@"
 python scripts/compare_with_diffusers.py "$run"
 flowsteer report "$run"
 echo "weights: $run/export/pytorch_lora_weights.safetensors"

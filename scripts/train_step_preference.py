@@ -47,8 +47,7 @@ from torch import Tensor
 from flowsteer.rewards.combine import RewardSet
 from flowsteer.rewards.registry import load_reward
 from flowsteer.rl.build import DTYPES
-from flowsteer.rl.config import parse_overrides
-from flowsteer.rl.options import (
+from flowsteer.rl.command.options import (
     CallOption,
     Chosen,
     DeviceOption,
@@ -59,9 +58,10 @@ from flowsteer.rl.options import (
     WidthOption,
     choose,
 )
-from flowsteer.rollout.noise import mix
-from flowsteer.rollout.pipeline import FlowPipeline
-from flowsteer.rollout.prompts import read_prompts
+from flowsteer.rl.config import parse_overrides
+from flowsteer.rollout.data.prompts import read_prompts
+from flowsteer.rollout.lifting.pipeline import FlowPipeline
+from flowsteer.rollout.steps.noise import mix
 
 CACHED_PROMPTS = 4096  # whose embeddings are kept in memory
 

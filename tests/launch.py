@@ -27,7 +27,7 @@ _context.set_forkserver_preload(
     [
         "flowsteer.rl.build",
         "flowsteer.rl.train",
-        "flowsteer.rewards.jpeg",
+        "flowsteer.rewards.scorers.jpeg",
         "deepspeed",
         "diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3",
         "transformers.models.clip.modeling_clip",

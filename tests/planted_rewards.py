@@ -1,4 +1,4 @@
-"""A sound reward, and rewards that each have one fault of those that are met in this field, for tests/test_certify.py.
+"""A sound reward, and rewards that each have one fault of those that are met in this field, for tests/rewards/test_certify.py.
 
 The sound one is a mean over the pixels with weights that come from the prompt: it sees both, in floats, each pair by itself.
 

@@ -21,11 +21,15 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
 from flowsteer.rewards.registry import load_reward
-from flowsteer.rl import build, engine, forward, transitions
+from flowsteer.rl import build
+from flowsteer.rl.algorithms import forward, transitions
 from flowsteer.rl.config import parse_config
+from flowsteer.rl.engine import base as engine
 from flowsteer.rl.policy import Policy
 from flowsteer.rl.train import train
-from flowsteer.rollout import branches, kernels, pipeline, sample, selfcheck
+from flowsteer.rollout import branches, sample
+from flowsteer.rollout.lifting import pipeline, selfcheck
+from flowsteer.rollout.steps import kernels
 from flowsteer.rollout.worker import RolloutWorker
 
 _LOADED: dict[tuple[str, torch.dtype], Any] = {}

@@ -57,8 +57,8 @@ GRAPH = {name_of(path): imports(path) - {name_of(path)} for path in files()}
 
 def test_the_graph_is_read_right():
     assert "flowsteer.rollout.sample" in GRAPH["flowsteer.rollout.worker"]
-    assert "flowsteer.rl.build" in GRAPH["flowsteer.rl.cli"], "imports inside functions count"
-    assert "flowsteer.rollout.kernels" in GRAPH["flowsteer.rl.transitions"], "from a import module"
+    assert "flowsteer.rl.build" in GRAPH["flowsteer.rl.command.main"], "imports inside functions count"
+    assert "flowsteer.rollout.steps.kernels" in GRAPH["flowsteer.rl.algorithms.transitions"], "from a import module"
 
 
 @pytest.mark.parametrize("folder", ["rewards", "rollout"])
@@ -68,36 +68,49 @@ def test_rewards_and_rollout_know_only_themselves(folder):
             assert all(name.startswith(f"flowsteer.{folder}") for name in imported), (module, imported)
 
 
+ROLLOUT_FLOORS = {  # a file imports from its own floor and from those below
+    "types": 0,
+    "steps": 1,
+    "lifting": 2,
+    "sample": 3,
+    "branches": 4,
+    "worker": 5,
+}
+
+
 def test_order_inside_rollout():
-    """Types <- kernels, solvers, plan, pipeline <- sample <- worker."""
-    floors = {
-        "types": 0,
-        "sample": 2,
-        "branches": 3,
-        "worker": 4,
-    }  # all others: 1; what checks a pipeline stands above it
+    """Types <- steps <- lifting <- sample <- branches <- worker; data stands alone."""
     for module, imported in GRAPH.items():
-        if module.startswith("flowsteer.rollout."):
-            floor = floors.get(module.rsplit(".", 1)[1], 1)
-            above = {name for name in imported if floors.get(name.rsplit(".", 1)[1], 1) > floor}
+        if not module.startswith("flowsteer.rollout."):
+            continue
+        room = module.split(".")[2]
+        rooms = {name.split(".")[2] for name in imported if name.count(".") > 1}
+        if room == "data":
+            assert rooms <= {"data", "types", "steps"}, f"{module} imports {rooms}"
+        else:
+            above = {name for name in rooms - {"data"} if ROLLOUT_FLOORS[name] > ROLLOUT_FLOORS[room]}
             assert not above, f"{module} imports {above} from a floor above"
+            assert "data" not in rooms or room == "worker", f"{module} reads prompt files"
 
 
 def test_order_inside_rl():
-    below = [name for name in GRAPH if name.startswith("flowsteer.rl.algorithms.")]
-    assert len(below) >= 2
-    for module in below:
-        allowed = {
-            f"flowsteer.rl.{name}" for name in ("types", "advantage", "losses", "transitions", "forward", "pairs")
-        }
+    family = {f"flowsteer.rl.algorithms.{name}" for name in ("losses", "transitions", "forward", "pairs")}
+    algorithms = {name for name in GRAPH if name.startswith("flowsteer.rl.algorithms.")} - family
+    assert len(algorithms) >= 9
+    for module in algorithms | family:
+        allowed = family | {"flowsteer.rl.types", "flowsteer.rl.advantage"}
         own = {name for name in GRAPH[module] if name.startswith("flowsteer.rl.")}
         assert own <= allowed, f"{module} imports {own - allowed}: algorithms stand by themselves, without the engine"
-    below += [f"flowsteer.rl.{name}" for name in ("advantage", "policy", "engine", "compare", "scoring", "types")]
-    top = {f"flowsteer.rl.{name}" for name in ("train", "build", "cli", "options")}
-    for module in below:
-        assert not GRAPH[module] & top, f"{module} imports {GRAPH[module] & top}"
+    top = ("train", "build", "command", "config")
+    rooms = ("algorithms", "engine", "advantage", "policy", "compare", "scoring", "types", "checkpoint", "export")
+    for module, imported in GRAPH.items():
+        if module.startswith("flowsteer.rl.") and module.split(".")[2] in rooms:
+            found = {name for name in imported if name.startswith("flowsteer.rl.") and name.split(".")[2] in top}
+            assert module == "flowsteer.rl.checkpoint" or not found, f"{module} imports {found}"
+    readers = {module.split(".")[2] for module, imported in GRAPH.items() if "flowsteer.rl.config" in imported}
+    assert readers <= {"build", "command", "config", "checkpoint"}
     users = {module for module, imported in GRAPH.items() if "flowsteer.rl.train" in imported}
-    assert users == {"flowsteer.rl.cli"}
+    assert users == {"flowsteer.rl.command.main"}
 
 
 def test_no_circles():
@@ -153,7 +166,7 @@ def test_every_folder_is_typed_and_its_data_are_packaged():
     for folder in FOLDERS:
         assert (ROOT / folder / "py.typed").is_file()
     patterns = PYPROJECT["tool"]["setuptools"]["package-data"]["*"]
-    suffixes = {path.suffix for folder in ("rl", "configs") for path in (ROOT / folder).iterdir() if path.is_file()}
+    suffixes = {path.suffix for folder in ("rl", "configs") for path in (ROOT / folder).rglob("*.*") if path.is_file()}
     assert suffixes - {".py", ".typed", ".pyc"} <= {Path(pattern).suffix for pattern in patterns}
 
 
@@ -169,10 +182,15 @@ def test_entry_points_are_the_installed_ones(group):
 def test_an_import_is_light():
     """Neither a command's help nor a reward's own environment may have to wait for, or even have, the heavy packages."""
     rest = [name for name in GRAPH if name.startswith("flowsteer.rollout.")]
-    rest += ["flowsteer.rewards.registry", "flowsteer.rewards.combine", "flowsteer.rl.train", "flowsteer.rl.options"]
+    rest += [
+        "flowsteer.rewards.registry",
+        "flowsteer.rewards.combine",
+        "flowsteer.rl.train",
+        "flowsteer.rl.command.options",
+    ]
     code = (
         "import importlib, sys\n"
-        "import flowsteer.rl.cli\n"
+        "import flowsteer.rl.command.main\n"
         "print(sorted({'torch', 'diffusers', 'transformers'} & set(sys.modules)))\n"
         f"for name in {rest}: importlib.import_module(name)\n"
         f"print(sorted(set({HEAVY}) & set(sys.modules)))\n"
@@ -228,7 +246,7 @@ def test_no_paths_of_a_machine():
         if path.is_file() and path.suffix in texts:
             found = place.search(path.read_text(encoding="utf-8"))
             # tests may need one that nobody has, to see that it is hidden
-            assert not found or (path.parent.name == "tests" and str(ROOT) not in path.read_text()), (path, found)
+            assert not found or ("tests" in path.parts and str(ROOT) not in path.read_text()), (path, found)
 
 
 def test_the_page_is_a_page():

@@ -6,7 +6,7 @@ import torch
 import zoo
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig
 
-from flowsteer.rewards.step_preference import StepPreferenceModel
+from flowsteer.rewards.scorers.step_preference import StepPreferenceModel
 
 
 def tiny_clip() -> CLIPModel:

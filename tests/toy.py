@@ -14,10 +14,10 @@ from flowsteer.rl.algorithms import ALGORITHMS
 from flowsteer.rl.build import build_algorithm, build_engine, build_plan, build_worker
 from flowsteer.rl.compare import compare
 from flowsteer.rl.config import Config, parse_config
-from flowsteer.rl.engine import OptimizerSettings
+from flowsteer.rl.engine.base import OptimizerSettings
 from flowsteer.rl.policy import Policy
 from flowsteer.rl.types import Comparison
-from flowsteer.rollout.prompts import Prompts
+from flowsteer.rollout.data.prompts import Prompts
 from flowsteer.rollout.types import Rollout, Schedule, flat_mean
 
 STEPS, GROUP, PROMPTS = 5, 8, Prompts(texts=("a", "bb", "ccc"))

@@ -52,7 +52,7 @@ from transformers import (
     UMT5EncoderModel,
 )
 
-from flowsteer.rollout.pipeline import FlowPipeline
+from flowsteer.rollout.lifting.pipeline import FlowPipeline
 
 torch.set_num_threads(
     1

@@ -19,8 +19,8 @@ from typing import Annotated, Literal
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
 
-from flowsteer.rl.forward import ForwardAlgorithm, ForwardTerms, NoiseLevels, ramp, unclipped
-from flowsteer.rl.losses import Terms, clipped_objective, ratio_metrics
+from flowsteer.rl.algorithms.forward import ForwardAlgorithm, ForwardTerms, NoiseLevels, ramp, unclipped
+from flowsteer.rl.algorithms.losses import Terms, clipped_objective, ratio_metrics
 from flowsteer.rl.types import Setting, changed
 from flowsteer.rollout.types import Rollout
 

@@ -25,10 +25,10 @@ import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
 
-from flowsteer.rl.forward import ForwardAlgorithm, ForwardTerms, NoiseLevels, ramp
-from flowsteer.rl.losses import Terms
+from flowsteer.rl.algorithms.forward import ForwardAlgorithm, ForwardTerms, NoiseLevels, ramp
+from flowsteer.rl.algorithms.losses import Terms
 from flowsteer.rl.types import Facts, Setting, changed, not_whole
-from flowsteer.rollout.noise import mix
+from flowsteer.rollout.steps.noise import mix
 from flowsteer.rollout.types import Rollout
 
 

@@ -20,7 +20,7 @@ from typing import ClassVar, Literal
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
 
-from flowsteer.rl.forward import ForwardAlgorithm, ForwardTerms, renewed
+from flowsteer.rl.algorithms.forward import ForwardAlgorithm, ForwardTerms, renewed
 
 
 class DiffusionDPO(ForwardAlgorithm):

@@ -20,8 +20,8 @@ from typing import Annotated, Literal
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 
-from flowsteer.rl.forward import ForwardAlgorithm, ForwardTerms, matching_loss, ramp, unclipped
-from flowsteer.rl.losses import Terms
+from flowsteer.rl.algorithms.forward import ForwardAlgorithm, ForwardTerms, matching_loss, ramp, unclipped
+from flowsteer.rl.algorithms.losses import Terms
 from flowsteer.rl.types import Setting
 from flowsteer.rollout.types import flat_mean
 

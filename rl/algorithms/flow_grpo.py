@@ -27,8 +27,8 @@ from typing import Literal, Self
 
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 
-from flowsteer.rl.losses import Terms, clipped_objective, ratio_metrics
-from flowsteer.rl.transitions import TransitionAlgorithm, TransitionTerms
+from flowsteer.rl.algorithms.losses import Terms, clipped_objective, ratio_metrics
+from flowsteer.rl.algorithms.transitions import TransitionAlgorithm, TransitionTerms
 from flowsteer.rl.types import Facts, Setting
 
 

@@ -18,8 +18,8 @@ from typing import ClassVar, Literal
 
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 
-from flowsteer.rl.losses import Terms, clipped_objective, ratio_metrics
-from flowsteer.rl.transitions import TransitionAlgorithm, TransitionTerms
+from flowsteer.rl.algorithms.losses import Terms, clipped_objective, ratio_metrics
+from flowsteer.rl.algorithms.transitions import TransitionAlgorithm, TransitionTerms
 from flowsteer.rl.types import Setting
 
 

@@ -19,7 +19,7 @@ from typing import ClassVar, Literal
 from pydantic import PositiveFloat
 from torch import Tensor
 
-from flowsteer.rl.transitions import TransitionAlgorithm, TransitionTerms
+from flowsteer.rl.algorithms.transitions import TransitionAlgorithm, TransitionTerms
 
 
 class PSO(TransitionAlgorithm):

@@ -1,9 +1,9 @@
 """Step-aware DPO, SPO: preferences between candidates that leave the same state (arXiv 2406.04314), also for flows.
 
 At each step a pool of candidates is drawn from one state and judged (rollout/branches.py): by a step-aware preference model
-(rewards/step_preference.py), or by any reward after they were led to the end. The best and the worst candidate make a pair,
-if the judge prefers the one to the other clearly enough. Because both are Gaussian around the same mean, the difference of
-their log ratios to the reference is linear in that mean,
+(rewards/scorers/step_preference.py), or by any reward after they were led to the end. The best and the worst candidate make
+a pair, if the judge prefers the one to the other clearly enough. Because both are Gaussian around the same mean, the
+difference of their log ratios to the reference is linear in that mean,
 
     log r_w - log r_l = <(x_w - x_l) (mean - mean_ref)> / q^2,
 
@@ -25,7 +25,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, PositiveFloat
 from torch import Tensor
 
-from flowsteer.rl.transitions import TransitionAlgorithm, TransitionTerms
+from flowsteer.rl.algorithms.transitions import TransitionAlgorithm, TransitionTerms
 from flowsteer.rl.types import Setting
 from flowsteer.rollout.types import flat_mean
 

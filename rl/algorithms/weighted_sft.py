@@ -26,8 +26,8 @@ import torch
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
 
-from flowsteer.rl.forward import ForwardAlgorithm, ForwardTerms, renewed
-from flowsteer.rl.losses import Terms
+from flowsteer.rl.algorithms.forward import ForwardAlgorithm, ForwardTerms, renewed
+from flowsteer.rl.algorithms.losses import Terms
 from flowsteer.rl.types import Comparison, Setting, changed, not_whole
 
 SampleWeights = Literal["best", "positive", "exponential"]

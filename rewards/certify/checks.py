@@ -1,0 +1,416 @@
+"""The checks that make a certificate, one function each: what it found, or `Refused`, or `NotApplicable`.
+
+Those that hand it odd inputs are in ``flowsteer.rewards.certify.odd``. From outside nothing proves that threads never disturb
+each other; `threads` makes it likely. A reward that hangs makes these hang: deadlines are the matter of
+``flowsteer.rewards.hosts``.
+
+Letters: B images of the trial, N images of one call.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import random
+import statistics
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flowsteer.rewards.certify.odd import (
+    grey_levels,
+    impossible_images,
+    odd_batches,
+    odd_prompts,
+    plain_images,
+    sizes,
+    video,
+)
+from flowsteer.rewards.certify.trial import (
+    Confusion,
+    NotApplicable,
+    Pair,
+    Refused,
+    Trial,
+    error_text,
+    largest_difference,
+    process_settings,
+)
+from flowsteer.rewards.combine import RewardSet
+
+CheckFunction = Callable[[Trial], str]
+
+
+def load(trial: Trial) -> str:
+    """It can be made, and making it leaves the process as it is."""
+    started = time.perf_counter()
+    kind = type(trial.reward).__name__
+    changed = _changes(trial.settings, process_settings())
+    if changed:
+        raise Refused(f"the constructor changes {', '.join(changed)}, on which the training beside it depends")
+    return f"{kind} is ready after {time.perf_counter() - started:.2f} s"
+
+
+def answer(trial: Trial) -> str:
+    """B finite numbers or None; the reward can judge the trial's images."""
+    whole = trial.score(trial.rows)
+    found = trial.own[trial.scored]
+    if len(found) < 4:
+        raise Refused(
+            f"only {len(found)} of {len(whole)} images got a score, the others None: nothing can be said; give images and "
+            "prompts that this reward judges"
+        )
+    missing = f", {len(whole) - len(found)} missing (None)" if len(found) < len(whole) else ""
+    zeros = f", {np.sum(found == 0)} of {len(found)} are exactly 0" if not found.all() else ""
+    return f"{len(found)} scores from {found.min():.6g} to {found.max():.6g}{zeros}{missing}"
+
+
+def fingerprint(trial: Trial) -> str:
+    """A mapping that JSON gives back unchanged, since it is kept with a run and compared later."""
+    given = getattr(trial.reward, "fingerprint", None)
+    if given is None:
+        raise NotApplicable("declares none")
+    if not isinstance(given, Mapping):
+        raise Refused(f"fingerprint is a {type(given).__name__}; it must be a mapping of names to texts and numbers")
+    try:
+        kept = json.loads(json.dumps(trial.fingerprint, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise Refused(f"JSON cannot hold the fingerprint: {error}; give texts and finite numbers") from error
+    changed = [str(name) for name, value in trial.fingerprint.items() if kept.get(name) != value]
+    if changed:
+        raise Refused(f"JSON gives back something else for {', '.join(changed)}; give names, texts, numbers and lists")
+    return f"declares {', '.join(kept)}"
+
+
+def call(trial: Trial) -> str:
+    """(images, prompts, **columns), by position or by name, with columns that it has never heard of."""
+    images, prompts, columns = trial.arguments(trial.rows)
+    columns["a_column_of_another_reward"] = [None] * len(prompts)
+    trial.reward(images=images.copy(), prompts=list(prompts), **columns)
+    try:
+        trial.reward(images, prompts, **columns)
+    except Exception as error:
+        raise Refused(
+            "answers reward(images=..., prompts=...) but not reward(images, prompts): are its arguments in the other order? It "
+            f"raised {error_text(error)}"
+        ) from error
+    return "takes (images, prompts, **columns)"
+
+
+def order(trial: Trial) -> str:
+    """The score of each image stands at that image's row."""
+    if trial.groupwise:
+        places = np.random.default_rng(0).permutation(len(trial.rows))
+        shuffled = trial.score([trial.rows[place] for place in places])
+        if not trial.same(shuffled, trial.own[places]):
+            raise Refused("a group in another order gets other scores: each score must stay with its image")
+        return "a shuffled group gets the shuffled scores"
+    _refuse_confusion(trial, "order", "the scores are the right ones, but at the rows of other images")
+    return "each score stands at its image's row, shuffled or not"
+
+
+def pairing(trial: Trial) -> str:
+    """Each image is scored with the prompt of its own row."""
+    _pointwise_only(trial, "a group has one prompt")
+    _refuse_confusion(trial, "pairing", "images are scored with the prompts of other rows")
+    return "each image is scored with its own prompt"
+
+
+def all_against_all(trial: Trial) -> str:
+    """No score is a mean over the matrix of all images and all prompts."""
+    _pointwise_only(trial, "a group has one prompt")
+    text = "a score is the mean of its image over all prompts, or of its prompt over all images; take the diagonal"
+    _refuse_confusion(trial, "all against all", text)
+    return "no score mixes prompts"
+
+
+def determinism(trial: Trial) -> str:
+    """The same call gives the same scores, also to a second instance."""
+    first = trial.score(trial.rows)
+    for who, reward in (("the same instance, asked again,", trial.reward), ("a second instance", trial.new())):
+        other = trial.score(trial.rows, reward)
+        if not trial.same(first, other):
+            again = " in another order" if trial.same(np.sort(first), np.sort(other)) else ""
+            raise Refused(f"{who} gives other scores{again}: {largest_difference(first, other)}")
+    return "two calls and two instances agree"
+
+
+def batch_independence(trial: Trial) -> str:
+    """A score depends neither on the size of its batch nor on what else is in it."""
+    _pointwise_only(trial, "its scores are relative to the group")
+    text = "scores differ from those of each pair alone; they may depend on their own image and prompt only"
+    _refuse_confusion(trial, "batch", text)
+    return f"1, 2, 7 and {len(trial.rows)} at a time agree to {trial.tolerance:.1e}"
+
+
+def duplicates(trial: Trial) -> str:
+    """One pair twice in a call gets one score twice."""
+    first, second = np.split(trial.score(trial.rows + trial.rows), 2)
+    if not trial.same(first, second):
+        raise Refused(
+            f"the same image and prompt twice in one call get two scores: {largest_difference(first, second)}"
+        )
+    return "equal images get equal scores"
+
+
+def silent_zero(trial: Trial) -> str:
+    """No zeros as of a failure that nobody noticed: not all scores, nor all under one prompt where others are real numbers.
+
+    A single 0 says nothing: a picture may show nothing of what was asked for. A 0 for each image, whatever it shows, where
+    other scores are no coarse shares (`Trial.real_valued`), is the prompt's, and most likely an error's.
+    """
+    if not np.any(trial.own[trial.scored]):
+        raise Refused(
+            f"all {len(trial.scored)} scores are exactly 0, as of a reward that swallows its errors; raise, or answer None "
+            "for what cannot be scored. If 0 is right, give images and prompts that earn more"
+        )
+    if trial.real_valued and not trial.groupwise:
+        for prompt, row in {trial.prompts[row]: row for row in np.flatnonzero(trial.own == 0).tolist()}.items():
+            scores = trial.score([(image, row) for image, _ in trial.rows])
+            if np.any(scores == 0) and not np.any(scores[np.isfinite(scores)]):
+                raise Refused(
+                    f"each image scores exactly 0 under the prompt {prompt[:60]!r}, while other scores are real numbers: as "
+                    "of a reward that swallows its errors; raise, or answer None for what cannot be scored. If 0 is right, "
+                    "give an image that earns more under this prompt"
+                )
+    return "the scores are not all 0"
+
+
+def sees_the_image(trial: Trial) -> str:
+    """Another image under the same prompt gets another score."""
+    if not np.any(trial.own[trial.scored]):
+        raise NotApplicable("all scores are 0")
+    effect = float(np.ptp(trial.own)) if trial.groupwise else _largest_spread(_matrix(trial).T)
+    if not effect > trial.tolerance:
+        raise Refused(
+            f"the image makes no difference: {trial.own[trial.scored[0]]:.6g} for each, under the same prompt"
+        )
+    return f"under one prompt the image moves the score by up to {effect:.4g}"
+
+
+def sees_the_prompt(trial: Trial) -> str:
+    """Another prompt for the same image gives another score, unless the reward declares that the prompt plays no part."""
+    if not np.any(trial.own[trial.scored]):
+        raise NotApplicable("all scores are 0")
+    prompts = {prompt: row for row, prompt in enumerate(trial.prompts)}
+    if len(prompts) == 1:
+        raise NotApplicable("all images have the same prompt")
+    if trial.groupwise:
+        images, own, columns = trial.arguments(trial.rows)
+        asked = [trial.ask(images.copy(), [prompt] * len(own), columns) for prompt in list(prompts)[:4]]
+        effect = _largest_spread(np.stack(asked, axis=1))
+    else:
+        pairs = trial.samples
+        effect = _largest_spread(np.array([[trial.under_prompt(image, row) for _, row in pairs] for image, _ in pairs]))
+    seen = effect > trial.tolerance
+    if seen and not trial.uses_prompt:
+        raise Refused(f"declares uses_prompt = False, but the prompt moves the score by up to {effect:.4g}")
+    if not seen and trial.uses_prompt:
+        if trial.columns and not trial.groupwise and _largest_spread(_matrix(trial)) > trial.tolerance:
+            raise NotApplicable("the columns make a difference, the prompt without them makes none")
+        raise Refused("the prompt makes no difference; if that is meant, declare uses_prompt = False in the class")
+    return f"for one image the prompt moves the score by up to {effect:.4g}" if seen else "plays no part, as declared"
+
+
+def as_the_trainer_asks(trial: Trial) -> str:
+    """Asked by way of float images k / 255, which reach the reward as exactly k, it gives the same scores."""
+    images, prompts, columns = trial.arguments(trial.rows)
+    floats = torch.from_numpy(images).movedim(-1, -3) / 255
+    scores = RewardSet([("reward", trial.reward, 1.0)]).score(floats, prompts, columns)
+    total = scores.total.double().numpy()
+    directly = trial.score(trial.rows)
+    if not trial.same(total, directly):
+        why = "; ".join(dict.fromkeys(scores.failures.values()))
+        raise Refused(f"other scores than when it is asked directly: {largest_difference(total, directly)}. {why}")
+    return "the same scores by way of float images and a reward set"
+
+
+def inputs_untouched(trial: Trial) -> str:
+    """The images and lists that it is given are as before."""
+    given, before = trial.arguments(trial.rows), trial.arguments(trial.rows)
+    trial.ask(*given)
+    changed = [name for name, now, then in zip(("prompts", "columns"), given[1:], before[1:]) if now != then]
+    changed += [] if np.array_equal(given[0], before[0]) else ["images"]
+    if changed:
+        raise Refused(f"changes the {' and '.join(changed)} that it is given; work on a copy")
+    return "images, prompts and columns are as before"
+
+
+def surroundings(trial: Trial) -> str:
+    """No call changed the working folder, torch's settings, or a random state that others draw from."""
+    torch_state, numpy_state, python_state = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    device = torch.get_device_module() if torch.accelerator.is_available() else None
+    device_state = device.get_rng_state() if device else None
+    try:  # a reward that seeds them has done so before: away from where it leaves them
+        torch.rand(1)
+        if device:
+            torch.rand(1, device=torch.accelerator.current_accelerator())
+        np.random.random()
+        random.random()
+        before = _random_states()
+        trial.score(trial.rows)
+        changed = _changes(trial.settings, process_settings()) + _changes(before, _random_states())
+    finally:
+        torch.set_rng_state(torch_state)
+        if device:
+            device.set_rng_state(device_state)
+        np.random.set_state(numpy_state)
+        random.setstate(python_state)
+    if changed:
+        raise Refused(f"a call changes {', '.join(changed)}, on which the training beside it depends; put it back")
+    return f"as before: {', '.join([*trial.settings, *before])}"
+
+
+def no_gradient(trial: Trial) -> str:
+    """Called with gradients enabled it gives plain numbers and keeps no graph."""
+    images, prompts, columns = trial.arguments(trial.rows)
+    saved: weakref.WeakSet[_Saved] = weakref.WeakSet()
+
+    def pack(tensor: Tensor) -> _Saved:
+        saved.add(kept := _Saved(tensor))
+        return kept
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept.tensor):
+        given = trial.reward(images, prompts, **columns)
+    for values in given.values() if isinstance(given, Mapping) else [given]:
+        if any(isinstance(value, Tensor) and value.requires_grad for value in (values, *values)):
+            raise Refused("its scores carry an autograd graph; score under torch.no_grad() and give numbers")
+    del given, values
+    if len(saved):
+        gc.collect()  # what only a circle holds is not kept
+    if len(saved):
+        raise Refused("keeps an autograd graph after the call, and with it the memory; score under torch.no_grad()")
+    return "plain numbers, no graph is kept"
+
+
+def threads(trial: Trial) -> str:
+    """Asked from four threads at once it gives the scores that it gives alone."""
+    size = len(trial.rows)
+    calls = [[trial.rows[(4 * thread + place) % size] for place in range(4)] for thread in range(4)]
+    expected = [trial.score(pairs) for pairs in calls]
+    start = threading.Barrier(len(calls))
+
+    def ask(pairs: Sequence[Pair]) -> list[np.ndarray]:
+        start.wait()
+        return [trial.score(pairs) for _ in range(4)]
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)  # seconds; the usual 5 ms are longer than a call of a quick reward
+    try:
+        with ThreadPoolExecutor(len(calls)) as pool:
+            answers = [answer.result() for answer in [pool.submit(ask, pairs) for pairs in calls]]
+    except Exception as error:
+        raise Refused(f"called from four threads at once it fails: {error_text(error)}") from error
+    finally:
+        sys.setswitchinterval(interval)
+    for alone, scores in ((alone, scores) for alone, found in zip(expected, answers) for scores in found):
+        if not trial.same(scores, alone):
+            raise Refused(
+                f"four threads at once get other scores: {largest_difference(scores, alone)}; keep what belongs to a call in "
+                "local variables, or take a lock"
+            )
+    return "four threads at once get the scores of one"
+
+
+def speed(trial: Trial) -> str:
+    """Reported, never refused."""
+    one = trial.rows[:2] if trial.groupwise else trial.samples[:1]
+    many = [trial.rows[place % len(trial.rows)] for place in range(16)]
+    latency = statistics.median(_seconds(lambda: trial.score(one)) for _ in range(3))
+    whole = _seconds(lambda: trial.score(many))
+    what = "a group of two" if trial.groupwise else "one image"
+    return f"{what} {1000 * latency:.3g} ms; 16 at once {16 / whole:.4g} images/s"
+
+
+CHECKS: dict[str, CheckFunction] = {
+    "load": load,
+    "call": call,
+    "answer": answer,
+    "fingerprint": fingerprint,
+    "order": order,
+    "pairing": pairing,
+    "all against all": all_against_all,
+    "determinism": determinism,
+    "batch independence": batch_independence,
+    "duplicates": duplicates,
+    "silent zero": silent_zero,
+    "sees the image": sees_the_image,
+    "sees the prompt": sees_the_prompt,
+    "odd batches": odd_batches,
+    "sizes": sizes,
+    "plain images": plain_images,
+    "video": video,
+    "grey levels": grey_levels,
+    "as the trainer asks": as_the_trainer_asks,
+    "odd prompts": odd_prompts,
+    "impossible images": impossible_images,
+    "inputs untouched": inputs_untouched,
+    "surroundings": surroundings,
+    "no gradient": no_gradient,
+    "threads": threads,
+    "speed": speed,
+}
+GATES = ("load", "call", "answer", "determinism")  # the checks after these compare scores
+
+
+def _pointwise_only(trial: Trial, reason: str) -> None:
+    if trial.groupwise:
+        raise NotApplicable(f"the reward is groupwise: {reason}")
+
+
+def _refuse_confusion(trial: Trial, kind: Confusion, text: str) -> None:
+    where = [label for found, label in trial.confusions if found == kind]
+    if where:
+        raise Refused(f"{text} ({'; '.join(where)})")
+
+
+def _matrix(trial: Trial) -> np.ndarray:
+    """Scores of up to four images (rows) under each of their prompts."""
+    pairs = trial.samples
+    return np.array([[trial.alone((image, prompt)) for _, prompt in pairs] for image, _ in pairs])
+
+
+def _largest_spread(scores: np.ndarray) -> float:
+    """The largest difference inside a row, missing ones aside; 0 where no row has two."""
+    rows = [row[np.isfinite(row)] for row in scores]
+    return max((float(np.ptp(row)) for row in rows if len(row)), default=0.0)
+
+
+def _random_states() -> dict[str, Any]:
+    numpy_state: Any = np.random.get_state()
+    device = {}
+    if torch.accelerator.is_available():
+        device["the accelerator's random state"] = torch.get_device_module().get_rng_state().numpy().tobytes()
+    return device | {
+        "torch's random state": torch.get_rng_state().numpy().tobytes(),
+        "numpy's random state": (numpy_state[1].tobytes(), *numpy_state[2:]),
+        "python's random state": random.getstate(),
+    }
+
+
+def _changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    return [name for name, value in before.items() if after[name] != value]
+
+
+class _Saved:
+    """A tensor that a graph keeps for its way back; lives as long as the graph."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+def _seconds(function: Callable[[], Any]) -> float:
+    started = time.perf_counter()
+    function()
+    return time.perf_counter() - started
+
+
+__all__ = ["CHECKS", "GATES", "CheckFunction"]

@@ -1,0 +1,98 @@
+"""Would a LoRA on this pipeline learn? The part of `flowsteer check-model` that trains: targets, parameters, gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import torch
+from torch import Tensor
+
+from flowsteer.rl.policy import Policy
+from flowsteer.rollout.lifting.pipeline import Pipeline
+from flowsteer.rollout.lifting.selfcheck import PROMPTS, Finding
+
+_NAMED = 6  # layers that a finding lists before it only counts
+
+
+def trainable_findings(
+    pipeline: Pipeline,
+    targets: Sequence[str],
+    guidance_scale: float = 1.0,
+    *,
+    rank: int = 32,
+    num_inference_steps: int = 3,
+) -> list[Finding]:
+    """What a LoRA with these targets finds in the pipeline, and which of its tensors a gradient reaches.
+
+    Costs a forward and a backward pass at batch 1 for each of the ``num_inference_steps``, which together visit every
+    denoiser of a pipeline that has several. The adapters stay on the pipeline, with small random values.
+
+    The gradient is in order when it is finite and reaches every target in every denoiser. Single tensors may stay
+    without one: in the last block of Stable Diffusion 3 the text queries lead nowhere.
+    """
+    try:
+        policy = Policy(pipeline, lora=(rank, rank, targets), variants=frozenset(), seed=0)
+    except ValueError as error:
+        return [Finding(name="LoRA targets", ok=False, detail=str(error))]
+    parameters = policy.parameters()
+    layers = {name: name.rsplit(".lora_", 1)[0] for name in parameters}  # of each tensor
+    found = {
+        (component, target): {layer for layer in layers.values() if _is(layer, component, target)}
+        for component in policy.denoisers
+        for target in targets
+    }
+    counts = {target: sum(len(found[component, target]) for component in policy.denoisers) for target in targets}
+    trained = sum(parameter.numel() for parameter in parameters.values())
+
+    gradients = _gradients(pipeline, policy, guidance_scale, num_inference_steps)
+    idle = [name for name, gradient in gradients.items() if gradient is None or not gradient.any()]
+    broken = [name for name, gradient in gradients.items() if gradient is not None and not gradient.isfinite().all()]
+    reached = {layers[name] for name in parameters.keys() - idle}
+    dead = [f"{target} of {component}" for (component, target), own in found.items() if own and not own & reached]
+    detail = f"reached {len(parameters) - len(idle)} of {len(parameters)} LoRA tensors"
+    if idle:
+        detail += f", none those of {_list({layers[name] for name in idle})}"
+    if dead:
+        detail += f"; no {', no '.join(dead)} would learn: leave it out of the targets"
+    if broken:
+        detail += f"; not finite in {_list({layers[name] for name in broken})}"
+    return [
+        Finding(
+            name="LoRA targets",
+            ok=True,
+            detail="layers found: " + ", ".join(f"{key} {count}" for key, count in counts.items()),
+        ),
+        Finding(name="parameters", ok=True, detail=f"{trained:,} are trained at rank {rank}"),
+        Finding(name="gradient", ok=not (dead or broken), detail=detail),
+    ]
+
+
+def _gradients(
+    pipeline: Pipeline, policy: Policy, guidance_scale: float, num_inference_steps: int
+) -> dict[str, Tensor | None]:
+    """The gradient of a random projection of the velocities, summed over the steps, by the names of the parameters."""
+    generator = torch.Generator().manual_seed(0)
+    parameters = policy.parameters()
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            if ".lora_B" in name:  # at its initial 0 no gradient would reach the other factor
+                parameter += 0.01 * torch.randn(parameter.shape, generator=generator).to(parameter)
+    conditioning = pipeline.prepare(
+        [PROMPTS[0]], num_inference_steps=num_inference_steps, guidance_scale=guidance_scale
+    )
+    device = next(iter(parameters.values())).device
+    for index in range(conditioning.schedule.num_steps):
+        latents = torch.randn((1, *conditioning.latent_shape), generator=generator)
+        probe = torch.randn(latents.shape, generator=generator).to(device)
+        velocity = policy.velocity(latents.to(device, conditioning.latent_dtype), index, conditioning)
+        (velocity.float() * probe).mean().backward()
+    return {name: parameter.grad for name, parameter in parameters.items()}
+
+
+def _is(layer: str, component: str, target: str) -> bool:
+    return layer.startswith(f"{component}.") and layer.endswith(f".{target}")
+
+
+def _list(names: Collection[str]) -> str:
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(sorted(names)[:_NAMED]) + more

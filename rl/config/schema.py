@@ -1,0 +1,494 @@
+"""Typed, strict configuration: YAML plus ``key.sub=value`` on the command line.
+
+Every class of the project takes plain arguments; only `build.py` reads these models. An unknown key is an error that names
+the nearest one; nothing that a user set is dropped.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
+
+from flowsteer.rl.algorithms import ALGORITHMS, AnyAlgorithm
+from flowsteer.rl.types import Setting, changed, not_whole
+from flowsteer.rollout.data.prompts import check_divisible
+
+logger = logging.getLogger(__name__)
+
+
+class Section(BaseModel):
+    """A part of the configuration: frozen, and strict about its keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+
+
+def _by_name(given: Any) -> Any:
+    """A text stands for the section of that name: ``all`` for ``{name: all}``."""
+    return {"name": given} if isinstance(given, str) else given
+
+
+def _by_names(given: Any) -> Any:
+    """A reward's name, or a list of them, stands for these rewards with the defaults; so does a name without a section."""
+    names = [given] if isinstance(given, str) else given
+    if isinstance(names, list) and all(isinstance(name, str) for name in names):
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"{twice[0]!r} stands there more than once")
+        return {name: {} for name in names}
+    if isinstance(given, dict):
+        return {name: {} if section is None else section for name, section in given.items()}
+    return given
+
+
+class LoRAConfig(Section):
+    """Low-rank adapters on the denoiser (arXiv 2106.09685)."""
+
+    rank: PositiveInt = 32
+    """Of the two factors of each adapter."""
+    alpha: PositiveInt = 64
+    """An adapter's output is multiplied by alpha / rank."""
+    targets: Annotated[tuple[str, ...], Field(min_length=1)] = ("to_q", "to_k", "to_v", "to_out.0")
+    """Names of the linear layers, matched at the end of a module's path. Each must match something."""
+
+
+class ModelConfig(Section):
+    """The pipeline to train."""
+
+    path: str = "embedded"
+    """A folder or hub id in diffusers' layout; ``embedded`` is the tiny pipeline that is shipped with the package."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the frozen weights. float16 is left out: its gradients vanish without a loss scale that a resumed run would need."""
+    height: PositiveInt | None = None
+    """In pixels; null is the pipeline's own."""
+    width: PositiveInt | None = None
+    """In pixels; null is the pipeline's own."""
+    lora: LoRAConfig | None = LoRAConfig()
+    """``null`` trains all weights of the denoiser."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass: less memory, more time."""
+    call: dict[str, Any] = {}
+    """Further arguments of the pipeline's own ``__call__``, such as ``max_sequence_length``."""
+
+
+class PromptsConfig(Section):
+    """What to draw."""
+
+    train: str = "shapes_train.txt"
+    """A text file with a prompt a line, JSON lines with a ``prompt`` key, or the name of a file that is shipped."""
+
+
+class KernelConfig(Section):
+    """One stochastic denoising step as a Gaussian (rollout/steps/kernels.py)."""
+
+    name: Literal["flow_sde", "dance_sde", "cps", "ddim"] = "flow_sde"
+    """Whose stochastic step: Flow-GRPO's, DanceGRPO's, CPS's, or DDIM's with eta."""
+    noise_level: NonNegativeFloat = 0.7
+    """Scales the noise of a stochastic step; 0 is none."""
+    decay: Literal["constant", "linear", "power", "cosine", "exponential"] = "constant"
+    """How the noise level falls from step to step; ``linear``, ``power`` and ``cosine`` reach 0 at the last one."""
+    decay_rate: PositiveFloat = 1.0
+    """Of ``power`` (the exponent) and ``exponential`` (per step)."""
+    keep_budget: bool = False
+    """Scale a decaying noise level so that the variances of the steps add up to those of the constant one."""
+    log_prob_weight: Literal["gaussian", "variance"] = "gaussian"
+    """``gaussian``: the density's logarithm. ``variance``: times 2 std^2, the published convention of CPS."""
+
+
+class AllPlan(Section):
+    """Every step is stochastic, the last one only when asked."""
+
+    name: Literal["all"] = "all"
+    include_last: bool = False
+    """The last step is stochastic, too."""
+
+
+class NonePlan(Section):
+    """No step is stochastic: an ODE rollout, for forward-process algorithms."""
+
+    name: Literal["none"] = "none"
+
+
+class StepsPlan(Section):
+    """The same given steps always."""
+
+    name: Literal["steps"] = "steps"
+    indices: tuple[int, ...]
+    """The denoising steps that are stochastic, counted from 0."""
+
+
+class WindowPlan(Section):
+    """Consecutive stochastic steps, deterministic ones outside (MixGRPO, Flow-GRPO-Fast)."""
+
+    name: Literal["window"] = "window"
+    strategy: Literal["fixed", "progressive", "random", "linear_decay", "exponential_decay"] = "random"
+    """How the window moves: not at all, step by step, at random, or step by step and ever faster."""
+    size: PositiveInt = 2
+    """Steps in the window."""
+    low: int = 0
+    """First step that a window may cover."""
+    high: int | None = None
+    """End (exclusive) of the steps that a window may cover; the default leaves the last step out."""
+    stride: PositiveInt = 1
+    """Steps that the window moves by, at most its size."""
+    iterations: PositiveInt = 25
+    """Training steps at each place; at the first ones when they decay."""
+    min_iterations: PositiveInt = 1
+    """Of ``linear_decay``: training steps at the last place."""
+    decay_start: NonNegativeInt = 0
+    """Of ``exponential_decay``: places up to here keep their iterations."""
+    decay_rate: PositiveFloat = 0.1
+    """Of ``exponential_decay``, per place."""
+    roll_back: bool = True
+    """Start again at the first place after the last one; otherwise stay there."""
+
+
+PlanConfig = Annotated[AllPlan | NonePlan | StepsPlan | WindowPlan, Field(discriminator="name")]
+
+_DEFAULT_PLANS = {"transitions": "all", "final latents": "none"}  # by what an algorithm learns from
+
+
+class BranchingConfig(Section):
+    """Samples of a group leave the same state at each stochastic step of the plan (G2RPO, step-aware DPO)."""
+
+    trunk: Literal["deterministic", "resampled"] = "deterministic"
+    """How the common state goes on: by the deterministic sampler, or from one of the candidates, drawn at random."""
+    finish: Literal["deterministic", "denoised"] = "deterministic"
+    """How candidates become images: led to the end, or by the model's prediction of the clean image. Rewards get the noise
+    level of the prediction as the column ``sigma``."""
+    granularities: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1,)
+    """Denoising steps taken in one on the way to the end; each makes an image of every candidate."""
+    first: NonNegativeInt = 0
+    """Stochastic steps before this one have no candidates: they are drawn once for each group."""
+
+
+class RolloutConfig(Section):
+    """How samples are drawn."""
+
+    num_inference_steps: PositiveInt = 10
+    """Denoising steps."""
+    guidance_scale: NonNegativeFloat = 1.0
+    """In the unit of the pipeline's own guidance argument; 1 is without (a guidance-distilled model is told 1). 0 is what
+    some models publish for the same (SDXL Turbo, FLUX.1-schnell): pipelines guide above 1 only."""
+    negative_prompt: str | None = None
+    """What guidance leads away from; null is none."""
+    prompts_per_step: PositiveInt = 24
+    """Prompts drawn in each training step, over all processes."""
+    group_size: Annotated[int, Field(ge=2)] = 16
+    """Samples of each prompt, which are compared with one another."""
+    batch_size: PositiveInt = 64
+    """Samples in one network pass, in sampling and in training: kernels that depend on the shape then agree."""
+    plan: Annotated[PlanConfig, BeforeValidator(_by_name)] = NonePlan()
+    """Which steps are stochastic; by default ``all`` for algorithms that learn from transitions, ``none`` for others."""
+    kernel: Annotated[KernelConfig, BeforeValidator(_by_name)] = KernelConfig()
+    solver: Literal["euler", "dpmpp_2m"] = "euler"
+    """Of the deterministic steps; the second-order one is for those after the last stochastic step."""
+    shared_noise: bool = False
+    """The samples of a group start from the same initial noise; what they have in common is computed once."""
+    branching: BranchingConfig | None = None
+    """Score every stochastic step by itself, with candidates that part only there; null draws whole trajectories."""
+    tail_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Of the denoising steps after the last stochastic one only so many are taken, longer ones (MixGRPO-Flash: 0.4)."""
+    train_guidance_scale: NonNegativeFloat | None = None
+    """Guidance in training where the algorithm noises final latents again; null is that of sampling."""
+
+
+class HostConfig(Section):
+    """Where a reward runs, if not in this process; exactly one of ``environment``, ``python`` and ``url`` says where."""
+
+    environment: str | None = None
+    """A managed environment (`flowsteer rewards env list`)."""
+    python: str | None = None
+    """The interpreter of an environment of your own."""
+    url: str | None = None
+    """A reward on another machine, where `flowsteer rewards serve` runs."""
+    target: str | None = None
+    """What runs there: a scorer of the managed environment; of an interpreter, ``module:attribute`` or
+    ``path/to/file.py:attribute``. By default the reward's name. A server has one already."""
+    token_file: str | None = None
+    """The server's token; null takes it from the environment variable FLOWSTEER_REWARD_TOKEN."""
+    start_timeout_s: PositiveFloat = 600.0
+    """How long to wait until the reward is ready: it may load a model."""
+    deadline_s: PositiveFloat = 30.0
+    """See ``deadline_per_image_s``."""
+    deadline_per_image_s: NonNegativeFloat = 2.0
+    """A batch of B images is waited for ``deadline_s + deadline_per_image_s * B`` seconds; then its scores are missing."""
+    max_restarts: Annotated[int, Field(ge=0)] = 3
+    """Of a process that died or got stuck, within an hour."""
+    max_body_bytes: PositiveInt = 2**30
+    """Of the pixels of a batch; a server has its own limit."""
+
+    @model_validator(mode="after")
+    def _one_place(self) -> HostConfig:
+        given = [name for name in ("environment", "python", "url") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"a host is one of environment, python and url; {' and '.join(given) or 'none'} is given")
+        idle = {"url": ("target", "max_restarts", "max_body_bytes")}.get(given[0], ("token_file",))
+        for name in idle:
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} does nothing for a host that is given by {given[0]}; leave it out")
+        return self
+
+
+class RewardConfig(Section):
+    """One reward: ``weight * scale * (score - offset)``."""
+
+    weight: float = 1.0
+    """In the sum of the rewards; may be negative, and 0 only reports."""
+    scale: float = 1.0
+    """Multiplies the score, after the offset."""
+    offset: float = 0.0
+    """Subtracted from the score."""
+    options: dict[str, Any] = {}
+    """Arguments of the reward's constructor."""
+    host: HostConfig | None = None
+    """Where it runs; null is this process."""
+
+    @model_validator(mode="after")
+    def _options_are_elsewhere(self) -> RewardConfig:
+        if self.host is not None and self.host.url is not None and self.options:
+            raise ValueError("the options of a served reward are given where it is served; leave options out")
+        return self
+
+
+class AdvantageConfig(Section):
+    """How a sample is compared with its group."""
+
+    deviation: Literal["group", "global", "none"] = "group"
+    """What differences to the group's mean are divided by: its own deviation, that of all samples, or nothing."""
+    ddof: Literal[0, 1] = 0
+    """Of the deviation, which is that of n - ddof samples; Flow-GRPO's is 0, that of DanceGRPO, MixGRPO and G2RPO 1."""
+    epsilon: NonNegativeFloat = 1e-4
+    """Added to the deviation; DanceGRPO, MixGRPO and G2RPO have 1e-8."""
+    clip: PositiveFloat | None = 5.0
+    """Largest size of an advantage; null does not clip."""
+    combine: Literal["rewards", "advantages", "gdpo"] = "rewards"
+    """Several rewards: sum the scores; or compare each on its own scale and sum that; or normalise that sum once more."""
+    best_and_worst: Annotated[int, Field(ge=2, multiple_of=2)] | None = None
+    """Learn from so many samples of each group only, its best and its worst; null learns from all."""
+    min_scored: Annotated[float, Field(ge=0, le=1)] = 0.9
+    """The run stops, with everything saved, when less than this part of a step's samples has a score."""
+
+
+class OptimizerConfig(Section):
+    """AdamW; the learning rate is a pure function of the number of updates."""
+
+    learning_rate: PositiveFloat = 3e-4
+    """After the warm-up."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """``linear`` and ``cosine`` fall towards 0, which they would reach one update after the run's last."""
+    warmup_updates: Annotated[int, Field(ge=0)] = 0
+    """Updates in which the learning rate rises from 0."""
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    """Of the running means of the gradient and of its square."""
+    weight_decay: NonNegativeFloat = 1e-4
+    """Decoupled, times the learning rate."""
+    epsilon: PositiveFloat = 1e-8
+    """Added to the root of the mean square."""
+    max_grad_norm: PositiveFloat = 1.0
+    """Gradients of a larger norm are scaled down to it."""
+
+
+class EngineConfig(Section):
+    """Where and how it runs."""
+
+    zero_stage: Literal[0, 1, 2, 3] | None = None
+    """DeepSpeed's ZeRO stage; ``null`` leaves DeepSpeed out."""
+    device: Literal["auto", "cpu"] = "auto"
+    """``auto``: an accelerator if there is one."""
+    timeout_s: PositiveInt = 1800
+    """A process that keeps the others waiting longer than this ends the job."""
+
+
+class EvaluationConfig(Section):
+    """Fixed prompts and seeds, the deterministic sampler."""
+
+    prompts: str = "shapes_reserved.txt"
+    """A prompt file, as in ``prompts.train``."""
+    num_prompts: PositiveInt = 48
+    """So many of the file's, spread evenly over it."""
+    num_seeds: PositiveInt = 1
+    """Samples of each prompt; rewards that compare the images of a prompt need at least 2."""
+    every: Annotated[int, Field(ge=0)] = 0
+    """Evaluate after each so many steps; 0 evaluates only before the first step and after the last."""
+    num_inference_steps: PositiveInt = 10
+    """Denoising steps."""
+    guidance_scale: NonNegativeFloat = 1.0
+    """As in ``rollout.guidance_scale``."""
+    negative_prompt: str | None = None
+    """As in ``rollout.negative_prompt``."""
+
+
+class Config(Section):
+    """A whole run."""
+
+    output: str = "runs/run"
+    """The run's folder, which must be new or empty, or that of the run to resume."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Of all draws: prompts, noise, windows and new weights."""
+    num_steps: PositiveInt
+    """Training steps of the whole run."""
+    save_every: Annotated[int, Field(ge=0)] = 0
+    """A checkpoint after each so many steps; 0: none by the number of steps. There is always one at the end."""
+    save_every_s: NonNegativeFloat = 600.0
+    """A checkpoint after the first step that ends at least so many seconds after the last one; 0: none by time."""
+    keep: PositiveInt = 2
+    """How many checkpoints stay on disk."""
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
+    """Used where installed; JSON lines are always written."""
+    model: ModelConfig = ModelConfig()
+    prompts: PromptsConfig = PromptsConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    rewards: Annotated[dict[str, RewardConfig], Field(min_length=1), BeforeValidator(_by_names)]
+    """By name: one of `flowsteer rewards list`, ``package.module:attribute``, or ``path/to/file.py:attribute``."""
+    advantage: AdvantageConfig = AdvantageConfig()
+    algorithm: Annotated[AnyAlgorithm, BeforeValidator(_by_name)]
+    """What is learned from the comparisons (`docs/algorithms.md`)."""
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Of the averaged weights that are evaluated and exported; 0 evaluates the current ones."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    engine: EngineConfig = EngineConfig()
+    evaluation: EvaluationConfig | None = EvaluationConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _plan_of_the_algorithm(cls, data: Any) -> Any:
+        """The default of ``rollout.plan`` follows the algorithm."""
+        if not isinstance(data, dict) or "algorithm" not in data:
+            return data
+        algorithm, rollout = _by_name(data["algorithm"]), data.get("rollout", {})
+        name = algorithm.get("name") if isinstance(algorithm, dict) else getattr(algorithm, "name", None)
+        known = {own.model_fields["name"].default: own.learns_from for own in ALGORITHMS}
+        if not isinstance(name, str) or name not in known:
+            return data
+        plan = {"name": _DEFAULT_PLANS[known[name]]}
+        if isinstance(rollout, RolloutConfig) and "plan" not in rollout.model_fields_set:
+            return {**data, "rollout": {**rollout.model_dump(exclude_unset=True), "plan": plan}}
+        if isinstance(rollout, dict) and "plan" not in rollout:
+            return {**data, "rollout": {**rollout, "plan": plan}}
+        return data
+
+    @property
+    def num_updates(self) -> int:
+        """Optimiser updates of the whole run."""
+        return self.num_steps * self.algorithm.updates_per_rollout
+
+    def check(self, num_processes: int) -> None:
+        """Refuse what no run can be made of. Raises ValueError that says what would work, with every fault."""
+        faults = []
+        try:
+            check_divisible(
+                prompts_per_step=self.rollout.prompts_per_step,
+                group_size=self.rollout.group_size,
+                batch_size=self.rollout.batch_size,
+                num_processes=num_processes,
+                updates_per_rollout=self.algorithm.updates_per_rollout,
+            )
+        except ValueError as error:
+            faults.append(str(error))
+        setting = self._setting(num_processes)
+        faults += [*self.algorithm.check(setting), *self._idle_settings(setting)]
+        if self.model.lora is None and self.model.dtype != "float32" and self.engine.zero_stage is None:
+            faults.append(
+                f"training all weights in {self.model.dtype} needs float32 master copies, which DeepSpeed keeps; "
+                "set engine.zero_stage, or model.dtype=float32, or train a LoRA"
+            )
+        if faults:
+            raise ValueError("\n".join(faults))
+        if self.rollout.plan.name == "none" and self.rollout.kernel != KernelConfig():
+            logger.warning("rollout.kernel has no effect: with rollout.plan.name=none no step is stochastic")
+        if self.optimizer.warmup_updates > self.num_updates:
+            logger.warning(
+                "optimizer.warmup_updates=%d, but the run ends after %d updates: the learning rate only comes to %.2g",
+                self.optimizer.warmup_updates,
+                self.num_updates,
+                self.optimizer.learning_rate * self.num_updates / self.optimizer.warmup_updates,
+            )
+
+    def _setting(self, num_processes: int) -> Setting:
+        """What the algorithm may have demands on."""
+        rollout = self.rollout
+        return Setting(
+            stochastic=rollout.plan.name != "none",
+            branching=rollout.branching is not None,
+            kernel=rollout.kernel.name,
+            log_prob_weight=rollout.kernel.log_prob_weight,
+            group_size=rollout.group_size,
+            batch_size=rollout.batch_size,
+            num_processes=num_processes,
+            advantage_clip=self.advantage.clip,
+            best_and_worst=self.advantage.best_and_worst,
+            advantage_changed=frozenset(changed(self.advantage)),
+            train_guidance=rollout.train_guidance_scale is not None,
+        )
+
+    def _idle_settings(self, setting: Setting) -> Iterator[str]:
+        """What was set and would do nothing, or only harm."""
+        rollout = self.rollout
+        stochastic = rollout.plan.name != "none"
+        if rollout.shared_noise and not stochastic:
+            yield (
+                "rollout.shared_noise=true with rollout.plan.name=none draws one picture for a whole group: nothing can be "
+                "compared; leave shared_noise out"
+            )
+        if rollout.solver == "dpmpp_2m" and rollout.plan.name == "all":
+            yield (
+                "rollout.plan.name=all leaves at most the last step to rollout.solver=dpmpp_2m, which takes it as euler does; "
+                "leave rollout.solver out"
+            )
+        drawn = {"rollout": (rollout.negative_prompt, {rollout.guidance_scale, rollout.train_guidance_scale})}
+        if self.evaluation:
+            drawn["evaluation"] = (self.evaluation.negative_prompt, {self.evaluation.guidance_scale})
+        guided_by_call = {"guidance_scale", "true_cfg_scale"} & self.model.call.keys()
+        for section, (negative_prompt, scales) in drawn.items():
+            if negative_prompt is not None and scales <= {0, 1, None} and not guided_by_call:
+                yield (
+                    f"{section}.negative_prompt does nothing with {section}.guidance_scale={max(scales - {None}):g}; set that "
+                    "above 1, or leave negative_prompt out"
+                )
+        if rollout.branching is not None:
+            if not stochastic:
+                yield "rollout.branching parts groups at stochastic steps, but rollout.plan.name=none has none; set a plan"
+            if rollout.shared_noise:
+                yield "rollout.branching shares the noise of a group anyway; leave rollout.shared_noise out"
+            if rollout.branching.first and rollout.plan.name == "window":
+                yield "rollout.branching.first needs a plan whose steps stay the same; set rollout.plan.name to all or steps"
+            if not setting.groups_are_whole():
+                yield not_whole("rollout.branching", setting)
+        if rollout.tail_fraction < 1 and (rollout.plan.name in ("none", "all") or rollout.branching is not None):
+            yield (
+                "rollout.tail_fraction shortens what comes after the last stochastic step of a trajectory; it needs a window "
+                "or single steps as a plan, and no rollout.branching (which has granularities)"
+            )
+        if (kept := self.advantage.best_and_worst) is not None and kept >= rollout.group_size:
+            yield f"advantage.best_and_worst={kept} leaves nothing out of groups of {rollout.group_size}; leave it out"
+        if self.advantage.deviation == "none" and (idle := sorted(setting.advantage_changed & {"ddof", "epsilon"})):
+            yield f"advantage.deviation=none divides by nothing; leave {' and '.join(f'advantage.{key}' for key in idle)} out"
+        kernel = rollout.kernel
+        used_by_decay = {"power": {"decay_rate", "keep_budget"}, "exponential": {"decay_rate", "keep_budget"}}
+        used_by_decay |= {"constant": set(), "linear": {"keep_budget"}, "cosine": {"keep_budget"}}
+        if idle := sorted(changed(kernel) & {"decay_rate", "keep_budget"} - used_by_decay[kernel.decay]):
+            yield f"rollout.kernel.decay={kernel.decay} has no {' and no '.join(idle)}; leave them out"
+        yield from self.algorithm.idle()
+        if isinstance(plan := rollout.plan, WindowPlan):
+            used = {
+                "fixed": set[str](),  # stays at low
+                "random": set[str](),
+                "progressive": {"stride", "iterations", "roll_back"},
+                "linear_decay": {"stride", "iterations", "roll_back", "min_iterations"},
+                "exponential_decay": {"stride", "iterations", "roll_back", "decay_start", "decay_rate"},
+            }
+            idle = sorted(changed(plan) - used[plan.strategy] - {"name", "strategy", "size", "low", "high"})
+            if idle:
+                yield f"rollout.plan.strategy={plan.strategy} has no {' and no '.join(idle)}; leave them out"

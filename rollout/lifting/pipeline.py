@@ -1,0 +1,435 @@
+"""Any diffusers pipeline as three questions: prepare a prompt, the velocity at a step, decode the latents.
+
+``FlowPipeline`` runs the pipeline's own code, cut at its denoising loop by ``lift``. It knows nothing about any model:
+guidance, packing, timestep maps and the choice between transformers are the pipeline's. Where a pipeline cannot be lifted,
+a hand-written adapter follows the protocol that this class follows, ``Pipeline``.
+
+Letters: B samples, T denoising steps, X latent shape of one sample.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import diffusers
+import torch
+import transformers
+from diffusers import DiffusionPipeline
+from huggingface_hub.errors import HFValidationError
+from torch import Tensor, nn
+
+from flowsteer.rollout.lifting.arguments import CallArguments, Settings
+from flowsteer.rollout.lifting.conditioning import Conditioning, Layout, UnlikeConditioning, find_layout
+from flowsteer.rollout.lifting.lift import LiftError, lift
+from flowsteer.rollout.lifting.protocol import Pipeline
+from flowsteer.rollout.lifting.schedules import read_schedule, steppable
+
+logger = logging.getLogger(__name__)
+
+EMBEDDED = "embedded"
+EMBEDDED_LENGTH = 12  # tokens of a prompt
+ADAPTER_ADVICE = "write an adapter for it (flowsteer.rollout.lifting.protocol.Pipeline)"
+_NEUTRAL_PROMPT = "a photo"
+
+Call = Callable[..., Any]
+Body = Generator[tuple[tuple, dict[str, Any]], "StepOutput", dict[str, Any]]  # yields scheduler.step's arguments
+
+
+class StepOutput(NamedTuple):
+    """What the lifted body gets back from its ``yield``: ``scheduler.step(...)[0]`` or ``.prev_sample``."""
+
+    prev_sample: Tensor
+
+
+class _Denoiser:
+    """Stands for a network in the lifted code: calls go to the route, everything else to the network itself."""
+
+    def __init__(self, owner: FlowPipeline, name: str) -> None:
+        self._owner, self._name = owner, name
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._owner._call(self._name, *args, **kwargs)
+
+    def __getattr__(self, attribute: str) -> Any:
+        return getattr(getattr(self._owner.pipe, self._name), attribute)
+
+    @property
+    def __class__(self) -> type:  # for pipelines that ask isinstance(self.controlnet, ...)
+        return type(getattr(self._owner.pipe, self._name))
+
+
+class _SilentBar:
+    def update(self, count: int = 1) -> None:
+        """A progress bar that shows nothing."""
+
+
+class FlowPipeline:
+    """A diffusers pipeline, lifted.
+
+    A safety checker that blacks pictures out (Stable Diffusion 1) is not asked: black is worth something to most rewards, and
+    a policy would learn to be caught. The pipeline itself keeps its checker.
+
+    Args:
+        pipe: the pipeline. An epsilon or v_prediction pipeline gets a DDIM scheduler in place of its own.
+        height, width: pixels, None for the pipeline's default.
+        call_kwargs: further arguments of the pipeline's ``__call__``, which win over what is derived here.
+        cache_size: how many prepared prompts are kept.
+
+    Raises:
+        LiftError: the pipeline's loop cannot be lifted (a ValueError).
+        ValueError: an argument that the pipeline does not have.
+    """
+
+    def __init__(
+        self,
+        pipe: DiffusionPipeline,
+        *,
+        height: int | None = None,
+        width: int | None = None,
+        call_kwargs: Mapping[str, Any] | None = None,
+        cache_size: int = 256,
+    ) -> None:
+        self.pipe: Any = pipe
+        self.lifted = lift(type(pipe))
+        if not self.denoisers:
+            raise LiftError(f"the denoising loop of {type(pipe).__name__} calls no network of the pipeline itself")
+        for name, denoiser in self.denoisers.items():
+            if any("_hf_hook" in vars(module) for module in denoiser.modules()):
+                raise ValueError(f"{name} carries offloading hooks; load the pipeline without offloading it")
+        scheduler = steppable(self.pipe.scheduler)
+        if scheduler is not self.pipe.scheduler:
+            self.pipe.scheduler = scheduler
+        # What an earlier call of the pipeline left on it (pipe._guidance_scale) must not move under prepared rows.
+        self._private = {name: value for name, value in vars(pipe).items() if name.startswith("_")}
+        # Cosmos has a safety checker without this method, and refuses to run without it: that one stays.
+        checked = hasattr(pipe, "run_safety_checker") and getattr(pipe, "safety_checker", None) is not None
+        self.unchecked: dict[str, Any] = {"safety_checker": None} if checked else {}
+        if checked:
+            logger.warning(
+                "the safety checker of %s is not asked: its black pictures would be scored", type(pipe).__name__
+            )
+        at_one = self._view({"_guidance_scale": 1.0})
+        self._arguments = CallArguments(
+            type(pipe),
+            size={name: value for name, value in (("height", height), ("width", width)) if value is not None},
+            call_kwargs=call_kwargs or {},
+            counts_from_zero=bool(getattr(at_one, "do_classifier_free_guidance", False)),
+            has_guider="guider" in vars(pipe),
+        )
+        self._call: Call = self._call_inner
+        self._cache_size = cache_size
+        self._prepared: OrderedDict[tuple[str, Settings], Conditioning] = OrderedDict()
+        self._probed: dict[Settings, tuple[dict[str, Layout], dict[str, Any]]] = {}
+        self._suspended: tuple[tuple[Tensor, int, Conditioning], Body] | None = None
+
+    @classmethod
+    def load(
+        cls, path: str, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", **arguments: Any
+    ) -> FlowPipeline:
+        """From a folder, a hub id, or "embedded"; further arguments are the constructor's. See ``load_diffusers``.
+
+        The embedded pipeline has no T5; what stands for its tokens is as short as its prompts unless ``call_kwargs`` says
+        otherwise: diffusers' 256 zeros would make each pass six times slower.
+        """
+        if path == EMBEDDED:
+            arguments["call_kwargs"] = {"max_sequence_length": EMBEDDED_LENGTH, **(arguments.get("call_kwargs") or {})}
+        return cls(load_diffusers(path, dtype=dtype, device=device), **arguments)
+
+    @property
+    def denoisers(self) -> dict[str, nn.Module]:
+        """The networks that the denoising loop calls, by component name: ``{"transformer": ...}``."""
+        return {
+            name: component
+            for name, component in vars(self.pipe).items()
+            if name in self.lifted.attributes and isinstance(component, nn.Module)
+        }
+
+    @property
+    def device(self) -> torch.device:
+        """Where the first denoiser is."""
+        return next(parameter.device for denoiser in self.denoisers.values() for parameter in denoiser.parameters())
+
+    @property
+    def parameters(self) -> Mapping[str, Any]:
+        """The signature of the pipeline's ``__call__``."""
+        return self._arguments.parameters
+
+    def route(self, call: Call) -> None:
+        """Send the loop's network calls to ``call(name, *args, **kwargs)``, such as a trainer's wrapped network.
+
+        Attributes (``self.transformer.config``) are still read from the pipeline's own network.
+        """
+        self._call = call
+
+    def _call_inner(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        return getattr(self.pipe, name)(*args, **kwargs)
+
+    # --- prepare ---
+
+    def prepare(
+        self, prompts: list[str], *, num_inference_steps: int, guidance_scale: float, negative_prompt: str | None = None
+    ) -> Conditioning:
+        """One row per prompt, by the pipeline's prologue at batch 1; what was prepared before comes from memory.
+
+        ``guidance_scale`` goes to the argument that switches guidance in this pipeline, in the pipeline's own unit; 1
+        is off. Raises UnlikeConditioning (a ValueError) where prompts cannot stand in one batch, as with pipelines
+        that do not pad: sample such prompts in batches of their own.
+        """
+        if not prompts:
+            raise ValueError("there is no prompt to prepare; give at least one")
+        settings = Settings(num_inference_steps, float(guidance_scale), negative_prompt)
+        place = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompts))}
+        try:
+            joined = Conditioning.join([self._prepare_one(prompt, settings) for prompt in place])
+        except UnlikeConditioning as error:
+            raise UnlikeConditioning(f"{error} (prompts: {dict(enumerate(place))})") from None
+        return joined if len(place) == len(prompts) else joined.take([place[prompt] for prompt in prompts])
+
+    def call_arguments(
+        self, prompts: list[str], *, num_inference_steps: int, guidance_scale: float, negative_prompt: str | None = None
+    ) -> dict[str, Any]:
+        """The arguments with which ``pipe(**arguments, latents=latents)`` draws what this class draws."""
+        return self._arguments.build(prompts, Settings(num_inference_steps, float(guidance_scale), negative_prompt))
+
+    def _prepare_one(self, prompt: str, settings: Settings) -> Conditioning:
+        key = (prompt, settings)
+        if key not in self._prepared:
+            one = self._run_prologue([prompt], settings)
+            if settings not in self._probed:
+                self._probed[settings] = self._probe(settings)
+            layout, from_loop = self._probed[settings]
+            self._prepared[key] = replace(one, layout=layout, values={**from_loop, **one.values})
+        self._prepared.move_to_end(key)
+        while len(self._prepared) > self._cache_size:
+            self._prepared.popitem(last=False)
+        return self._prepared[key]
+
+    def _probe(self, settings: Settings) -> tuple[dict[str, Layout], dict[str, Any]]:
+        """Which values carry rows, and what the epilogue wants from the loop besides latents."""
+        try:
+            two, three = (self._run_prologue([_NEUTRAL_PROMPT] * size, settings) for size in (2, 3))
+        except Exception as error:
+            raise ValueError(
+                f"{type(self.pipe).__name__} prepares one prompt, but not two or three at once ({type(error).__name__}: "
+                f"{error}), so how it lays out a batch is unknown; {ADAPTER_ADVICE}"
+            ) from error
+        some_only = sorted(two.values.keys() ^ three.values.keys())
+        if some_only:
+            raise ValueError(f"{type(self.pipe).__name__} has {', '.join(some_only)} for some batch sizes only")
+        found = {name: find_layout(two.values[name], three.values[name], name) for name in two.values}
+        layout = {name: rows for name, rows in found.items() if rows is not None}
+        missing = (self.lifted.epilogue_reads & self.lifted.writes) - two.values.keys() - {self.lifted.latents}
+        return layout, self._left_by_the_loop(two, missing) if missing else {}
+
+    def _left_by_the_loop(self, conditioning: Conditioning, names: frozenset[str]) -> dict[str, Any]:
+        """Plain values, such as a dtype, that an iteration leaves for the epilogue."""
+        shape = (conditioning.size, *conditioning.latent_shape)
+        latents = torch.zeros(shape, dtype=conditioning.latent_dtype, device=self.device)
+        with torch.no_grad():
+            generator = self.enter(latents, 0, conditioning)
+            next(generator)
+            left = finish(generator, latents)
+        plain = (torch.dtype, torch.device, int, float, str)
+        return {name: value for name, value in left.items() if name in names and isinstance(value, plain)}
+
+    def _run_prologue(self, prompts: list[str], settings: Settings) -> Conditioning:
+        """The prologue for ``prompts``, on a private view of the pipeline; which values carry rows is not known yet."""
+        lifted = self.lifted
+        own: dict[str, Any] = {"scheduler": copy.deepcopy(self.pipe.scheduler)}
+        if "guider" in vars(self.pipe):  # may keep momentum
+            own["guider"] = copy.deepcopy(self.pipe.guider)
+            own["guider"].guidance_scale = settings.guidance_scale
+        view = self._view({**own, "_progress_bar_config": {"disable": True}})
+        before = dict(vars(view))
+        with torch.no_grad(), fixed_randomness(self.device):
+            local, iterable = lifted.prologue(view, **self._arguments.build(prompts, settings))
+        latents = local.get(lifted.latents)
+        if not isinstance(latents, Tensor):
+            raise LiftError(
+                f"{type(self.pipe).__name__} gives {lifted.latents!r} to scheduler.step, which is no tensor before the "
+                f"loop: the loop's state is more than the step's latents; {ADAPTER_ADVICE}"
+            )
+        items = tuple(iterable)
+        read = ((lifted.body_reads | lifted.epilogue_reads) & local.keys()) - {lifted.latents}
+        values: dict[str, Any] = {name: local[name] for name in sorted(read)}
+        values |= dict.fromkeys(lifted.bars & values.keys(), _SilentBar())
+        set_by_prologue = {name: value for name, value in vars(view).items() if before.get(name, view) is not value}
+        values |= {f"self.{name}": value for name, value in {**own, **set_by_prologue}.items()}
+        return Conditioning(
+            schedule=read_schedule(view.scheduler, len(items)),
+            latent_shape=tuple(latents.shape[1:]),
+            latent_dtype=latents.dtype,
+            size=len(prompts),
+            values=values,
+            layout={},
+            items=items,
+        )
+
+    # --- the loop ---
+
+    def _view(self, attributes: Mapping[str, Any]) -> Any:
+        """A shallow private copy of the pipeline, whose networks answer through the route."""
+        view = object.__new__(type(self.pipe))
+        public = {name: value for name, value in vars(self.pipe).items() if not name.startswith("_")}
+        proxies = {name: _Denoiser(self, name) for name in self.denoisers}
+        view.__dict__.update({**self._private, **public, **proxies, **self.unchecked, **attributes})
+        return view
+
+    def _bind(self, conditioning: Conditioning, names: frozenset[str]) -> dict[str, Any]:
+        """``self`` and the locals ``names``, as the lifted functions want them."""
+        attributes = {name[5:]: value for name, value in conditioning.values.items() if name.startswith("self.")}
+        local = {name: conditioning.values[name] for name in names if name in conditioning.values}
+        return {"self": self._view(attributes), **local}
+
+    def enter(
+        self, latents: Tensor, index: int, conditioning: Conditioning, instead: Mapping[str, Any] | None = None
+    ) -> Body:
+        """One pass of the lifted body, not yet begun, on fresh locals; ``instead`` replaces some of them."""
+        shape = (conditioning.size, *conditioning.latent_shape)
+        if latents.shape != shape:
+            raise ValueError(f"latents have the shape {tuple(latents.shape)}; this conditioning needs {shape}")
+        if not 0 <= index < len(conditioning.items):
+            raise ValueError(f"denoising index {index}; allowed are 0 to {len(conditioning.items) - 1}")
+        bound = self._bind(conditioning, self.lifted.body_reads)
+        bound[self.lifted.latents] = latents.to(conditioning.latent_dtype)
+        bound |= instead or {}
+        for name in self.lifted.written_in_place & bound.keys():
+            bound[name] = bound[name].clone() if isinstance(bound[name], Tensor) else copy.copy(bound[name])
+        return self.lifted.body(conditioning.items[index], **bound)
+
+    def velocity(self, latents: Tensor, index: int, conditioning: Conditioning) -> Tensor:
+        """What the pipeline would give to ``scheduler.step`` at ``index``, guidance included: [B, *X] -> [B, *X].
+
+        For an epsilon or v_prediction pipeline it is that prediction. Differentiable; any index in any order.
+        """
+        generator = self.enter(latents, index, conditioning)
+        velocity = run_to_step(generator, type(self.pipe).__name__, index)
+        if velocity.shape != latents.shape:
+            raise ValueError(
+                f"{type(self.pipe).__name__} steps {list(velocity.shape)} where its latents are {list(latents.shape)}: "
+                f"the loop's state is more than the step's latents; {ADAPTER_ADVICE}"
+            )
+        if not self.lifted.tail_is_idle and not torch.is_grad_enabled():
+            self._suspended = (latents, index, conditioning), generator
+        return velocity
+
+    def advance(self, latents: Tensor, next_latents: Tensor, index: int, conditioning: Conditioning) -> Tensor:
+        """What the pipeline's loop does to ``next_latents`` [B, *X] after the step: paste an inpainting mask, cast.
+
+        Most pipelines do nothing, and then neither does this. Where they do, the pass of the last ``velocity`` call is
+        resumed if it was for these very arguments, else the pass is run again, network included.
+        """
+        if self.lifted.tail_is_idle:
+            return next_latents
+        suspended, self._suspended = self._suspended, None
+        with torch.no_grad():
+            if suspended is not None and all(a is b for a, b in zip(suspended[0], (latents, index, conditioning))):
+                generator = suspended[1]
+            else:
+                generator = self.enter(latents, index, conditioning)
+                run_to_step(generator, type(self.pipe).__name__, index)
+            return finish(generator, next_latents)[self.lifted.latents]
+
+    def decode(self, latents: Tensor, conditioning: Conditioning) -> Tensor:
+        """The epilogue: final latents [B, *X] -> images float32 [B, 3, H, W] in [0, 1], video [B, T, 3, H, W]."""
+        bound = self._bind(conditioning, self.lifted.epilogue_reads)
+        bound[self.lifted.latents] = latents.to(conditioning.latent_dtype)
+        with torch.no_grad():
+            images = self.lifted.epilogue(**bound)[0]
+        if not isinstance(images, Tensor) or images.dim() not in (4, 5):
+            raise ValueError(f"{type(self.pipe).__name__} decodes to {type(images).__name__}, not to a batch of images")
+        return images.float()
+
+
+@contextmanager
+def fixed_randomness(device: torch.device) -> Iterator[None]:
+    """Some prologues draw from the global generator (the latents of a control image): the same every time, and outside
+    nothing has been drawn.
+    """
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(0)
+        yield
+
+
+def run_to_step(generator: Body, name: str, index: int) -> Tensor:
+    """Run a lifted body up to its step: the model output that the scheduler would have got."""
+    try:
+        args, kwargs = next(generator)
+    except StopIteration:
+        raise ValueError(f"{name} takes no step at denoising index {index}; {ADAPTER_ADVICE}") from None
+    except UnboundLocalError as error:
+        raise ValueError(
+            f"the loop of {name} needs a local that an earlier iteration has set ({error}), so no step can be evaluated "
+            f"by itself; {ADAPTER_ADVICE}"
+        ) from error
+    return args[0] if args else kwargs["model_output"]
+
+
+def finish(generator: Body, next_latents: Tensor) -> dict[str, Any]:
+    """Answer a suspended body's step and let it run out: its locals."""
+    try:
+        generator.send(StepOutput(next_latents))
+    except StopIteration as stop:
+        return stop.value
+    raise LiftError("the pipeline steps twice in one iteration; only one step can be trained")
+
+
+def load_diffusers(
+    path: str, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> DiffusionPipeline:
+    """A diffusers pipeline from a folder, a hub id, or "embedded", the tiny one that comes with this package.
+
+    Components that ``model_index.json`` leaves out or lists as [null, null] are None, so that Stable Diffusion 3
+    without T5 loads. Raises ValueError where there is no such pipeline.
+    """
+    folder = str(Path(__file__).parents[1] / EMBEDDED) if path == EMBEDDED else path
+    try:
+        if not Path(folder).is_dir():
+            folder = str(DiffusionPipeline.download(folder))  # its progress is worth seeing, that of loading is not
+        index: Any = DiffusionPipeline.load_config(folder)
+    except (OSError, HFValidationError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"there is no diffusers pipeline {path!r}: give a folder with a model_index.json, the id of a repository on the "
+            f"hub, or {EMBEDDED!r} ({type(error).__name__}: {reason})"
+        ) from error
+    cls = getattr(diffusers, index["_class_name"], None)  # None: a class that comes with the checkpoint
+    expected = cls._get_signature_keys(cls)[0] if cls is not None else ()
+    absent = {name: None for name in expected if (index.get(name) or [None])[0] is None}
+    with _without_progress_bars():
+        return DiffusionPipeline.from_pretrained(folder, dtype=dtype, **absent).to(device)
+
+
+@contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    """No bars of diffusers and transformers while parts are loaded; afterwards as before."""
+    shown = [
+        library
+        for library in (diffusers.utils.logging, transformers.utils.logging)
+        if library.is_progress_bar_enabled()
+    ]
+    for library in shown:
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library in shown:
+            library.enable_progress_bar()
+
+
+__all__ = [
+    "EMBEDDED",
+    "Conditioning",
+    "FlowPipeline",
+    "LiftError",
+    "Pipeline",
+    "UnlikeConditioning",
+    "load_diffusers",
+]

@@ -1,0 +1,266 @@
+"""Can this pipeline be trusted? A few network calls that say so on one screen.
+
+The lifted loop evaluates steps by themselves, in any order, on any rows. That is right only where the loop keeps nothing
+from one step to the next besides latents. ``check`` finds out: key-value caches, noise drawn inside the loop, guiders
+with momentum, and prompts without an effect all show here, and so does any difference from the pipeline itself.
+
+Letters: B samples, X latent shape of one sample.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from torch import Tensor
+
+from flowsteer.rollout.lifting.conditioning import Conditioning, UnlikeConditioning, same
+from flowsteer.rollout.lifting.pipeline import FlowPipeline, StepOutput, finish, fixed_randomness, run_to_step
+from flowsteer.rollout.lifting.protocol import Pipeline
+from flowsteer.rollout.steps.solvers import euler
+from flowsteer.rollout.types import Schedule
+
+PROMPTS = ("a red circle", "two blue squares", "a photo of a cat")
+# A row's velocity depends on its batch only by rounding, where another batch size is served by other kernels: 4e-5 of its
+# deviation was the largest difference over 60 pipelines on a CPU; convolutions in TF32 are coarser. A wrong row is off by 1.
+ROW_TOLERANCE = {torch.float32: 1e-2, torch.float16: 3e-2, torch.bfloat16: 1e-1}
+PURE_NOISE = 0.9  # sigma; variance-preserving schedules start at .996 to 1, flows at 1 or just below
+# Of images in [0, 1]. The same calls in the same order: equal to the last bit, unless a kernel is not deterministic.
+PARITY_TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One line of the report."""
+
+    name: str
+    ok: bool
+    detail: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What a check found."""
+
+    title: str
+    findings: tuple[Finding, ...]
+
+    @property
+    def ok(self) -> bool:
+        """True where every finding is."""
+        return all(finding.ok for finding in self.findings)
+
+    def with_findings(self, findings: Iterable[Finding]) -> Report:
+        """The report with more lines."""
+        return replace(self, findings=(*self.findings, *findings))
+
+    def text(self) -> str:
+        """One screen: a verdict and a line per finding."""
+        width = max((len(finding.name) for finding in self.findings), default=0)
+        verdict = "can be trained" if self.ok else "must not be trained: see FAIL"
+        lines = [f"  {'ok  ' if f.ok else 'FAIL'}  {f.name:<{width}}  {f.detail}" for f in self.findings]
+        return "\n".join([f"{self.title}: {verdict}", *lines])
+
+
+def check(
+    pipeline: Pipeline,
+    *,
+    prompts: Sequence[str] = PROMPTS,
+    num_inference_steps: int = 3,
+    guidance_scale: float = 1.0,
+    negative_prompt: str | None = None,
+) -> Report:
+    """Prepare, step and decode a pipeline at small cost, and say what holds.
+
+    Costs about ten network passes at batch 3 (``len(prompts)``, at least 2 different ones). Never raises for a pipeline
+    that does not hold: the report says so. Raises ValueError for fewer than two different prompts.
+    """
+    if len(set(prompts)) < 2:
+        raise ValueError(f"a check needs at least two different prompts, got {list(prompts)}")
+    settings: dict[str, Any] = {
+        "num_inference_steps": num_inference_steps,
+        "guidance_scale": guidance_scale,
+        "negative_prompt": negative_prompt,
+    }
+    title = type(pipeline.pipe).__name__ if isinstance(pipeline, FlowPipeline) else type(pipeline).__name__
+    report = Report(title=title, findings=(_lifted(pipeline),))
+    try:
+        rows = [pipeline.prepare([prompt], **settings) for prompt in prompts]
+        conditioning, axes = _together(rows)
+        report = report.with_findings([axes, _levels(conditioning.schedule)])
+        latents = torch.randn(
+            (len(conditioning), *conditioning.latent_shape), generator=torch.Generator().manual_seed(0)
+        )
+        latents = latents.to(_device(pipeline), conditioning.latent_dtype)
+        with torch.no_grad():
+            report = report.with_findings([_live(pipeline, latents, rows), _pure(pipeline, latents, conditioning)])
+            report = report.with_findings([_rows(pipeline, latents, conditioning)])
+            if isinstance(pipeline, FlowPipeline):
+                arguments = pipeline.call_arguments([prompts[0]], **settings)
+                report = report.with_findings([_parity(pipeline, latents[:1], rows[0], arguments)])
+    except (ValueError, RuntimeError, TypeError, AttributeError, IndexError, KeyError) as error:
+        report = report.with_findings([Finding(name="runs", ok=False, detail=f"{type(error).__name__}: {error}")])
+    return report
+
+
+def _device(pipeline: Pipeline) -> torch.device:
+    return next(parameter.device for network in pipeline.denoisers.values() for parameter in network.parameters())
+
+
+def _lifted(pipeline: Pipeline) -> Finding:
+    if not isinstance(pipeline, FlowPipeline):
+        return Finding(name="lifts", ok=True, detail="not lifted: a hand-written adapter")
+    body = pipeline.lifted.body.__code__
+    tail = "nothing after the step" if pipeline.lifted.tail_is_idle else "with code after the step"
+    networks = ", ".join(pipeline.denoisers)
+    where = f"{body.co_filename.rsplit('/', 1)[-1]}:{body.co_firstlineno}"
+    return Finding(name="lifts", ok=True, detail=f"one loop at {where}, {tail}; it calls {networks}")
+
+
+def _together(rows: list[Conditioning]) -> tuple[Conditioning, Finding]:
+    """All prompts in one conditioning, or where they do not join the first one repeated."""
+    carried = ", ".join(sorted(rows[0].layout)) or "none"
+    try:
+        return Conditioning.join(rows), Finding(name="batch axes", ok=bool(rows[0].layout), detail=f"rows in {carried}")
+    except UnlikeConditioning:
+        detail = f"rows in {carried}; prompts of different lengths need batches of their own"
+        return rows[0].take([0] * len(rows)), Finding(name="batch axes", ok=bool(rows[0].layout), detail=detail)
+
+
+def _levels(schedule: Schedule) -> Finding:
+    """Samples start from pure noise: a schedule that starts later (image-to-image) would be sampled wrongly."""
+    levels = " ".join(f"{sigma:.4g}" for sigma in schedule.sigma.tolist())
+    whole = float(schedule.sigma[0]) > PURE_NOISE
+    late = "" if whole else f"; the first must be above {PURE_NOISE}: samples start from pure noise, not from an image"
+    return Finding(name="noise levels", ok=whole, detail=f"{levels} ({schedule.prediction}){late}")
+
+
+def _live(pipeline: Pipeline, latents: Tensor, rows: list[Conditioning]) -> Finding:
+    """Different prompts must give different velocities, or parity and learning would both be void."""
+    first, second = (pipeline.velocity(latents[:1], 0, row) for row in rows[:2])
+    scale, difference = first.float().std().item(), _difference(first, second)
+    ok = scale > 0 and difference > 0 and bool(torch.isfinite(first).all())
+    return Finding(
+        name="prompts", ok=ok, detail=f"std of the velocity {scale:.3g}, two prompts differ by {difference:.3g}"
+    )
+
+
+def _pure(pipeline: Pipeline, latents: Tensor, conditioning: Conditioning) -> Finding:
+    """Velocities in order, in the loop's own company, against velocities by themselves in reverse order: bit for bit."""
+    forward = _carried(pipeline, latents, conditioning) if isinstance(pipeline, FlowPipeline) else None
+    visited, velocities, changed = forward or _visited(pipeline, latents, conditioning)
+    worst = 0.0
+    for index in reversed(range(len(visited))):
+        again = pipeline.velocity(visited[index], index, conditioning)
+        worst = max(worst, _difference(again, velocities[index]))
+    twice = _difference(*(pipeline.velocity(visited[0], 0, conditioning) for _ in range(2)))
+    if worst == 0 and twice == 0:
+        return Finding(
+            name="purity", ok=True, detail=f"{len(visited)} steps by themselves equal the steps in order, bit for bit"
+        )
+    if twice > 0:
+        cause = "the same call twice differs: noise drawn inside the loop, a cache or dropout in a network"
+    elif changed:
+        cause = f"the loop changes {', '.join(changed)}"
+    else:
+        cause = "a component keeps something from one step to the next"
+    return Finding(name="purity", ok=False, detail=f"steps by themselves differ by {max(worst, twice):.3g}; {cause}")
+
+
+Visited = tuple[list[Tensor], list[Tensor], list[str]]  # latents and velocity at each index, names of changed locals
+
+
+def _visited(pipeline: Pipeline, latents: Tensor, conditioning: Conditioning) -> Visited:
+    """The deterministic path through the protocol alone."""
+    visited, velocities = [], []
+    for index in range(conditioning.schedule.num_steps):
+        velocity = pipeline.velocity(latents, index, conditioning)
+        visited.append(latents)
+        velocities.append(velocity)
+        next_latents = _step(velocity, latents, conditioning.schedule, index)
+        latents = pipeline.advance(latents, next_latents, index, conditioning)
+    return visited, velocities, []
+
+
+def _carried(pipeline: FlowPipeline, latents: Tensor, conditioning: Conditioning) -> Visited:
+    """The deterministic path with every local carried from one iteration to the next, as the pipeline's loop does."""
+    lifted, name = pipeline.lifted, type(pipeline.pipe).__name__
+    visited, velocities, changed = [], [], set()
+    carried: dict[str, Any] = {}
+    for index in range(conditioning.schedule.num_steps):
+        generator = pipeline.enter(latents, index, conditioning, carried)
+        velocity = run_to_step(generator, name, index)
+        visited.append(latents.clone())
+        velocities.append(velocity)
+        left = finish(generator, _step(velocity, latents, conditioning.schedule, index))
+        latents = left[lifted.latents]
+        carried = {local: left[local] for local in lifted.body_reads & left.keys() - {lifted.latents}} | {
+            "self": left["self"]
+        }
+        now = carried | {f"self.{attribute}": value for attribute, value in vars(left["self"]).items()}
+        before = conditioning.values
+        changed |= {local for local, value in now.items() if local in before and not same(value, before[local])}
+    return visited, velocities, sorted(changed)
+
+
+def _rows(pipeline: Pipeline, latents: Tensor, conditioning: Conditioning) -> Finding:
+    """Rows taken out of a batch, in another order, must have the velocities that they had in it."""
+    order = [len(conditioning) - 1, 0]
+    index = min(1, conditioning.schedule.num_steps - 1)
+    whole = pipeline.velocity(latents, index, conditioning)
+    part = pipeline.velocity(latents[order], index, conditioning.take(order))
+    difference = _difference(whole[order], part) / max(whole.float().std().item(), 1e-12)
+    allowed = ROW_TOLERANCE.get(whole.dtype, 1e-2)
+    detail = f"rows {order} by themselves differ by {difference:.2g} of the velocity's std (allowed {allowed:g})"
+    return Finding(name="sub-batch", ok=difference <= allowed, detail=detail)
+
+
+def _parity(pipeline: FlowPipeline, latents: Tensor, row: Conditioning, arguments: dict[str, Any]) -> Finding:
+    """The picture by lifted steps against the picture by the pipeline's own ``__call__`` from the same noise."""
+    pipe, owner = pipeline.pipe, type(pipeline.pipe).__name__
+    if "latents" not in pipeline.parameters:
+        return Finding(name="parity", ok=True, detail=f"not compared: {owner}.__call__ takes no latents")
+    private = copy.copy(pipe)
+    own_step = not isinstance(pipe.scheduler, (FlowMatchEulerDiscreteScheduler, DDIMScheduler))
+    private.__dict__["scheduler"] = copy.deepcopy(pipe.scheduler)
+    if own_step:
+        private.scheduler.step = _Stepper(row.schedule)
+    private.__dict__.update({"_progress_bar_config": {"disable": True}, **pipeline.unchecked})
+    with fixed_randomness(latents.device):  # as the prologue had it
+        expected = private(**arguments, latents=latents.clone())[0].float()
+    current = latents
+    for index in range(row.schedule.num_steps):
+        velocity = pipeline.velocity(current, index, row)
+        current = pipeline.advance(current, _step(velocity, current, row.schedule, index), index, row)
+    difference = _difference(pipeline.decode(current, row), expected)
+    note = f", with Euler steps in place of {type(pipe.scheduler).__name__}'s" if own_step else ""
+    allowed = PARITY_TOLERANCE.get(latents.dtype, 1e-3)
+    equal = "bit for bit" if difference == 0 else f"to {difference:.2g} (allowed {allowed:g})"
+    return Finding(name="parity", ok=difference <= allowed, detail=f"equals {owner}(...){note} {equal}")
+
+
+class _Stepper:
+    """A scheduler's ``step`` that takes our deterministic step."""
+
+    def __init__(self, schedule: Schedule) -> None:
+        self.schedule, self.index = schedule, -1
+
+    def __call__(self, model_output: Tensor, timestep: Any, sample: Tensor, **_: Any) -> StepOutput:
+        self.index += 1
+        return StepOutput(_step(model_output, sample, self.schedule, self.index))
+
+
+def _step(velocity: Tensor, latents: Tensor, schedule: Schedule, index: int) -> Tensor:
+    """One deterministic step, in the precision that diffusers' scheduler would return."""
+    return euler(velocity, latents, schedule, index)[0].to(velocity.dtype)
+
+
+def _difference(a: Tensor, b: Tensor) -> float:
+    """Largest absolute difference, infinite where shapes differ or numbers are missing."""
+    if a.shape != b.shape:
+        return float("inf")
+    return torch.nan_to_num((a.float() - b.float()).abs(), nan=float("inf")).max().item()

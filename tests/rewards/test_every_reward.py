@@ -1,0 +1,107 @@
+"""Every reward that we bring is certified, by its entry point: a new one cannot be forgotten.
+
+Networks are tiny and random in their real file formats; a judge is a server that answers by hashes of what it is shown.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import re
+from collections.abc import Iterator, Mapping
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny_rewards
+from chat_server import Server
+from tiny_preference import tiny_model
+
+from flowsteer.rewards.certify.certificate import certify
+from flowsteer.rewards.certify.inputs import built_in_inputs
+from flowsteer.rewards.registry import load_reward
+
+
+def worth(image: np.ndarray, text: str) -> float:
+    """0 to 1, of an image for a prompt, by a hash."""
+    digest = hashlib.sha256(image.tobytes() + text.encode()).digest()
+    return int.from_bytes(digest[:4], "big") / 2**32
+
+
+def judge(images: list[np.ndarray], texts: list[str], count: int) -> str:
+    """The reply to a question of any of the judges."""
+    question = texts[-1]
+    prompt = re.search(r"\[(.*)\]$", question, re.DOTALL)
+    values = [worth(image, prompt[1] if prompt else question) for image in images]
+    if "Scores:" in question:
+        return "Scores: " + ", ".join(f"{10 * value:.6f}" for value in values)
+    if "<answer>" in question:
+        return f"<answer>Image {1 if values[0] > values[1] else 2} is better</answer>"
+    return f"Final Score: {1 + 4 * values[0]:.6f}"
+
+
+@pytest.fixture(scope="module")
+def options(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mapping[str, dict[str, Any]]]:
+    """The options of each reward."""
+    place: Path = tmp_path_factory.mktemp("weights")
+    clip = str(tiny_rewards.clip(place / "clip"))
+    siglip, detector = tiny_rewards.siglip(place / "siglip"), tiny_rewards.mask2former(place / "detector")
+    bert = tiny_rewards.bert_tokenizer(place / "bert")
+    tiny_model(perturbed=True).save(place / "preference")
+    server = Server(judge)
+    endpoint = {"base_url": server.url, "model": "tiny"}
+    v25 = {"prefix": "scoring_head.", "places": (0, 2, 4, 6, 8)}
+    yield {
+        "composition": {},
+        "ocr": {"mode": "recognize"},
+        "jpeg_compressibility": {},
+        "jpeg_incompressibility": {},
+        "step_preference": {"path": str(place / "preference"), "device": "cpu"},
+        "image_reward": {
+            "weights": str(tiny_rewards.image_reward(place / "image_reward.pt")),
+            "tokenizer": str(bert),
+        },
+        "hpsv2": {"weights": str(tiny_rewards.hpsv2(place / "hpsv2.pt")), "tokenizer": clip},
+        "pickscore": {"weights": clip, "tokenizer": None},
+        "clip_score": {"weights": clip},
+        "aesthetic_v2": {"head": str(tiny_rewards.aesthetic_head(place / "v2.pth", 24)), "weights": clip},
+        "aesthetic_v2_5": {
+            "head": str(tiny_rewards.aesthetic_head(place / "v25.pth", 32, **v25)),
+            "weights": str(siglip),
+        },
+        "geneval": {"detector": str(detector), "weights": clip, "short_side": 64},
+        "pixel_diversity": {},
+        "clip_diversity": {"weights": clip},
+        "unified_reward": {"endpoint": endpoint},
+        "vlm_rubric": {"endpoint": endpoint, "rubric": "Rate it: [{prompt}]", "min_score": 1, "max_score": 5},
+        "vlm_pairwise": {"endpoint": endpoint},
+        "vlm_groupwise": {"endpoint": endpoint},
+    }
+    server.close()
+
+
+OURS = sorted({point.name for point in entry_points(group="flowsteer.rewards") if "flowsteer." in point.value})
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_it_is_certified(options: Mapping[str, dict[str, Any]], name: str) -> None:
+    given: dict[str, Any] = {}
+    images, prompts = built_in_inputs()
+    if name == "vlm_pairwise":  # it asks about every pair
+        given = {"images": images[:6], "prompts": prompts[:6]}
+    if name == "geneval":  # what it looks for stands in columns, as in GenEval's metadata
+        counts = [1 + row % 3 for row in range(len(images))]
+        columns = {
+            "tag": ["single_object" if count == 1 else "counting" for count in counts],
+            "include": [[{"class": "computer mouse", "count": count}] for count in counts],
+            "exclude": [[{"class": "computer mouse", "count": count + 1}] for count in counts],
+        }
+        given = {"images": images, "prompts": prompts, "columns": columns, "uses_prompt": False}
+    certificate = certify(functools.partial(load_reward, name, **options[name]), name=name, **given)
+    assert certificate.ok, certificate.text()
+
+
+def test_all_of_them_are_here(options: Mapping[str, dict[str, Any]]) -> None:
+    assert sorted(options) == OURS

@@ -1,0 +1,260 @@
+"""Neither the number of processes nor the engine under it changes what is learned.
+
+The same configuration runs on one process and on two, plain and under each ZeRO stage, from torchrun and from accelerate.
+Samples are the same bits everywhere; what is added up over processes or partitions may be added in another order.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import launch
+import pytest
+import torch
+import zoo
+from conftest import Make
+from safetensors.torch import load_file
+from variants import VARIANTS
+
+from flowsteer.rl.algorithms.forward import NoiseLevels
+from flowsteer.rl.metrics import read_metrics
+
+# Sums of float32 numbers in another order differ by some 1e-7 of the largest term. Norms, divergences and scores are sums
+# of terms of one sign: relative. Ratios are exp(differences of log densities of size 1), and the loss is a sum of terms of
+# size 1 (advantage times ratio) that cancel to 1e-5: absolute.
+# Preferences are 5 to 10 times the difference of errors of size 1.
+RELATIVE = 5e-6
+ABSOLUTE = {"ratio": 5e-7, "ratio_deviation": 5e-7, "loss": 5e-7, "margin": 2e-6}
+# A KL and the distance to the old policy are mean squares d^2 of a difference d of two predictions of size 1. Each of
+# them is known to half the float32 epsilon e, so d is known to e, and d^2 to 2 d e + e^2, however small d is.
+SQUARED = ("kl", "old_distance")
+# An update moves an element by learning_rate * g / (|g| + epsilon), whose slope is at most learning_rate / epsilon = 30.
+# Elements of the gradient are sums of terms up to 1e-3 that cancel: rounding leaves 1e-10, which six updates make 2e-8.
+# They move elements by 1e-2.
+WEIGHTS = 5e-7
+
+# Of each process's own halves of an update; only comparable between runs with equally many processes.
+AGREEMENT = "gradient_agreement"
+
+Runs = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def runs(make_config: Make, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """``runs(name, processes=1, launcher=None, **overrides)``: the folder of a run; each is made once."""
+    root, done = tmp_path_factory.mktemp("runs"), {}
+
+    def folder(name: str, *, processes: int = 1, launcher: list[str] | None = None, **overrides: Any) -> Path:
+        if name not in done:
+            config = make_config(root / name, **overrides)
+            done[name] = launch.run_under(launcher, config) if launcher else launch.run(config, processes=processes)
+        return done[name]
+
+    return folder
+
+
+def lines(folder: Path, *, without: tuple[str, ...] = ()) -> list[dict[str, float]]:
+    """The run's metrics without times."""
+    return [
+        {key: value for key, value in line.items() if not key.startswith("seconds/") and key not in without}
+        for line in read_metrics(folder / "metrics.jsonl")
+    ]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    files = sorted((folder / "export").rglob("*.safetensors"))  # one for each denoiser
+    assert files
+    return {f"{file.name} {key}": value for file in files for key, value in load_file(file).items()}
+
+
+def absolute(key: str, value: float) -> float:
+    """How far a metric may be from this value because sums were added in another order."""
+    if key in SQUARED:
+        error = torch.finfo(torch.float32).eps
+        return 2 * error * value**0.5 + error**2
+    return ABSOLUTE.get(key, 0.0)
+
+
+def assert_equal_runs(first: Path, second: Path) -> None:
+    """Bit for bit."""
+    assert lines(first) == lines(second)
+    mine, other = weights(first), weights(second)
+    assert mine.keys() == other.keys()
+    assert all(torch.equal(mine[key], other[key]) for key in mine)
+
+
+def assert_close_runs(first: Path, second: Path) -> None:
+    """Up to the order of sums."""
+    mine, other = lines(first, without=(AGREEMENT,)), lines(second, without=(AGREEMENT,))
+    assert len(mine) == len(other) > 1
+    assert mine[0]["reward_mean"] == other[0]["reward_mean"]  # the same bits were drawn
+    assert mine[0]["reward_std"] == other[0]["reward_std"] > 0
+    for one, two in zip(mine, other):
+        assert one.keys() == two.keys()
+        for key in one:
+            assert one[key] == pytest.approx(two[key], rel=RELATIVE, abs=absolute(key, two[key])), key
+    left, right = weights(first), weights(second)
+    assert left.keys() == right.keys()
+    for key in left:
+        torch.testing.assert_close(left[key], right[key], rtol=0, atol=WEIGHTS)
+
+
+# At every commit the first variant of every algorithm, those that draw in ways of their own, and a reference that is renewed.
+FIRST = {overrides["algorithm"]["name"]: name for name, overrides in reversed(VARIANTS.items())}
+CHOSEN = {*FIRST.values(), "dance_grpo", "mix_grpo flash", "g2rpo", "step_dpo resampled", "diffusion_dpo online"}
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in CHOSEN else pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS]
+)
+def test_two_processes_under_zero_2_are_one_and_resume_bit_for_bit(
+    runs: Runs, make_config: Make, tmp_path: Path, name: str
+) -> None:
+    """One process without DeepSpeed against two with it; and these two stopped before the last step against these unbroken."""
+    steps = (
+        VARIANTS[name]["algorithm"].get("refresh_every", 1) + 1
+    )  # the policy that draws has been renewed before the stop
+    overrides = {"num_steps": steps, "ema_decay": 0.9, **VARIANTS[name]}
+    one = runs(f"{name} on one", **overrides)
+    zero = {**overrides, "engine.zero_stage": 2}
+    two = runs(f"{name} on two", processes=2, **zero)
+    assert_close_runs(one, two)
+    assert all(line["grad_norm"] > 0 for line in lines(one))
+
+    config = make_config(tmp_path / "resumed", **zero)
+    launch.run(config | {"num_steps": steps - 1}, processes=2)
+    assert_equal_runs(launch.run(config, processes=2, resume=True), two)
+
+
+def test_denoisers_that_share_the_steps_are_asked_alike_by_all_processes(runs: Runs, tmp_path: Path) -> None:
+    """Wan 2.2 has a transformer for high noise levels and one for low ones; ZeRO's processes meet in every pass."""
+    zoo.build("wan").save_pretrained(tmp_path / "wan")
+    overrides = {
+        "num_steps": 2,
+        **VARIANTS["weighted_sft"],
+        "model": {
+            "path": str(tmp_path / "wan"),
+            "lora": {"rank": 4, "alpha": 12, "targets": ["to_q", "to_k", "to_v"]},
+            "height": 16,
+            "width": 16,
+            "call": {"num_frames": 1},
+        },
+        "rewards": {"brightness:Brightness": {}},
+        "optimizer.learning_rate": 3e-3,  # its gradient is a hundred times the other model's
+    }
+    levels = NoiseLevels(4, count=2, seed=0, common=True)
+    assert [set(levels.spread(step)) for step in (0, 1)] == [{0, 2}, {0, 1}]  # both transformers, then only the first
+    one = runs("wan on one", **overrides)
+    for stage in (2, 3):
+        two = runs(f"wan under {stage}", processes=2, **overrides, **{"engine.zero_stage": stage})
+        assert_close_runs(one, two)
+
+
+def test_a_group_of_dgpo_may_lie_on_two_processes(runs: Runs) -> None:
+    """Batches of half a group on each of two processes, against whole groups on one: the sum over the group is the same."""
+    overrides = {"num_steps": 2, **VARIANTS["dgpo"]}
+    whole = runs("dgpo in whole groups", **overrides)
+    halves = runs("dgpo in halves", processes=2, **overrides, **{"rollout.batch_size": 2})
+    mine, other = lines(whole, without=(AGREEMENT,)), lines(halves, without=(AGREEMENT,))
+    for one, two in zip(mine, other):
+        for key in one:  # passes over two rows and over four: other kernels, other roundings than those of sums alone
+            assert one[key] == pytest.approx(two[key], rel=2e-4, abs=1e-6), key
+    left, right = weights(whole), weights(halves)
+    assert max(float((left[key] - right[key]).abs().max()) for key in left) < 1e-5
+    assert max(float(value.abs().max()) for key, value in left.items() if "lora_B" in key) > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_three_policies_under_zero_3_are_plain(runs: Runs, kind: str) -> None:
+    """DGPO with its KL asks the current, the old and the reference policy in every pass."""
+    overrides = {"num_steps": 2, **VARIANTS["dgpo old"]} | ({"model.lora": None} if kind == "full" else {})
+    assert_close_runs(
+        runs(f"three {kind}", **overrides), runs(f"three {kind} 3", **overrides, **{"engine.zero_stage": 3})
+    )
+
+
+def test_two_processes_are_one_over_several_updates(runs: Runs) -> None:
+    one, two = runs("flow_grpo"), runs("flow_grpo_two", processes=2)
+    assert_close_runs(one, two)
+    curve = lines(one)
+    assert [line["num_updates"] for line in curve] == [2, 4, 6]
+    assert all(line["grad_norm"] > 5e-3 for line in curve)  # clipping took part
+    assert curve[-1]["kl"] > curve[0]["kl"] > 0  # something was learned
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_zero_is_plain(runs: Runs, stage: int) -> None:
+    plain = runs("flow_grpo")
+    zero = runs(f"zero_{stage}", **{"engine.zero_stage": stage})
+    assert_close_runs(plain, zero)
+    ours, theirs = ([line[AGREEMENT] for line in lines(folder)] for folder in (plain, zero))
+    assert ours == pytest.approx(theirs, abs=1e-4)  # a cosine of the same gradients; the hooks fire alike
+
+
+def test_zero_2_under_torchrun_and_accelerate_is_plain(runs: Runs) -> None:
+    stage = {"engine.zero_stage": 2}
+    torchrun = runs("torchrun", launcher=launch.torchrun(2), **stage)
+    accelerate = runs("accelerate", launcher=launch.accelerate_launch(2), **stage)
+    assert_equal_runs(torchrun, accelerate)
+    assert_close_runs(runs("flow_grpo"), torchrun)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_zero_on_two_processes_with_all_weights_is_plain(runs: Runs, stage: int) -> None:
+    """Policies are copies of all weights here; under ZeRO-3 each process keeps and exchanges its share of them."""
+    full = {"model.lora": None, "ema_decay": 0.5, "num_steps": 2}
+    assert_close_runs(runs("full", **full), runs(f"full_{stage}", processes=2, **full, **{"engine.zero_stage": stage}))
+
+
+def poisoned(config: dict[str, Any], log: Path) -> None:
+    """A run, in its own process, in which a gradient is not finite: writes whether the weights stayed, and the error."""
+    from flowsteer.rl.build import start
+    from flowsteer.rl.config import parse_config
+    from flowsteer.rl.engine.base import NotFinite
+    from flowsteer.rl.train import train
+
+    run = start(parse_config(config), quiet=True)
+    parameters = list(run.policy.parameters().values())
+
+    def values() -> list[torch.Tensor]:
+        with run.engine.whole(parameters):
+            return [parameter.detach().clone() for parameter in parameters]
+
+    before = values()
+    parameters[0].register_hook(lambda gradient: gradient * float("nan"))
+    message = "the run went on"
+    try:
+        train(run)
+    except NotFinite as error:
+        message = str(error)
+    log.write_text(json.dumps([all(torch.equal(a, b) for a, b in zip(before, values())), message]))
+    run.close()
+
+
+@pytest.mark.parametrize(("stage", "dtype"), [(0, "float32"), (2, "float32"), (2, "bfloat16"), (3, "bfloat16")])
+def test_a_gradient_that_is_not_finite_ends_the_run_before_the_weights_change(
+    make_config: Make, tmp_path: Path, stage: int, dtype: str
+) -> None:
+    settings = {"engine.zero_stage": stage, "model.dtype": dtype, "model.lora": None}
+    arguments = (make_config(tmp_path / "run", **settings), tmp_path / "log")
+    process = multiprocessing.get_context("spawn").Process(target=poisoned, args=arguments)
+    process.start()
+    assert launch.wait([process]) == [0]
+    stayed, message = json.loads((tmp_path / "log").read_text())
+    assert stayed
+    assert "the gradient of update 1 is not finite" in message
+
+
+def test_half_precision_under_zero_3_starts_at_the_reference_with_ratio_one(runs: Runs) -> None:
+    """The proofs of test_proofs.py over the whole path: exchanged shares, DeepSpeed's own linear layers, bfloat16."""
+    algorithm = {"name": "flow_grpo", "updates_per_rollout": 1, "kl_coef": 0.1}
+    settings = {"model.lora": None, "model.dtype": "bfloat16", "engine.zero_stage": 3}
+    first, second = lines(runs("half", algorithm=algorithm, num_steps=2, **settings))
+    for line in (first, second):  # one update per rollout: every rollout is the current policy's
+        assert (line["ratio"], line["ratio_deviation"], line["clip_fraction"]) == (1, 0, 0)
+    assert first["kl"] == 0
+    assert second["kl"] > 0

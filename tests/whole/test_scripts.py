@@ -1,0 +1,152 @@
+"""Every script runs, on a few samples; what it prints is checked, not how good the numbers are."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = ["num_steps=2", "rollout.prompts_per_step=4", "rollout.group_size=6", "rollout.batch_size=6"]
+SMALL += ["algorithm.updates_per_rollout=1", "optimizer.warmup_updates=0"]
+
+
+def script(*arguments: str | Path) -> str:
+    """What a command prints."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "160"}
+    command = [sys.executable, *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stdout
+
+
+def test_a_run_is_compared_by_plain_diffusers(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    script(
+        "-m", "flowsteer.rl.command", "train", "embedded_nft_composition", f"output={run}", "evaluation=null", *SMALL
+    )
+    text = script("scripts/compare_with_diffusers.py", run, "--num-seeds", "2", "--steps", "2", "--limit", "8")
+    assert "gain on reserved captions without guidance" in text
+    (table,) = json.loads((run / "results.json").read_text()).values()
+    assert len(table["rows"]) == 2 * (3 + 2)  # reserved and trained captions: three models, two differences
+    script("-m", "flowsteer.rl.command", "report", run)
+    assert "drawn by plain diffusers" in (run / "report.html").read_text()
+
+
+def test_the_comparison_imports_nothing_of_training() -> None:
+    """What measures "after" knows diffusers, the captions and the judge."""
+    program = "import runpy, sys; runpy.run_path('scripts/compare_with_diffusers.py', run_name='imported'); "
+    program += (
+        "print(sorted(name for name in sys.modules if name.startswith(('flowsteer.', 'deepspeed', 'peft.tuners'))))"
+    )
+    names = script("-c", program)
+    assert "flowsteer.rewards.scorers.composition" in names
+    assert "flowsteer.rl" not in names
+    assert "flowsteer.rollout" not in names
+    assert "deepspeed" not in names
+
+
+def test_learning_is_measured_over_seeds(tmp_path: Path) -> None:
+    settings = ["evaluation.num_prompts=6", "evaluation.num_seeds=2", "evaluation.num_inference_steps=2"]
+    arguments = ["scripts/learn.py", "embedded_nft_composition", *SMALL, *settings, "--seeds", "2", "--root", tmp_path]
+    done = subprocess.run(
+        [sys.executable, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode in (0, 1), done.stderr[-4000:]  # 1: the interval reaches zero, as it should after two steps
+    assert "95 % interval over seeds" in done.stdout
+
+
+def test_the_benchmark_measures_both_acts() -> None:
+    overrides = [f"--override={setting}" for setting in SMALL]
+    text = script("scripts/benchmark.py", "embedded_flow_grpo_cps_composition", "--repeats", "1", *overrides)
+    rows = [line for line in text.splitlines() if "embedded_flow_grpo_cps" in line]
+    assert len(rows) == 2
+    for row, act in zip(rows, ("rollout", "update")):
+        cells = [cell.strip() for cell in row.strip("│ ").split("│")]
+        assert cells[1] == act
+        assert float(cells[-1]) > 0.1  # the overhead; what it is on a quiet machine is in docs/benchmarks.md
+
+
+def test_the_benchmark_of_rewards_measures_all_three() -> None:
+    overrides = [f"--override={setting}" for setting in SMALL]
+    text = script("scripts/benchmark_rewards.py", "--repeats", "1", *overrides)
+    for what in ("worker", "slow reward"):
+        (row,) = [line for line in text.splitlines() if f" {what} " in line]
+        cells = [cell.strip() for cell in row.strip("│ ").split("│")]
+        assert float(cells[3]) > 0.1  # what it is on a quiet machine is in docs/benchmarks.md
+    assert " ms " in text
+
+
+def test_algorithms_are_compared_and_a_finished_run_is_not_repeated(tmp_path: Path) -> None:
+    arguments = [
+        "scripts/compare_algorithms.py",
+        "DGPO",
+        "--table",
+        "dense",
+        "--passes",
+        "1",
+        "--minutes",
+        "0.01",
+        "--steps",
+        "2",
+    ]
+    arguments += ["--seeds", "2", "--captions", "6", "--root", str(tmp_path)]
+    times = []
+    for _ in range(2):
+        done = subprocess.run(
+            [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
+        )
+        assert done.returncode in (0, 1), (
+            done.stdout + done.stderr[-4000:]
+        )  # 1: no gain beyond the interval, in two steps
+        assert "| DGPO |" in done.stdout
+        times.append({file: file.stat().st_mtime for file in tmp_path.rglob("metrics.jsonl")})
+    assert len(times[0]) == 2
+    assert times[0] == times[1]
+    # 2 steps of 16 * 12 pictures; 6 passes draw one, at 2 levels it has one with a gradient and one of either other policy
+    passes = 2 * 16 * 12 * (6 + 2 * (3 + 1 + 1))
+    made = [json.loads(file.read_text("utf-8")) for file in tmp_path.rglob("outcome.json")]
+    assert [outcome["readings"]["end"]["passes"] for outcome in made] == [passes] * 2
+
+
+def test_a_run_that_ends_before_a_budget_keeps_its_line() -> None:
+    program = (
+        "import runpy, sys; sys.path.insert(0, 'scripts'); made = runpy.run_path('scripts/compare_algorithms.py')\n"
+    )
+    program += "at = lambda score: made['Reading'](score=score, steps=1, passes=9, minutes=0.1, agreement=None)\n"
+    program += "runs = [{'start': at(0.1), 'passes': at(0.2), 'end': at(0.3 + seed)} for seed in (0, 0.2)]\n"
+    program += "print(made['table_of']({'DGPO': runs}, {'passes': 8, 'minutes': 5.0}))"
+    cells = script("-c", program).splitlines()[-1].split(" | ")
+    assert cells[2:5] == ["+0.100 (+0.100 to +0.100)", "ended before", "+0.300 (-0.971 to +1.571)"]
+
+
+def test_each_table_of_the_comparison_has_its_place_on_the_page(tmp_path: Path) -> None:
+    program = "import runpy, sys; from pathlib import Path; sys.path.insert(0, 'scripts')\n"
+    program += "made = runpy.run_path('scripts/compare_algorithms.py'); page = Path(sys.argv[1])\n"
+    program += (
+        "page.write_text(made['PAGE'].read_text('utf-8'), 'utf-8'); made['write_page'].__globals__['PAGE'] = page\n"
+    )
+    program += "for name in made['TABLES']: made['write_page'](name, f'| rows of {name} |', ['DGPO', 'RAFT'], 3)\n"
+    program += "for name in made['TABLES']: made['write_page'](name, f'| rows of {name} again |', ['DGPO'], 3)\n"
+    page = tmp_path / "page.md"
+    script("-c", program, str(page))
+    before, after = (ROOT / "docs" / "algorithms.md").read_text("utf-8"), page.read_text("utf-8")
+    for name in ("dense", "composition", "changes"):
+        assert f"<!-- begin {name} -->\n| rows of {name} again |\n\n<details>" in after
+    assert after.count("'seed=0' 'evaluation.num_prompts=264' 'evaluation.num_seeds=4'") == 2
+    assert "RAFT\nflowsteer train" not in after
+    assert after.startswith(before.partition("<!-- begin")[0])
+    assert after.count("<!--") == before.count("<!--") == 6
+
+
+def test_every_line_of_the_comparison_can_run() -> None:
+    program = "import runpy; from flowsteer.rl.config import load_config\n"
+    program += "import sys; sys.path.insert(0, 'scripts'); made = runpy.run_path('scripts/compare_algorithms.py')\n"
+    program += "for reward, lines in made['TABLES'].values():\n"
+    program += "    for line in lines:\n"
+    program += "        entry = made['ENTRIES'][line]\n"
+    program += "        load_config(entry.config, made['settings_of'](entry, reward, 0, 9)).check(1)\n"
+    program += "        print(line)"
+    assert len(set(script("-c", program).splitlines())) >= 25
