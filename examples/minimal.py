@@ -22,7 +22,9 @@ import torch
 from flowsteer.rewards.combine import RewardSet
 from flowsteer.rl.algorithms import FlowGRPO
 from flowsteer.rl.compare import compare
-from flowsteer.rl.engine.base import Engine, OptimizerSettings
+from flowsteer.rl.engine.base import prepare
+from flowsteer.rl.engine.optimizer import OptimizerSettings
+from flowsteer.rl.engine.processes import Processes
 from flowsteer.rl.policy import Policy
 from flowsteer.rl.scoring import StepScorer
 from flowsteer.rl.types import Facts
@@ -46,16 +48,8 @@ def redness(images: np.ndarray, prompts: Sequence[str], **columns: Sequence[Any]
 
 def main() -> None:
     """Sample, score, compare, improve; once."""
-    engine = Engine(
-        zero_stage=None,
-        dtype=torch.float32,
-        cpu=False,
-        batch_size=BATCH,
-        batches=lambda processes: BATCHES // processes,
-        max_grad_norm=1.0,
-        timeout_s=600,
-    )
-    pipeline = FlowPipeline.load("embedded", device=engine.device)
+    processes = Processes(cpu=False, timeout_s=600)
+    pipeline = FlowPipeline.load("embedded", device=processes.device)
     plan = fixed_steps(STEPS, 0.7, [0, 1, 2])  # the first three of six steps are stochastic
 
     # the algorithm: its settings, and what it has to know of the run
@@ -69,7 +63,7 @@ def main() -> None:
             advantage_clip=5.0,
             seed=SEED,
             common_indices=False,
-            gather=engine.gather,
+            gather=processes.gather,
         )
     )
 
@@ -86,7 +80,16 @@ def main() -> None:
         epsilon=1e-8,
         max_grad_norm=1.0,
     )
-    engine.prepare(policy, optimizer, passes_per_batch=algorithm.passes_per_batch)
+    engine = prepare(
+        processes,
+        policy,
+        optimizer,
+        zero_stage=None,
+        dtype=torch.float32,
+        batch_size=BATCH,
+        batches=BATCHES // processes.num_processes,
+        passes_per_batch=algorithm.passes_per_batch,
+    )
     worker = RolloutWorker(
         pipeline,
         PROMPTS,
@@ -102,10 +105,10 @@ def main() -> None:
         shared_noise=False,
         updates_per_rollout=algorithm.updates_per_rollout,
         seed=SEED,
-        num_processes=engine.num_processes,
-        process_index=engine.process_index,
+        num_processes=processes.num_processes,
+        process_index=processes.process_index,
         dtype=torch.float32,
-        device=engine.device,
+        device=processes.device,
     )
     scorer = StepScorer(RewardSet([("redness", redness, 1.0)]))
 

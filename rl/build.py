@@ -29,7 +29,9 @@ from flowsteer.rl.checkpoint import Checkpoints, fingerprint, open_run, write_wh
 from flowsteer.rl.compare import TooFewScores, compare
 from flowsteer.rl.config import Config, save_config
 from flowsteer.rl.config.schema import PlanConfig, RewardConfig
-from flowsteer.rl.engine.base import Engine, OptimizerSettings
+from flowsteer.rl.engine.base import Engine, prepare
+from flowsteer.rl.engine.optimizer import OptimizerSettings
+from flowsteer.rl.engine.processes import Processes
 from flowsteer.rl.evaluate import Evaluation, evaluate, save_grid
 from flowsteer.rl.export import export_lora, export_weights
 from flowsteer.rl.interrupts import Interrupts
@@ -113,9 +115,9 @@ class Run:
                 negative_prompt=settings.negative_prompt,
                 batch_size=self.config.rollout.batch_size,
                 dtype=DTYPES[self.config.model.dtype],
-                device=self.engine.device,
-                process_index=self.engine.process_index,
-                num_processes=self.engine.num_processes,
+                device=self.engine.processes.device,
+                process_index=self.engine.processes.process_index,
+                num_processes=self.engine.processes.num_processes,
                 timeout_s=self.scorer.timeout_s,
                 gather=self.engine.gather,
                 progress=progress,
@@ -171,24 +173,25 @@ def start(config: Config, *, resume: bool = False, quiet: bool = False) -> Run:
     open_run(folder, config, resume=resume)
     plan = build_plan(config.rollout.plan, config)
     build_branching(config)  # its faults, like all others, before anything is loaded or written
-    engine = build_engine(config)  # before the rewards: a model of theirs then lands on this process's device
-    build_algorithm(config, plan, engine)  # likewise; made again when the pipeline's denoisers are known
+    config.check(int(os.environ.get("WORLD_SIZE", "1")))
+    processes = build_processes(config)  # before the rewards: a model of theirs then lands on this process's device
+    build_algorithm(config, plan, processes)  # likewise; made again when the pipeline's denoisers are known
     prompts = read_prompts(config.prompts.train)
     evaluation_prompts = read_prompts(config.evaluation.prompts) if config.evaluation else None
     with ExitStack() as undo:  # a reward may be a process, which must not stay behind when anything below fails
-        rewards = build_rewards(config, engine.device)
+        rewards = build_rewards(config, processes.device)
         undo.callback(rewards.close)
         check_groupwise(rewards, config)
         check_prompts(rewards, config, prompts, evaluation_prompts)
         depends_on = without(rewards.fingerprints, "platform")
-        check_alike(depends_on, engine.gather)
-        pipeline = build_pipeline(config, engine.device)
+        check_alike(depends_on, processes.gather)
+        pipeline = build_pipeline(config, processes.device)
         model = fingerprint(dict(pipeline.denoisers))
         plan = _checked_plan(config, pipeline, plan, prompts)
         # processes meet in every pass under ZeRO, so they must ask the same one of several denoisers at the same time
-        algorithm = build_algorithm(config, plan, engine, common_indices=len(pipeline.denoisers) > 1)
+        algorithm = build_algorithm(config, plan, processes, common_indices=len(pipeline.denoisers) > 1)
         policy = build_policy(config, pipeline, algorithm)
-        engine.prepare(policy, build_optimizer_settings(config), passes_per_batch=algorithm.passes_per_batch)
+        engine = build_engine(config, processes, policy, algorithm)
         checkpoints = Checkpoints(
             folder, engine, model=model, prompts=prompts.fingerprint(), rewards=depends_on, keep=config.keep
         )
@@ -218,7 +221,7 @@ def start(config: Config, *, resume: bool = False, quiet: bool = False) -> Run:
             folder=folder,
             policy=policy,
             engine=engine,
-            worker=build_worker(config, pipeline, prompts, plan, engine),
+            worker=build_worker(config, pipeline, prompts, plan, processes),
             scorer=StepScorer(rewards, timeout_s=config.engine.timeout_s / 2),
             algorithm=algorithm,
             meter=Meter(),
@@ -265,7 +268,7 @@ def build_branching(config: Config) -> Branching | None:
     return Branching(**section.model_dump()) if section else None
 
 
-def build_algorithm(config: Config, plan: Plan, engine: Engine, *, common_indices: bool = False) -> Algorithm:
+def build_algorithm(config: Config, plan: Plan, processes: Processes, *, common_indices: bool = False) -> Algorithm:
     """The algorithm, told what it has to know of the run.
 
     ``common_indices``: all batches of a training step are trained at the same denoising indices.
@@ -287,7 +290,7 @@ def build_algorithm(config: Config, plan: Plan, engine: Engine, *, common_indice
             advantage_clip=config.advantage.clip,
             seed=config.seed,
             common_indices=common_indices,
-            gather=engine.gather,
+            gather=processes.gather,
         )
     )
 
@@ -388,23 +391,27 @@ def check_prompts(rewards: RewardSet, config: Config, train: Prompts, evaluation
         check_scorable(rewards, evaluation.texts, key=f"evaluation.prompts={config.evaluation.prompts}")
 
 
-def build_engine(config: Config) -> Engine:
-    """Processes and precision."""
-    rollout = config.rollout
-    return Engine(
+def build_processes(config: Config) -> Processes:
+    """The process group."""
+    return Processes(cpu=config.engine.device == "cpu", timeout_s=config.engine.timeout_s)
+
+
+def build_engine(config: Config, processes: Processes, policy: Policy, algorithm: Algorithm) -> Engine:
+    """The policy under its optimiser."""
+    return prepare(
+        processes,
+        policy,
+        build_optimizer_settings(config),
         zero_stage=config.engine.zero_stage,
         dtype=DTYPES[config.model.dtype],
-        cpu=config.engine.device == "cpu",
-        batch_size=rollout.batch_size,
-        max_grad_norm=config.optimizer.max_grad_norm,
-        timeout_s=config.engine.timeout_s,
-        batches=lambda processes: batches_per_update(config, processes),
+        batch_size=config.rollout.batch_size,
+        batches=batches_per_update(config, processes.num_processes),
+        passes_per_batch=algorithm.passes_per_batch,
     )
 
 
 def batches_per_update(config: Config, num_processes: int) -> int:
     """Rollout batches of one optimiser update on one process."""
-    config.check(num_processes)
     rollout = config.rollout
     batches = rollout.prompts_per_step * rollout.group_size // rollout.batch_size // num_processes
     return batches // config.algorithm.updates_per_rollout
@@ -450,10 +457,13 @@ def build_optimizer_settings(config: Config) -> OptimizerSettings:
         betas=section.betas,
         weight_decay=section.weight_decay,
         epsilon=section.epsilon,
+        max_grad_norm=section.max_grad_norm,
     )
 
 
-def build_worker(config: Config, pipeline: FlowPipeline, prompts: Prompts, plan: Plan, engine: Engine) -> RolloutWorker:
+def build_worker(
+    config: Config, pipeline: FlowPipeline, prompts: Prompts, plan: Plan, processes: Processes
+) -> RolloutWorker:
     """The rollout worker of this process."""
     rollout = config.rollout
     return RolloutWorker(
@@ -472,10 +482,10 @@ def build_worker(config: Config, pipeline: FlowPipeline, prompts: Prompts, plan:
         shared_noise=rollout.shared_noise,
         updates_per_rollout=config.algorithm.updates_per_rollout,
         seed=config.seed,
-        num_processes=engine.num_processes,
-        process_index=engine.process_index,
+        num_processes=processes.num_processes,
+        process_index=processes.process_index,
         dtype=DTYPES[config.model.dtype],
-        device=engine.device,
+        device=processes.device,
         branching=build_branching(config),
         tail_fraction=rollout.tail_fraction,
         train_guidance_scale=rollout.train_guidance_scale,
@@ -492,7 +502,7 @@ def derived(config: Config, policy: Policy, engine: Engine, prompts: Prompts) ->
         "model": f"{config.model.path}, {trained:,} parameters trained",
         "algorithm": f"{algorithm.name}, {algorithm.updates_per_rollout} update(s) per step",
         "images per step": f"{images} = {rollout.prompts_per_step} prompts x {rollout.group_size}",
-        "batches": f"{images // rollout.batch_size} of {rollout.batch_size} on {engine.num_processes} process(es), "
+        "batches": f"{images // rollout.batch_size} of {rollout.batch_size} on {engine.processes.num_processes} process(es), "
         f"{engine.accumulation} backward passes per update",
         "prompts": f"{len(prompts)}, all seen after {len(prompts) / rollout.prompts_per_step:.1f} steps",
         "output": config.output,

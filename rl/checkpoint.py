@@ -52,8 +52,8 @@ class Checkpoints:
         self.keep = keep
         self._belongs_to = {
             "format": FORMAT,
-            "num_processes": engine.num_processes,
-            "zero_stage": engine.zero_stage,
+            "num_processes": engine.processes.num_processes,
+            "zero_stage": engine.backend.zero_stage,
             "model": model,
             "prompts": prompts,
             "rewards": dict(rewards),

@@ -20,7 +20,8 @@ import torch
 from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
 from torch import Tensor
 
-from flowsteer.rl.engine.base import Engine, UpdateInfo
+from flowsteer.rl.engine.base import Engine
+from flowsteer.rl.engine.optimizer import UpdateInfo
 from flowsteer.rl.types import Metrics
 
 

@@ -17,14 +17,10 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from flowsteer.rl.engine.zero import kept
 from flowsteer.rollout.lifting.pipeline import Pipeline
 
 CURRENT = "current"
-
-
-def part(parameter: Tensor) -> Tensor:
-    """The values of a parameter that this process keeps: all of them, or its share under ZeRO-3."""
-    return getattr(parameter, "ds_tensor", parameter.data)
 
 
 class Policy:
@@ -148,18 +144,6 @@ class Policy:
                 policy.copy_(average)
 
 
-class Denoisers(nn.Module):
-    """All denoisers behind one ``forward``, so that an engine can wrap them as one module."""
-
-    def __init__(self, denoisers: dict[str, nn.Module]) -> None:
-        super().__init__()
-        self.modules_by_name = nn.ModuleDict(denoisers)
-
-    def forward(self, name: str, *args: Any, **kwargs: Any) -> Any:
-        """Call the denoiser of that name."""
-        return self.modules_by_name[name](*args, **kwargs)
-
-
 class _Variants(Protocol):
     names: frozenset[str]
 
@@ -214,7 +198,7 @@ class _Adapters:
         }
 
     def parts(self, name: str) -> list[Tensor]:
-        return [part(parameter) for parameter in self.parameters(name).values()]
+        return [kept(parameter) for parameter in self.parameters(name).values()]
 
     def switch(self, before: str, after: str) -> None:
         # PEFT's own set_adapter also changes requires_grad, which the optimiser and ZeRO rely on; its fields do not.
@@ -259,7 +243,7 @@ class _Copies:
                     copy.copy_(held)
 
     def _live(self) -> list[Tensor]:
-        return [part(parameter) for parameter in self.parameters(CURRENT).values()]
+        return [kept(parameter) for parameter in self.parameters(CURRENT).values()]
 
 
 def _check_targets(denoisers: dict[str, nn.Module], targets: Sequence[str]) -> None:

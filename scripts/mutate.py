@@ -297,8 +297,8 @@ FAULTS = (
     ),
     Fault(
         name="an update that is not finite is made",
-        file="rl/engine/base.py",
-        right="            self._refuse_not_finite(before)\n",
+        file="rl/engine/zero.py",
+        right="        check(before)\n",
         wrong="",
         tests="tests/whole/test_processes.py -k not_finite",
     ),
@@ -311,9 +311,9 @@ FAULTS = (
     ),
     Fault(
         name="old gradients of what no pass reached under ZeRO-3",
-        file="rl/engine/base.py",
-        right="                self._uncleared.zero_()",
-        wrong="                pass",
+        file="rl/engine/zero.py",
+        right="            self._uncleared.zero_()",
+        wrong="            pass",
         tests="tests/whole/test_processes.py -k asked_alike",
     ),
     Fault(
@@ -340,7 +340,7 @@ FAULTS = (
     Fault(
         name="unreached: the largest norm of a gradient",
         file="rl/build.py",
-        right="max_grad_norm=config.optimizer.max_grad_norm",
+        right="max_grad_norm=section.max_grad_norm",
         wrong="max_grad_norm=1.0",
         tests="tests/rl/test_settings_reach.py -k max_grad_norm",
     ),

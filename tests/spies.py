@@ -24,7 +24,8 @@ from flowsteer.rewards.registry import load_reward
 from flowsteer.rl import build
 from flowsteer.rl.algorithms import forward, transitions
 from flowsteer.rl.config import parse_config
-from flowsteer.rl.engine import base as engine
+from flowsteer.rl.engine import processes as engine
+from flowsteer.rl.engine.zero import deepspeed_config
 from flowsteer.rl.policy import Policy
 from flowsteer.rl.train import train
 from flowsteer.rollout import branches, sample
@@ -259,17 +260,21 @@ def _watch_parts(trace: Trace, patch: pytest.MonkeyPatch) -> None:
 
         return around
 
-    def without_deepspeed(original: Any, **settings: Any) -> Any:
-        made = original(**settings)
-        trace.note("Engine.cpu", settings["cpu"])
-        trace.note("deepspeed", copy.deepcopy(made._deepspeed_config))
-        made.zero_stage = None
-        return made
+    def without_deepspeed(original: Any, processes: Any, policy: Any, settings: Any, **more: Any) -> Any:
+        accumulation = more["batches"] * more["passes_per_batch"]
+        told = {key: more[key] for key in ("dtype", "batch_size")}
+        trace.note("deepspeed", deepspeed_config(settings, stage=more["zero_stage"], accumulation=accumulation, **told))
+        return original(processes, policy, settings, **more | {"zero_stage": None})
+
+    def processes(original: Any, **settings: Any) -> Any:
+        trace.note("Processes.cpu", settings["cpu"])
+        return original(**settings)
 
     def jpeg(*_: Any, **__: Any) -> Any:
         return load_reward("jpeg_compressibility")
 
-    _wrap(patch, build, "Engine", without_deepspeed)
+    _wrap(patch, build, "prepare", without_deepspeed)
+    _wrap(patch, build, "Processes", processes)
     _wrap(patch, engine, "Accelerator", built("Accelerator"))
     _wrap(patch, engine, "InitProcessGroupKwargs", built("InitProcessGroupKwargs"))
     patch.setattr(torch.cuda, "is_available", lambda: False)

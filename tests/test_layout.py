@@ -219,8 +219,8 @@ def test_every_configuration_is_runnable(name):
     config = load_config(after[0], after[1:])
     processes = int(command[command.index("--nproc_per_node") + 1]) if "--nproc_per_node" in command else 1
     config.check(processes)
-    engine: Any = SimpleNamespace(gather=None)
-    build_algorithm(config, build_plan(config.rollout.plan, config), engine)
+    processes: Any = SimpleNamespace(gather=None)
+    build_algorithm(config, build_plan(config.rollout.plan, config), processes)
     assert config.output == f"runs/{after[0]}"
 
 

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from flowsteer.rewards.types import Scores
 from flowsteer.rl.algorithms import ALGORITHMS
-from flowsteer.rl.build import build_algorithm, build_engine, build_plan, build_worker
+from flowsteer.rl.build import batches_per_update, build_algorithm, build_plan, build_processes, build_worker
 from flowsteer.rl.compare import compare
 from flowsteer.rl.config import Config, parse_config
-from flowsteer.rl.engine.base import OptimizerSettings
+from flowsteer.rl.engine.base import prepare
+from flowsteer.rl.engine.optimizer import OptimizerSettings
 from flowsteer.rl.policy import Policy
 from flowsteer.rl.types import Comparison
 from flowsteer.rollout.data.prompts import Prompts
@@ -106,8 +107,9 @@ class ToyRun:
         config = toy_config(overrides)
         self.config, self.toy = config, Toy()
         self.plan = build_plan(config.rollout.plan, config)
-        self.engine = build_engine(config)
-        self.algorithm: Any = build_algorithm(config, self.plan, self.engine)
+        config.check(1)
+        self.processes = build_processes(config)
+        self.algorithm: Any = build_algorithm(config, self.plan, self.processes)
         variants = self.algorithm.variants | {"reference"}
         self.policy = Policy(self.toy, lora=None, variants=variants, seed=0)  # type: ignore[arg-type]
         settings = OptimizerSettings(
@@ -118,9 +120,19 @@ class ToyRun:
             betas=(0.9, 0.999),
             weight_decay=0.0,
             epsilon=1e-8,
+            max_grad_norm=1.0,
         )
-        self.engine.prepare(self.policy, settings, passes_per_batch=self.algorithm.passes_per_batch)
-        self.worker = build_worker(config, self.toy, PROMPTS, self.plan, self.engine)  # type: ignore[arg-type]
+        self.engine = prepare(
+            self.processes,
+            self.policy,
+            settings,
+            zero_stage=None,
+            dtype=torch.float32,
+            batch_size=config.rollout.batch_size,
+            batches=batches_per_update(config, 1),
+            passes_per_batch=self.algorithm.passes_per_batch,
+        )
+        self.worker = build_worker(config, self.toy, PROMPTS, self.plan, self.processes)  # type: ignore[arg-type]
 
     def rollouts(self, step: int = 0) -> list[Rollout]:
         with self.policy.using(self.algorithm.acting):

@@ -404,6 +404,10 @@ class Config(Section):
                 f"training all weights in {self.model.dtype} needs float32 master copies, which DeepSpeed keeps; "
                 "set engine.zero_stage, or model.dtype=float32, or train a LoRA"
             )
+        if self.model.dtype != "float32" and self.engine.zero_stage == 0:
+            faults.append(
+                "engine.zero_stage=0 keeps no float32 master weights; use stage 1 to 3, or model.dtype=float32"
+            )
         if faults:
             raise ValueError("\n".join(faults))
         if self.rollout.plan.name == "none" and self.rollout.kernel != KernelConfig():

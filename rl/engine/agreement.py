@@ -15,6 +15,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from flowsteer.rl.engine.zero import whole_size
+
 MAX_ELEMENTS = 1 << 24  # of the gradient that are compared: enough for a cosine, and no burden beside a large model
 
 
@@ -61,7 +63,7 @@ class GradientAgreement:
 
 def evenly_chosen(parameters: Sequence[nn.Parameter], most: int) -> list[nn.Parameter]:
     """Every n-th parameter, n the least that leaves at most ``most`` elements (or a single parameter)."""
-    sizes = [getattr(parameter, "ds_numel", parameter.numel()) for parameter in parameters]  # whole, also under ZeRO-3
+    sizes = [whole_size(parameter) for parameter in parameters]
     stride = 1
     while sum(sizes[::stride]) > most and stride < len(sizes):
         stride += 1

@@ -5,11 +5,15 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import deepspeed
 import pytest
 import torch
 from toy import Toy, toy_config
 
-from flowsteer.rl.build import build_engine, build_optimizer_settings
+from flowsteer.rl.build import batches_per_update, build_optimizer_settings, build_processes
+from flowsteer.rl.config import Config
+from flowsteer.rl.engine.base import Engine, prepare
+from flowsteer.rl.engine.zero import WRITTEN_FOR, check_release
 from flowsteer.rl.policy import Policy
 
 COUNT, WARMUP, RATE = 8, 3, 0.02
@@ -20,6 +24,23 @@ FALLING = {
     "linear": [RATE * part for part in (1, 0.8, 0.6, 0.4, 0.2)],
     "cosine": [RATE * (1 + math.cos(math.pi * done / 5)) / 2 for done in range(5)],
 }
+
+
+def prepared(config: Config) -> tuple[Toy, Engine]:
+    """The toy under its optimiser, one backward pass a batch."""
+    toy = Toy()
+    policy = Policy(toy, lora=None, variants=frozenset(), seed=0)  # type: ignore[arg-type]
+    engine = prepare(
+        build_processes(config),
+        policy,
+        build_optimizer_settings(config),
+        zero_stage=None,
+        dtype=torch.float32,
+        batch_size=config.rollout.batch_size,
+        batches=batches_per_update(config, 1),
+        passes_per_batch=1,
+    )
+    return toy, engine
 
 
 def updates(overrides: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> tuple[list[dict[str, Any]], list[float]]:
@@ -37,9 +58,7 @@ def updates(overrides: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> tuple
         return step(self, *arguments)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", spied)
-    toy, engine = Toy(), build_engine(config)
-    policy = Policy(toy, lora=None, variants=frozenset(), seed=0)  # type: ignore[arg-type]
-    engine.prepare(policy, build_optimizer_settings(config), passes_per_batch=1)
+    toy, engine = prepared(config)
     reported = []
     for _ in range(COUNT):
         info = engine.backward(toy.network.weight.square().sum())
@@ -80,12 +99,16 @@ def test_betas_are_momentum_first_and_squares_second(monkeypatch: pytest.MonkeyP
     config = toy_config(
         {"algorithm": {"name": "flow_grpo"}, "rollout.prompts_per_step": 1, "optimizer": optimizer, "num_steps": 3}
     )
-    toy, engine = Toy(), build_engine(config)
-    policy = Policy(toy, lora=None, variants=frozenset(), seed=0)  # type: ignore[arg-type]
-    engine.prepare(policy, build_optimizer_settings(config), passes_per_batch=1)
+    toy, engine = prepared(config)
     value, first, second = toy.network.bias[0].item(), 0.0, 0.0
     for number, slope in enumerate((0.3, -0.2, 0.1), start=1):  # within the clip
         engine.backward(slope * toy.network.bias[0])
         first, second = 0.5 * first + 0.5 * slope, 0.9 * second + 0.1 * slope**2
         value -= 0.1 * (first / (1 - 0.5**number)) / (math.sqrt(second / (1 - 0.9**number)) + 1e-8)
         assert toy.network.bias[0].item() == pytest.approx(value, abs=1e-6)
+
+
+def test_private_attributes_are_read_of_one_release_of_deepspeed_only() -> None:
+    check_release(deepspeed.__version__)
+    with pytest.raises(ValueError, match=rf"release {WRITTEN_FOR}; 1.2.3 is installed. Install deepspeed=="):
+        check_release("1.2.3")

@@ -15,7 +15,7 @@ from variants import VARIANTS
 from flowsteer.rewards.types import Scores
 from flowsteer.rl.algorithms import ALGORITHMS, AnyAlgorithm
 from flowsteer.rl.algorithms.transitions import gaussian, kl_to_reference
-from flowsteer.rl.engine.base import NotFinite
+from flowsteer.rl.engine.optimizer import NotFinite
 from flowsteer.rl.types import Algorithm, Comparison
 from flowsteer.rollout.types import Rollout
 

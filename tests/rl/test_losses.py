@@ -520,7 +520,7 @@ def test_transitions_are_drawn_anew_for_every_batch_and_step() -> None:
 def test_with_several_denoisers_all_batches_train_the_same_transitions() -> None:
     """Twin of the noise levels: processes must ask the same denoiser at the same time."""
     run = ToyRun(VARIANTS["dance_grpo"])
-    algorithm = build_algorithm(run.config, run.plan, run.engine, common_indices=True)
+    algorithm = build_algorithm(run.config, run.plan, run.processes, common_indices=True)
     rollouts = run.rollouts()
     made = [comparison(SPREAD)] * len(rollouts)
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flowsteer.rl.engine.base import UpdateInfo
+from flowsteer.rl.engine.optimizer import UpdateInfo
 from flowsteer.rl.metrics import Log, Meter, all_names, read_metrics
 
 

@@ -7,7 +7,9 @@ import torch
 import zoo
 from torch import Tensor, nn
 
-from flowsteer.rl.engine.base import Engine, OptimizerSettings
+from flowsteer.rl.engine.base import prepare
+from flowsteer.rl.engine.optimizer import OptimizerSettings
+from flowsteer.rl.engine.processes import Processes
 from flowsteer.rl.policy import CURRENT, Policy
 from flowsteer.rollout.lifting.pipeline import Conditioning, FlowPipeline
 
@@ -299,15 +301,6 @@ def test_a_restart_brings_back_the_live_policies_where_averages_are_tensors_of_t
 
 
 def test_the_optimiser_sees_exactly_the_current_policy(subject: Subject) -> None:
-    engine = Engine(
-        zero_stage=None,
-        dtype=torch.float32,
-        cpu=True,
-        batch_size=2,
-        batches=lambda processes: 1,
-        max_grad_norm=1.0,
-        timeout_s=60,
-    )
     settings = OptimizerSettings(
         learning_rate=1e-2,
         schedule="constant",
@@ -316,10 +309,20 @@ def test_the_optimiser_sees_exactly_the_current_policy(subject: Subject) -> None
         betas=(0.9, 0.999),
         weight_decay=0.0,
         epsilon=1e-8,
+        max_grad_norm=1.0,
     )
-    engine.prepare(subject.policy, settings, passes_per_batch=1)
+    engine = prepare(
+        Processes(cpu=True, timeout_s=60),
+        subject.policy,
+        settings,
+        zero_stage=None,
+        dtype=torch.float32,
+        batch_size=2,
+        batches=1,
+        passes_per_batch=1,
+    )
     wanted = {id(parameter) for parameter in subject.policy.parameters().values()}
-    given = [id(parameter) for group in engine._optimizer.param_groups for parameter in group["params"]]
+    given = [id(parameter) for group in engine.backend.param_groups for parameter in group["params"]]
     assert len(given) == len(set(given))
     assert set(given) == wanted
     assert wanted == {id(parameter) for parameter in every_parameter(subject.policy) if parameter.requires_grad}

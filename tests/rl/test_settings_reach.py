@@ -209,7 +209,7 @@ CASES: dict[str, list[Case]] = {
     "optimizer.epsilon": [direct("optimizer.eps", 1e-5)],
     "optimizer.max_grad_norm": [direct("clip", 0.3, "deepspeed")],
     "engine.zero_stage": [moves(2, "deepspeed")],
-    "engine.device": [direct("Engine.cpu", "auto", reads=(False,))],
+    "engine.device": [direct("Processes.cpu", "auto", reads=(False,))],
     "engine.timeout_s": [moves(77, "InitProcessGroupKwargs.timeout", "StepScorer.timeout_s")],
     "evaluation.prompts": [evaluated("TRAIN", "evaluation.prompts")],
     "evaluation.num_prompts": [evaluated(3, "evaluation.prompts")],

@@ -214,7 +214,7 @@ def poisoned(config: dict[str, Any], log: Path) -> None:
     """A run, in its own process, in which a gradient is not finite: writes whether the weights stayed, and the error."""
     from flowsteer.rl.build import start
     from flowsteer.rl.config import parse_config
-    from flowsteer.rl.engine.base import NotFinite
+    from flowsteer.rl.engine.optimizer import NotFinite
     from flowsteer.rl.train import train
 
     run = start(parse_config(config), quiet=True)

@@ -1,0 +1,67 @@
+"""The processes that share a run: who this one is, and how they exchange tensors. accelerate is behind it."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+import torch
+from accelerate import Accelerator, InitProcessGroupKwargs
+from torch import Tensor
+
+
+class Processes:
+    """The process group of a run, from torchrun, accelerate launch or a single process.
+
+    Args:
+        cpu: stay on the CPU even where there is an accelerator.
+        timeout_s: a collective that waits longer ends the job.
+    """
+
+    def __init__(self, *, cpu: bool, timeout_s: int) -> None:
+        self._accelerator = Accelerator(
+            cpu=cpu or not torch.cuda.is_available(),
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=timeout_s))],
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Where this process's tensors live."""
+        return self._accelerator.device
+
+    @property
+    def num_processes(self) -> int:
+        """How many processes share the run."""
+        return self._accelerator.num_processes
+
+    @property
+    def process_index(self) -> int:
+        """The number of this process."""
+        return self._accelerator.process_index
+
+    @property
+    def is_main(self) -> bool:
+        """True on the process that writes and prints."""
+        return self._accelerator.is_main_process
+
+    def gather(self, values: Tensor) -> Tensor:
+        """Concatenate equally long tensors of all processes in their order: [n, ...] -> [processes * n, ...]."""
+        if self.num_processes == 1:
+            return values
+        gathered: Any = self._accelerator.gather(values.to(self.device).contiguous())
+        return gathered.to(values.device)
+
+    def mean(self, values: Tensor) -> Tensor:
+        """The mean over processes of a tensor of one shape."""
+        reduced: Any = self._accelerator.reduce(values, reduction="mean")
+        return reduced
+
+    def wait(self) -> None:
+        """A barrier."""
+        self._accelerator.wait_for_everyone()
+
+    def close(self) -> None:
+        """End the process group."""
+        self._accelerator.end_training()
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
