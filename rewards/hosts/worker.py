@@ -185,10 +185,10 @@ def what_hides(place: str, error: ModuleNotFoundError) -> str | None:
     if (
         found is None
         or getattr(found, "__file__", None) is not None
-        or not (error.name or "").startswith(package + ".")
+        or not (error.name or "").rpartition(".")[0] == package
     ):
         return None
-    folders = ", ".join(str(path) for path in found.__path__)
+    folders = ", ".join(dict.fromkeys(map(str, found.__path__)))
     return (
         f"there is no {error.name}: Python takes the folder {folders} for the package {package}; install {package} for "
         f"{sys.executable}, or start in a folder that has none called {package}"
