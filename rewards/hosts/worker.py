@@ -185,7 +185,7 @@ def what_hides(place: str, error: ModuleNotFoundError) -> str | None:
     if (
         found is None
         or getattr(found, "__file__", None) is not None
-        or not (error.name or "").rpartition(".")[0] == package
+        or (error.name or "").rpartition(".")[0] != package
     ):
         return None
     folders = ", ".join(dict.fromkeys(map(str, found.__path__)))
