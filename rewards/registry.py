@@ -28,6 +28,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 from flowsteer.rewards.functions import FunctionReward, bind_options, parameters_of
+from flowsteer.rewards.hosts.worker import what_hides
 from flowsteer.rewards.types import Reward
 
 GROUP = "flowsteer.rewards"
@@ -194,6 +195,8 @@ def _import_target(name: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
             raise  # the module is there, and what is missing is something that it imports
+        if hidden := what_hides(module_name, error):
+            raise ValueError(f"reward {name!r}: {hidden}") from error
         raise ValueError(
             f"reward {name!r}: there is no module {error.name!r} among the installed packages or in {os.getcwd()}"
         ) from error

@@ -168,8 +168,31 @@ def load_target(target: str) -> Any:
         spec.loader.exec_module(module)
     else:
         sys.path.append(os.getcwd())
-        module = importlib.import_module(place)
+        try:
+            module = importlib.import_module(place)
+        except ModuleNotFoundError as error:
+            hidden = what_hides(place, error)
+            if hidden:
+                raise ValueError(f"scorer {target}: {hidden}") from error
+            raise
     return functools.reduce(getattr, attribute.split("."), module)
+
+
+def what_hides(place: str, error: ModuleNotFoundError) -> str | None:
+    """Why a part of a package is not found: a folder without ``__init__.py`` that has the package's name; else None."""
+    package = place.partition(".")[0]
+    found = sys.modules.get(package)
+    if (
+        found is None
+        or getattr(found, "__file__", None) is not None
+        or (error.name or "").rpartition(".")[0] != package
+    ):
+        return None
+    folders = ", ".join(dict.fromkeys(map(str, found.__path__)))
+    return (
+        f"there is no {error.name}: Python takes the folder {folders} for the package {package}; install {package} for "
+        f"{sys.executable}, or start in a folder that has none called {package}"
+    )
 
 
 def check_takes_images(target: str, scorer: Any) -> None:

@@ -17,6 +17,7 @@ from PIL import Image
 from flowsteer.rewards.combine import Normalise, RewardSet, to_uint8
 from flowsteer.rewards.functions import FunctionReward
 from flowsteer.rewards.hosts.inprocess import Scorer, collect
+from flowsteer.rewards.hosts.worker import load_target
 from flowsteer.rewards.registry import GROUP, label_of, list_rewards, load_reward, target_of
 from flowsteer.rewards.scorers.jpeg import JPEGCompressibility, JPEGIncompressibility
 from flowsteer.rewards.types import Reward
@@ -179,6 +180,18 @@ class TestRegistry:
     def test_a_module_that_lacks_something_itself_says_what(self):
         with pytest.raises(ModuleNotFoundError, match="a_module_that_is_not_there"):
             load_reward("my_broken_plugin:Bright")
+
+    def test_a_folder_that_has_a_package_s_name_is_named(self, tmp_path, monkeypatch):
+        """Such as the folder of a cloned repository, from beside it: Python takes it for a package without files."""
+        (tmp_path / "their_package").mkdir()
+        monkeypatch.chdir(tmp_path)
+        message = r"no their_package.rewards: Python takes the folder \S*/their_package for the package their_package; install"
+        with pytest.raises(ValueError, match=message):
+            load_reward("their_package.rewards:f")
+        sys.modules.pop("their_package")
+        with pytest.raises(ValueError, match=message):
+            load_target("their_package.rewards:f")
+        sys.modules.pop("their_package")
 
     def test_two_packages_with_one_name(self, monkeypatch):
         from importlib.metadata import EntryPoint
