@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
+_WORD = (1 << 64) - 1
 _MASK = (1 << 63) - 1
 
 
@@ -18,9 +20,9 @@ def mix(*values: int) -> int:
     """A well-mixed 63-bit number from some whole numbers; their order matters (SplitMix64's finaliser)."""
     state = 0
     for value in values:
-        state = (state + value + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
-        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
-        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
+        state = (state + value + 0x9E3779B97F4A7C15) & _WORD
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _WORD
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _WORD
         state ^= state >> 31
     return state & _MASK
 
@@ -28,7 +30,8 @@ def mix(*values: int) -> int:
 def initial_noise(seeds: Tensor, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
     """Standard normal [B, *shape]; row b is what ``torch.Generator().manual_seed(seeds[b])`` gives diffusers.
 
-    Drawn on the CPU, where the same seed gives the same bits on every machine.
+    Drawn on the CPU, where the same seed gives the same bits on every machine. torch's CPU generator uses 32 bits of a seed, so
+    there are 2^32 different rows.
     """
     rows = [
         torch.randn((1, *shape), generator=torch.Generator().manual_seed(seed), dtype=dtype) for seed in seeds.tolist()
@@ -37,5 +40,15 @@ def initial_noise(seeds: Tensor, shape: Sequence[int], dtype: torch.dtype = torc
 
 
 def stream_noise(seeds: Tensor, stream: int, shape: Sequence[int]) -> Tensor:
-    """Standard normal float32 [B, *shape], independent between streams and of `initial_noise`."""
-    return initial_noise(torch.tensor([mix(seed, stream) for seed in seeds.tolist()]), shape)
+    """Standard normal float32 [B, *shape], independent between seeds and streams, and of `initial_noise`.
+
+    ``seeds`` [B] int64 and ``stream``, 64 bits each, are the two halves of the key of a counter-based generator (Philox 4x64,
+    Salmon et al. 2011): two pairs that differ in any bit have different noise.
+    """
+    rows = [_philox(seed, stream).standard_normal(tuple(shape), dtype=np.float32) for seed in seeds.tolist()]
+    return torch.from_numpy(np.stack(rows))
+
+
+def _philox(seed: int, stream: int) -> np.random.Generator:
+    key = np.array([seed & _WORD, stream & _WORD], dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(key=key))

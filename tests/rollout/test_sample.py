@@ -239,6 +239,34 @@ def test_streams_are_independent() -> None:
     assert ((flat.std(1) - 1).abs() < 5 / 8192**0.5).all()
 
 
+def test_streams_that_once_shared_their_noise_do_not() -> None:
+    """The CPU generator of torch uses 32 bits of its seed: in a run with seed 0, two streams of two samples were one noise."""
+    (one,) = sample_seeds([26], seed=0, step=6).tolist()
+    (other,) = sample_seeds([1143], seed=0, step=7).tolist()
+    assert mix(one, 6) != mix(other, 4)
+    assert mix(one, 6) % 2**32 == mix(other, 4) % 2**32
+    noise, noise_of_other = (
+        stream_noise(torch.tensor([one]), 6, (4096,)),
+        stream_noise(torch.tensor([other]), 4, (4096,)),
+    )
+    assert abs(float(torch.corrcoef(torch.cat([noise, noise_of_other]))[0, 1])) < 5 / 4096**0.5
+
+
+@pytest.mark.parametrize("bit", [0, 31, 32, 47, 62])
+def test_every_bit_of_seed_and_stream_counts(bit: int) -> None:
+    seeds = torch.tensor([5, 5 ^ (1 << bit)])
+    fields = [stream_noise(seeds, 3, (4096,)), stream_noise(seeds[:1], 3 ^ (1 << bit), (4096,))]
+    correlation = torch.corrcoef(torch.cat(fields))
+    assert (correlation - torch.eye(3)).abs().max() < 5 / 4096**0.5
+
+
+def test_a_sample_has_its_noise_in_every_batch_and_shape_of_batch() -> None:
+    together = stream_noise(torch.tensor([3, 1, 2]), 4, (2, 5))
+    assert together.dtype == torch.float32
+    for row, seed in enumerate((3, 1, 2)):
+        assert torch.equal(stream_noise(torch.tensor([seed]), 4, (2, 5))[0], together[row])
+
+
 def test_mix_spreads_its_arguments() -> None:
     numbers = {mix(a, b) for a in range(100) for b in range(100)}
     assert len(numbers) == 10_000  # of 2**63: a single collision has probability 5e-12
