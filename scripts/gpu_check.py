@@ -1,6 +1,6 @@
 """Does flowsteer hold what it promises on this device, with how much memory, and how fast? Downloads nothing.
 
-    python scripts/gpu_check.py                  # Stable Diffusion 3.5 medium's size in bfloat16, one GPU of 80 GB, meant for ten minutes
+    python scripts/gpu_check.py                  # Stable Diffusion 3.5 medium's size in bfloat16; aim: ten minutes on an H100
     python scripts/gpu_check.py --size tiny      # a tiny network of the same kind, also on a CPU
     python scripts/gpu_check.py --parts speed memory
 
