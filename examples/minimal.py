@@ -36,8 +36,7 @@ from flowsteer.rollout.worker import RolloutWorker
 PROMPTS = Prompts(texts=("a red circle", "a blue square", "a green triangle", "a yellow circle"))
 STEPS, GROUP, SEED = 6, 8, 0
 KERNEL, WEIGHT = "cps", "variance"  # how stochastic steps draw, and the convention of their log densities
-BATCH = 2 * GROUP  # two whole groups pass the network together
-BATCHES = len(PROMPTS) * GROUP // BATCH  # rollout batches of the one update
+BATCH, BATCHES = 2 * GROUP, len(PROMPTS) // 2  # two whole groups pass the network together
 
 
 def redness(images: np.ndarray, prompts: Sequence[str], **columns: Sequence[Any]) -> list[float]:

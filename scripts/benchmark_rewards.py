@@ -6,6 +6,8 @@
 - **worker**: training steps with two rewards, one of them in a worker process, over the same with both in this process.
 - **slow reward**: sampling and scoring with a reward that takes as long as sampling, over sampling alone.
 - **frame**: 64 images of 512x512 to a local worker and back, in milliseconds.
+
+Every draw is cold, as in training: no prompt is prepared yet.
 """
 
 from __future__ import annotations

@@ -198,6 +198,10 @@ class FlowPipeline:
         """The arguments with which ``pipe(**arguments, latents=latents)`` draws what this class draws."""
         return self._arguments.build(prompts, Settings(num_inference_steps, float(guidance_scale), negative_prompt))
 
+    def forget(self) -> None:
+        """Drop every prepared prompt: the next `prepare` asks the pipeline's prologue again."""
+        self._prepared.clear()
+
     def _prepare_one(self, prompt: str, settings: Settings) -> Conditioning:
         key = (prompt, settings)
         if key not in self._prepared:

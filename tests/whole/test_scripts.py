@@ -8,6 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+from benchmark import rollout_once
+
+from flowsteer.rl.build import start
+from flowsteer.rl.config import load_config
+
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ["num_steps=2", "rollout.prompts_per_step=4", "rollout.group_size=6", "rollout.batch_size=6"]
 SMALL += ["algorithm.updates_per_rollout=1", "optimizer.warmup_updates=0"]
@@ -67,6 +72,24 @@ def test_the_benchmark_measures_both_acts() -> None:
         cells = [cell.strip() for cell in row.strip("│ ").split("│")]
         assert cells[1] == act
         assert float(cells[-1]) > 0.1  # the overhead; what it is on a quiet machine is in docs/benchmarks.md
+
+
+def test_every_timed_draw_prepares_its_prompts(tmp_path: Path) -> None:
+    """Training draws new prompts at each step; a benchmark that draws a step twice must not find them prepared."""
+    config = load_config(
+        "embedded_nft_composition", [f"output={tmp_path}/run", "evaluation=null", "trackers=[]", *SMALL]
+    )
+    run = start(config, quiet=True)
+    encoded: list[int] = []
+    encoder = run.policy.pipeline.pipe.text_encoder  # type: ignore[attr-defined]
+    encoder.register_forward_hook(lambda *_: encoded.append(1))
+    counts = []
+    for _ in range(3):
+        encoded.clear()
+        rollout_once(run, 1)
+        counts.append(len(encoded))
+    run.close()
+    assert counts == [config.rollout.prompts_per_step] * 3  # one pass of the encoder for each prompt, without guidance
 
 
 def test_the_benchmark_of_rewards_measures_all_three() -> None:
