@@ -202,6 +202,8 @@ def convert_lora(weights: Path, folder: Path, *, layout: Layout, dtype: torch.dt
 def merge(model: str, weights: Path, folder: Path, *, dtype: torch.dtype = torch.float32) -> Path:
     """Write a whole pipeline into ``folder``: the base model with the run's LoRA fused in, or its full weights in place.
 
+    A Stable Diffusion 3 without T5 gets an encoder that gives zeros in its place (rl/placeholder.py).
+
     Args:
         model: folder or hub id of the base model.
         weights: the folder ``RUN/export``.
@@ -211,6 +213,7 @@ def merge(model: str, weights: Path, folder: Path, *, dtype: torch.dtype = torch
     Raises:
         ValueError: ``weights`` holds neither, or ``folder`` is not empty.
     """
+    from flowsteer.rl.placeholder import fill_absent
     from flowsteer.rollout.pipeline import load_diffusers
 
     _refuse_full(folder)
@@ -227,6 +230,7 @@ def merge(model: str, weights: Path, folder: Path, *, dtype: torch.dtype = torch
         for component in components:
             current = getattr(pipe, component)
             setattr(pipe, component, type(current).from_pretrained(weights / component, dtype=dtype))
+    fill_absent(pipe)  # so that plain from_pretrained(folder) loads it
     pipe.save_pretrained(folder)
     return folder
 

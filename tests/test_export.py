@@ -11,7 +11,7 @@ import pytest
 import torch
 import zoo
 from conftest import Make
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
 from inprocess import finished, fresh_process
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 from flowsteer.rl.cli import app
 from flowsteer.rl.export import LORA_FILE, convert_lora, export_lora, folded, lora_state, merge
 from flowsteer.rl.policy import Policy
+from flowsteer.rollout.pipeline import load_diffusers
 
 RANK = 4
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
@@ -256,3 +257,30 @@ def test_the_command_writes_in_the_dtype_of_the_run_unless_told(run, tmp_path) -
         "lora": {torch.float32},  # adapters are trained in float32
         "narrow": {torch.bfloat16},
     }
+
+
+def draw(pipe: DiffusionPipeline) -> Tensor:
+    pipe.set_progress_bar_config(disable=True)
+    call = {"height": 32, "width": 32, "num_inference_steps": 3, "guidance_scale": 3.0, "max_sequence_length": 12}
+    generator = torch.Generator().manual_seed(0)
+    return pipe(["a red circle", "a blue square"], generator=generator, output_type="pt", **call).images
+
+
+def test_a_merged_embedded_pipeline_loads_without_arguments(tmp_path) -> None:
+    """Diffusers requires a T5 of Stable Diffusion 3; the embedded one has none, and is drawn with zeros in its place."""
+    policy = Policy(zoo.FlowPipeline(load_diffusers("embedded")), lora=(4, 8, TARGETS), variants=frozenset(), seed=0)
+    merged = merge("embedded", write(policy, tmp_path / "export"), tmp_path / "merged")  # B is 0: the base
+    pipe = DiffusionPipeline.from_pretrained(merged)
+    assert isinstance(pipe, StableDiffusion3Pipeline)
+    assert torch.equal(draw(pipe), draw(load_diffusers("embedded")))
+    assert torch.equal(draw(load_diffusers(str(merged))), draw(pipe))
+
+
+def test_a_required_component_that_stays_absent_is_said(tmp_path) -> None:
+    pipe = zoo.build("flux")
+    pipe.register_modules(text_encoder=None)
+    pipe.save_pretrained(tmp_path / "base")
+    with pytest.warns(
+        UserWarning, match=r"FluxPipeline has no text_encoder; .*from_pretrained\(folder, text_encoder=None\)"
+    ):
+        merge(str(tmp_path / "base"), write(tuned("flux", 8), tmp_path / "export"), tmp_path / "merged")
