@@ -31,7 +31,8 @@ ModelOption = Annotated[
     ),
 ]
 LoRAOption = Annotated[
-    Path | None, typer.Option("--lora", help="Folder with an exported LoRA to load.", rich_help_panel=_PANEL)
+    Path | None,
+    typer.Option("--lora", help="Exported LoRA to load: its folder or its safetensors file.", rich_help_panel=_PANEL),
 ]
 HeightOption = Annotated[int | None, typer.Option("--height", min=1, help="Pixels.", rich_help_panel=_PANEL)]
 WidthOption = Annotated[int | None, typer.Option("--width", min=1, help="Pixels.", rich_help_panel=_PANEL)]
@@ -144,7 +145,7 @@ def choose(
     if run is not None and (model is not None or lora is not None):
         raise ValueError("--run brings its own model and weights; leave out --model and --lora, or --run")
     config = read_run(run) if run is not None else None
-    weights = lora if run is None else run / "export"
+    weights = _folder_of(lora) if run is None else run / "export"
     if weights is not None:
         _check_weights(weights, config)
     section = config.model if config is not None else ModelConfig(path=model or EMBEDDED)
@@ -183,6 +184,23 @@ def refuse_existing(*paths: Path) -> None:
             raise ValueError(f"{path} exists already; choose another file")
         if not path.parent.is_dir():
             raise ValueError(f"the folder {path.parent} does not exist; make it first, or choose another")
+
+
+def _folder_of(lora: Path | None) -> Path | None:
+    """The folder of a LoRA that is given by its folder or by its file. Raises ValueError for another file."""
+    from flowsteer.rl.export import LORA_FILE, SECOND
+
+    if lora is None:
+        return None
+    if lora.is_file() or lora.suffix == ".safetensors":
+        if not lora.is_file():
+            raise ValueError(f"there is no file {lora}")
+        if lora.name != LORA_FILE:
+            raise ValueError(f"{lora} is not called {LORA_FILE}, as diffusers loads it; rename it, or give its folder")
+        lora = lora.parent
+    if lora.name == SECOND:
+        raise ValueError(f"{lora} is the second half of a LoRA for two transformers; give the folder above it")
+    return lora
 
 
 def _check_weights(folder: Path, config: Config | None) -> None:

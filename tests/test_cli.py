@@ -252,8 +252,10 @@ def test_evaluate_by_hand(trained, tiny_sd3, prompt_file, tmp_path):
     by_hand += ["--num-prompts", 3, "--num-inference-steps", 3]
     assert command(*by_hand, "--output", tmp_path / "base.json").code == 0
     assert summary(tmp_path / "base.json") == summary(folder / "evaluations" / "step_000000.json")
-    assert command(*by_hand, "--lora", folder / "export", "--output", tmp_path / "tuned.json").code == 0
-    assert summary(tmp_path / "tuned.json") == summary(folder / "evaluations" / "step_000002.json")
+    for number, lora in enumerate([folder / "export", folder / "export" / "pytorch_lora_weights.safetensors"]):
+        file = tmp_path / f"tuned_{number}.json"
+        assert command(*by_hand, "--lora", lora, "--output", file).code == 0
+        assert summary(file) == summary(folder / "evaluations" / "step_000002.json")
 
 
 def test_evaluate_refuses(trained, tmp_path, tiny_sd3):
@@ -271,6 +273,11 @@ def test_evaluate_refuses(trained, tmp_path, tiny_sd3):
     assert "--run brings its own model" in refusal("evaluate", "--run", folder, "--model", tiny_sd3)
     assert "is not the folder of a run" in refusal("evaluate", "--run", tmp_path)
     assert "holds no pytorch_lora_weights.safetensors" in refusal("evaluate", "--lora", tmp_path)
+    (tmp_path / "other.safetensors").write_bytes(b"")
+    assert "is not called pytorch_lora_weights.safetensors" in refusal(
+        "evaluate", "--lora", tmp_path / "other.safetensors"
+    )
+    assert "there is no file no.safetensors" in refusal("evaluate", "--lora", "no.safetensors")
     assert "'x' is not of the form key=value" in refusal("evaluate", "--run", folder, "--call", "x")
 
 
