@@ -151,8 +151,16 @@ def export_lora(policy: Policy, engine: Engine, folder: Path) -> Path:
 
 
 def load_lora(pipe: Any, folder: Path) -> None:
-    """``pipe.load_lora_weights`` of an exported LoRA, with the second call that a second transformer needs."""
+    """``pipe.load_lora_weights`` of an exported LoRA, with the second call that a second transformer needs.
+
+    Raises ValueError if diffusers finds no layer of the pipeline in the file, where it would go on with the base model.
+    """
     pipe.load_lora_weights(str(folder))
+    if not any(getattr(part, "peft_config", None) for part in pipe.components.values()):
+        raise ValueError(
+            f"{folder / LORA_FILE} holds nothing that diffusers can load into {type(pipe).__name__}; give the LoRA of a run "
+            "with this model in diffusers' format (RUN/export, or `flowsteer export --format diffusers`)"
+        )
     if (folder / SECOND / LORA_FILE).exists():
         pipe.load_lora_weights(str(folder / SECOND), load_into_transformer_2=True)
 

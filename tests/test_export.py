@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from flowsteer.rl.cli import app
-from flowsteer.rl.export import LORA_FILE, convert_lora, export_lora, folded, lora_state, merge
+from flowsteer.rl.export import LORA_FILE, convert_lora, export_lora, folded, load_lora, lora_state, merge
 from flowsteer.rl.policy import Policy
 from flowsteer.rollout.pipeline import load_diffusers
 
@@ -153,6 +153,19 @@ def test_kohya_s_keys(tmp_path) -> None:
     assert tensors[f"{name}.lora_down.weight"].shape[0] == tensors[f"{name}.lora_up.weight"].shape[1] == RANK
     assert float(tensors[f"{name}.alpha"]) == RANK
     assert {value.dtype for key, value in tensors.items() if not key.endswith(".alpha")} == {torch.bfloat16}
+
+
+def test_a_lora_of_which_diffusers_loads_nothing_is_refused(tmp_path) -> None:
+    """Diffusers only warns, and the pictures are those of the base model."""
+    exported = write(tuned("sd3", 8), tmp_path / "export")
+    load_lora(zoo.build("sd3"), exported)
+    convert_lora(exported, tmp_path / "kohya", layout="kohya")
+    with pytest.raises(
+        ValueError, match="holds nothing that diffusers can load into StableDiffusion3Pipeline; give the"
+    ):
+        load_lora(zoo.build("sd3"), tmp_path / "kohya")
+    with pytest.raises(ValueError, match="holds nothing that diffusers can load into StableDiffusionXLPipeline"):
+        load_lora(zoo.build("sdxl"), exported)
 
 
 @pytest.mark.parametrize("layout", FORMATS)
