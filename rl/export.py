@@ -1,20 +1,27 @@
-"""The result as weights that diffusers loads: a LoRA file, or a whole pipeline.
+"""The result as weights that other tools load: a LoRA file, or a whole pipeline.
 
-The LoRA is ``pytorch_lora_weights.safetensors`` in diffusers' layout, with rank and alpha as JSON in the file's header, so
-that ``pipe.load_lora_weights(folder)`` is all that a user has to write (Wan 2.2, with two transformers, needs a second call:
-``pipe.load_lora_weights(folder + "/transformer_2", load_into_transformer_2=True)``).
+A run writes its LoRA as ``pytorch_lora_weights.safetensors`` in diffusers' layout; ``pipe.load_lora_weights(folder)`` is all
+that a user has to write (Wan 2.2, with two transformers, needs a second call:
+``pipe.load_lora_weights(folder + "/transformer_2", load_into_transformer_2=True)``). `convert_lora` rewrites it for PEFT, or
+for tools that read kohya's layout.
+
+Loaders differ in where they look for alpha: the header of the file, a tensor ``.alpha``, or nowhere, and then they take it to
+be equal to the rank. So alpha / rank is multiplied into ``lora_B``, and every file says alpha = rank: all loaders agree.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
-from peft import get_peft_model_state_dict
+from peft import LoraConfig, get_peft_model_state_dict
+from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from flowsteer.rl.engine.base import Engine
 from flowsteer.rl.policy import Policy
@@ -24,38 +31,136 @@ LORA_FILE = "pytorch_lora_weights.safetensors"
 
 SECOND = "transformer_2"  # of Wan 2.2; diffusers loads a LoRA for it from a file of its own, under the first one's name
 
+Layout = Literal["diffusers", "peft", "kohya"]
 
-def lora_state(policy: Policy, component: str) -> tuple[dict[str, Tensor], dict[str, object]]:
-    """The best policy's adapter of one denoiser: tensors by diffusers' keys, and what the file's header says of it."""
+_HEADER = "lora_adapter_metadata"  # the key in the file's header under which diffusers looks for rank and alpha
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRA:
+    """The adapter of one denoiser, with alpha = rank.
+
+    Attributes:
+        prefix: ``unet`` or ``transformer``, where pipelines keep the denoiser.
+        tensors: ``{layer}.lora_A.weight`` [rank, in] and ``{layer}.lora_B.weight`` [out, rank] of every adapted layer (of
+            a convolution: [rank, in, height, width] and [out, rank, 1, 1]).
+        settings: rank, alpha, target names and the like, as in a ``peft.LoraConfig``.
+
+    Example:
+        ``LoRA(prefix="unet", tensors={"mid.to_q.lora_A.weight": ..., "mid.to_q.lora_B.weight": ...},
+        settings={"r": 4, "lora_alpha": 4, "target_modules": ["to_q"], "peft_type": "LORA"})``
+    """
+
+    prefix: str
+    tensors: dict[str, Tensor]
+    settings: dict[str, Any]
+
+    def layers(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """``lora_A`` and ``lora_B`` of every adapted layer, by the layer's path in the denoiser."""
+        ending = ".lora_A.weight"
+        paths = [key.removesuffix(ending) for key in self.tensors if key.endswith(ending)]
+        return {path: (self.tensors[path + ending], self.tensors[f"{path}.lora_B.weight"]) for path in paths}
+
+
+def folded(lora: LoRA) -> LoRA:
+    """The same adapter with alpha = rank: ``lora_B`` is multiplied by alpha / rank.
+
+    A power of two only changes the exponents: the layer gives the same bits as in training. Any other ratio rounds each
+    element of ``lora_B`` once, to half a unit in the last place of float32, a relative error of 6e-8.
+    """
+    rank, alpha = lora.settings["r"], lora.settings["lora_alpha"]
+    tensors = {key: value * (alpha / rank) if ".lora_B." in key else value for key, value in lora.tensors.items()}
+    return replace(lora, tensors=tensors, settings={**lora.settings, "lora_alpha": rank})
+
+
+def lora_state(policy: Policy, component: str) -> LoRA:
+    """The best policy's adapter of one denoiser, in float32."""
     denoiser = policy.denoisers[component]
-    prefix = "transformer" if component == SECOND else component
     state = get_peft_model_state_dict(denoiser, adapter_name=policy.best)
-    tensors = {f"{prefix}.{key}": value.detach().float().cpu().contiguous() for key, value in state.items()}
+    tensors = {key: value.detach().float().cpu().contiguous() for key, value in state.items()}
     config = denoiser.peft_config[policy.best].to_dict()  # type: ignore[union-attr, index]
     kept = ("r", "lora_alpha", "target_modules", "lora_dropout", "bias", "use_rslora", "use_dora", "peft_type")
-    about = {f"{prefix}.{key}": config[key] for key in kept}
-    return tensors, {key: sorted(value) if isinstance(value, set) else value for key, value in about.items()}
+    settings = {key: sorted(config[key]) if isinstance(config[key], set) else config[key] for key in kept}
+    return folded(LoRA(prefix="transformer" if component == SECOND else component, tensors=tensors, settings=settings))
+
+
+def read_lora(file: Path) -> LoRA:
+    """A LoRA that a run has exported, with alpha = rank.
+
+    Raises ValueError for any other file: one without rank and alpha in its header, or with more than one model's layers.
+    """
+    with safe_open(file, framework="pt") as opened:
+        header = (opened.metadata() or {}).get(_HEADER)
+        tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118  (no mapping)
+    prefix, *others = sorted({key.partition(".")[0] for key in tensors})
+    if header is None or others:
+        reason = (
+            f"its header holds no {_HEADER}" if header is None else f"it holds layers of {prefix}, {', '.join(others)}"
+        )
+        raise ValueError(f"{file} was not written by flowsteer: {reason}; give the export folder of a run")
+    return folded(  # runs of earlier versions wrote lora_B as trained, and alpha beside it
+        LoRA(
+            prefix=prefix,
+            tensors={key.removeprefix(f"{prefix}."): value for key, value in tensors.items()},
+            settings={key.removeprefix(f"{prefix}."): value for key, value in json.loads(header).items()},
+        )
+    )
+
+
+def write_lora(lora: LoRA, folder: Path, layout: Layout = "diffusers") -> Path:
+    """Write the files of a layout into ``folder``, which is made; returns the file with the tensors.
+
+    - ``diffusers``: ``pytorch_lora_weights.safetensors``, keys ``transformer.{layer}.lora_A.weight``.
+    - ``peft``: ``adapter_config.json`` and ``adapter_model.safetensors``, for ``PeftModel.from_pretrained(denoiser, folder)``.
+    - ``kohya``: ``pytorch_lora_weights.safetensors``, keys ``lora_unet_{layer}.lora_down.weight``, ``.lora_up.weight`` and
+      ``.alpha``, the layer's dots as underscores. A transformer's keys start with ``lora_transformer_``, as OneTrainer
+      writes and ComfyUI reads them for Stable Diffusion 3 and Flux: diffusers' layer names, not the original model's.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if layout == "peft":
+        LoraConfig(**{**lora.settings, "inference_mode": True}).save_pretrained(str(folder))
+        tensors = {f"base_model.model.{key}": value for key, value in lora.tensors.items()}
+        return _write_whole(folder / "adapter_model.safetensors", tensors, {})
+    if layout == "kohya":
+        rank, tensors = lora.settings["r"], {}
+        for path, (down, up) in lora.layers().items():
+            name = f"lora_{lora.prefix}_{path.replace('.', '_')}"
+            tensors |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}
+            tensors[f"{name}.alpha"] = torch.tensor(float(rank))
+        return _write_whole(folder / LORA_FILE, tensors, {"ss_network_dim": str(rank), "ss_network_alpha": str(rank)})
+    tensors = {f"{lora.prefix}.{key}": value for key, value in lora.tensors.items()}
+    about = {f"{lora.prefix}.{key}": value for key, value in lora.settings.items()}
+    return _write_whole(folder / LORA_FILE, tensors, {_HEADER: json.dumps(about, indent=2, sort_keys=True)})
+
+
+def _write_whole(file: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> Path:
+    temporary = file.with_name(f".{file.name}.part")
+    save_file(dict(tensors), temporary, metadata={"format": "pt", **header})
+    return temporary.replace(file)
 
 
 def export_lora(policy: Policy, engine: Engine, folder: Path) -> Path:
     """Write the best policy's LoRA into ``folder``. Every process calls it; the main one writes."""
     for component in policy.denoisers:
         with engine.whole(policy.exported()):
-            tensors, about = lora_state(policy, component)
+            lora = lora_state(policy, component)
         if engine.is_main:
-            target = folder / SECOND if component == SECOND else folder
-            target.mkdir(parents=True, exist_ok=True)
-            temporary = target / f".{LORA_FILE}.part"
-            metadata = {"format": "pt", "lora_adapter_metadata": json.dumps(about, indent=2, sort_keys=True)}
-            save_file(tensors, temporary, metadata=metadata)
-            temporary.replace(target / LORA_FILE)
+            write_lora(lora, folder / SECOND if component == SECOND else folder)
     engine.wait()
     return folder / LORA_FILE
 
 
 def load_lora(pipe: Any, folder: Path) -> None:
-    """``pipe.load_lora_weights`` of an exported LoRA, with the second call that a second transformer needs."""
+    """``pipe.load_lora_weights`` of an exported LoRA, with the second call that a second transformer needs.
+
+    Raises ValueError if diffusers finds no layer of the pipeline in the file, where it would go on with the base model.
+    """
     pipe.load_lora_weights(str(folder))
+    if not any(getattr(part, "peft_config", None) for part in pipe.components.values()):
+        raise ValueError(
+            f"{folder / LORA_FILE} holds nothing that diffusers can load into {type(pipe).__name__}; give the LoRA of a run "
+            "with this model in diffusers' format (RUN/export, or `flowsteer export --format diffusers`)"
+        )
     if (folder / SECOND / LORA_FILE).exists():
         pipe.load_lora_weights(str(folder / SECOND), load_into_transformer_2=True)
 
@@ -71,27 +176,82 @@ def export_weights(policy: Policy, engine: Engine, folder: Path) -> Path:
     return folder
 
 
-def merge(model: str, weights: Path, folder: Path) -> Path:
+def convert_lora(weights: Path, folder: Path, *, layout: Layout, dtype: torch.dtype = torch.float32) -> Path:
+    """Write the LoRA of a run's export in another layout (see `write_lora`); a second transformer's in a sub-folder.
+
+    Args:
+        weights: the folder ``RUN/export``.
+        folder: where the files go; must not exist or be empty.
+        layout: ``diffusers``, ``peft`` or ``kohya``.
+        dtype: of the tensors. Adapters are trained in float32, whatever the dtype of the model.
+
+    Returns:
+        The file with the tensors (of the first denoiser).
+
+    Raises:
+        ValueError: the layout is unknown, ``weights`` holds no LoRA, or ``folder`` is not empty.
+    """
+    if layout not in get_args(Layout):
+        raise ValueError(f"there is no layout {layout!r} of a LoRA, only {', '.join(get_args(Layout))}")
+    _refuse_full(folder)
+    if not (weights / LORA_FILE).exists():
+        raise ValueError(
+            f"{weights} holds no {LORA_FILE}, so there is nothing to write in the format {layout!r}: a run writes it when it "
+            "ends, if it trains a LoRA; if it trains all weights, use the format 'pipeline'"
+        )
+    files = []
+    for part in ("", SECOND) if (weights / SECOND / LORA_FILE).exists() else ("",):
+        lora = read_lora(weights / part / LORA_FILE)
+        tensors = {key: value.to(dtype) for key, value in lora.tensors.items()}
+        files.append(write_lora(replace(lora, tensors=tensors), folder / part, layout))
+    return files[0]
+
+
+def merge(model: str, weights: Path, folder: Path, *, dtype: torch.dtype = torch.float32) -> Path:
     """Write a whole pipeline into ``folder``: the base model with the run's LoRA fused in, or its full weights in place.
 
-    Raises ValueError when ``weights`` holds neither, or ``folder`` is not empty.
+    A Stable Diffusion 3 without T5 gets an encoder that gives zeros in its place (rl/placeholder.py).
+
+    Args:
+        model: folder or hub id of the base model.
+        weights: the folder ``RUN/export``.
+        folder: where the pipeline goes; must not exist or be empty.
+        dtype: of the weights that are written. With a LoRA, each sum is taken in float32 and rounded once.
+
+    Raises:
+        ValueError: ``weights`` holds neither, or ``folder`` is not empty.
     """
+    from flowsteer.rl.placeholder import fill_absent
     from flowsteer.rollout.lifting.pipeline import load_diffusers
 
-    if folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"the folder {folder} is not empty; choose another one")
-    pipe = load_diffusers(model)
+    _refuse_full(folder)
+    pipe = load_diffusers(model, dtype=dtype)
     if (weights / LORA_FILE).exists():
-        load_lora(pipe, weights)
-        second = [SECOND] if (weights / SECOND / LORA_FILE).exists() else []
-        pipe.fuse_lora(components=["unet" if hasattr(pipe, "unet") else "transformer", *second])
-        pipe.unload_lora_weights()
+        lora = read_lora(weights / LORA_FILE)
+        _fuse(getattr(pipe, lora.prefix), lora)
+        if (weights / SECOND / LORA_FILE).exists():
+            _fuse(getattr(pipe, SECOND), read_lora(weights / SECOND / LORA_FILE))
     else:
         components = [path.parent.name for path in weights.glob("*/config.json")]
         if not components:
             raise ValueError(f"{weights} holds neither {LORA_FILE} nor the folder of a denoiser")
         for component in components:
             current = getattr(pipe, component)
-            setattr(pipe, component, type(current).from_pretrained(weights / component))
+            setattr(pipe, component, type(current).from_pretrained(weights / component, dtype=dtype))
+    fill_absent(pipe)  # so that plain from_pretrained(folder) loads it
     pipe.save_pretrained(folder)
     return folder
+
+
+@torch.no_grad()
+def _fuse(denoiser: nn.Module, lora: LoRA) -> None:
+    """``W + B A`` in every adapted layer. In bfloat16, PEFT's own merging would round ``A``, ``B`` and ``B A`` as well."""
+    for path, (down, up) in lora.layers().items():
+        weight = denoiser.get_submodule(path).get_parameter("weight")
+        product = up.float().flatten(1) @ down.float().flatten(1)
+        weight.copy_(weight.float() + product.reshape(weight.shape).to(weight.device))
+
+
+def _refuse_full(folder: Path) -> None:
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"the folder {folder} is not empty; choose another one")

@@ -14,7 +14,7 @@ import traceback
 from contextlib import closing
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -211,17 +211,38 @@ def evaluate(
 @app.command()
 def export(
     run: Annotated[Path, typer.Argument(help="Folder of a finished run.")],
-    folder: Annotated[Path, typer.Argument(help="Where the merged pipeline goes; must not exist or be empty.")],
+    folder: Annotated[Path, typer.Argument(help="Where the result goes; must not exist or be empty.")],
+    layout: Annotated[
+        Literal["pipeline", "diffusers", "peft", "kohya"],
+        typer.Option(
+            "--format",
+            help="`pipeline`: all weights, with the LoRA fused in. The others: the LoRA alone, for `load_lora_weights` of "
+            "diffusers, for `PeftModel`, or with kohya's keys.",
+        ),
+    ] = "pipeline",
+    dtype: Annotated[
+        Literal["float32", "bfloat16"] | None,
+        typer.Option(
+            "--dtype", help="Of the weights; default as trained: a pipeline's `model.dtype`, a LoRA's float32."
+        ),
+    ] = None,
 ) -> None:
-    """Write a run's result as a whole diffusers pipeline, with the LoRA fused in.
+    """Write a run's result as a whole diffusers pipeline with the LoRA fused in, or its LoRA in another format.
 
-    The LoRA itself lies in `RUN/export` already; `pipe.load_lora_weights("RUN/export")` loads it.
+    The LoRA in diffusers' format lies in `RUN/export` already; `pipe.load_lora_weights("RUN/export")` loads it.
 
     **Example**: `flowsteer export runs/first tuned-pipeline`
     """
-    from flowsteer.rl.export import merge
+    from flowsteer.rl.build import DTYPES
+    from flowsteer.rl.export import convert_lora, merge
 
-    console.print(Text(f"pipeline: {merge(read_run(run).model.path, run / 'export', folder)}"), soft_wrap=True)
+    settings = read_run(run).model
+    if layout == "pipeline":
+        made = merge(settings.path, run / "export", folder, dtype=DTYPES[dtype or settings.dtype])
+        console.print(Text(f"pipeline: {made}"), soft_wrap=True)
+    else:
+        made = convert_lora(run / "export", folder, layout=layout, dtype=DTYPES[dtype or "float32"])
+        console.print(Text(f"LoRA: {made}"), soft_wrap=True)
 
 
 @app.command()

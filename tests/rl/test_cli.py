@@ -75,6 +75,7 @@ def run_file(tmp_path_factory, make_config, prompt_file) -> Path:
     folder = tmp_path_factory.mktemp("cli")
     evaluation = {"prompts": str(prompt_file), "num_prompts": 3, "num_seeds": 2, "num_inference_steps": 3}
     steep = {"rewards": {"jpeg_compressibility": {}}, "optimizer": {"learning_rate": 0.03}}  # the pictures change
+    steep["model.lora.alpha"] = 8  # twice the rank: then the export is exact (rl/export.py, folded)
     config = make_config(folder / "run", num_steps=2, evaluation=evaluation, **steep)
     (folder / "run.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
     return folder / "run.yaml"

@@ -34,7 +34,7 @@ ABSOLUTE = {"ratio": 5e-7, "ratio_deviation": 5e-7, "loss": 5e-7, "margin": 2e-6
 SQUARED = ("kl", "old_distance")
 # An update moves an element by learning_rate * g / (|g| + epsilon), whose slope is at most learning_rate / epsilon = 30.
 # Elements of the gradient are sums of terms up to 1e-3 that cancel: rounding leaves 1e-10, which six updates make 2e-8.
-# They move elements by 1e-2.
+# They move elements by 1e-2. The export holds lora_B times alpha / rank = 3, and so 6e-8.
 WEIGHTS = 5e-7
 
 # Of each process's own halves of an update; only comparable between runs with equally many processes.
