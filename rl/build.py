@@ -1,7 +1,4 @@
-"""From a configuration to the parts of a run. The only file that reads the configuration's fields.
-
-`start` checks everything that can be checked before anything is written: a run that cannot work ends here, with one message.
-"""
+"""From a configuration's fields to the parts of a run, each with plain arguments. `rl/start.py` puts them together."""
 
 from __future__ import annotations
 
@@ -9,10 +6,8 @@ import hashlib
 import json
 import logging
 import os
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,223 +20,29 @@ from flowsteer.rewards.hosts.child import WorkerReward
 from flowsteer.rewards.hosts.remote import HTTPReward
 from flowsteer.rewards.registry import label_of, load_reward
 from flowsteer.rewards.types import Reward
-from flowsteer.rl.checkpoint import Checkpoints, fingerprint, open_run, write_whole
-from flowsteer.rl.compare import TooFewScores, compare
-from flowsteer.rl.config import Config, save_config
-from flowsteer.rl.config.schema import PlanConfig, RewardConfig
+from flowsteer.rl.checkpoint import Checkpoints
+from flowsteer.rl.compare import compare
+from flowsteer.rl.config import Config
+from flowsteer.rl.config.schema import EvaluationConfig, PlanConfig, RewardConfig
 from flowsteer.rl.engine.base import Engine, prepare
 from flowsteer.rl.engine.optimizer import OptimizerSettings
 from flowsteer.rl.engine.processes import Processes
-from flowsteer.rl.evaluate import Evaluation, evaluate, save_grid
+from flowsteer.rl.evaluate import Evaluation, evaluate
 from flowsteer.rl.export import export_lora, export_weights
 from flowsteer.rl.interrupts import Interrupts
-from flowsteer.rl.metrics import Log, Meter
 from flowsteer.rl.policy import Policy
-from flowsteer.rl.report.screen import Screen
+from flowsteer.rl.saving import Saving
 from flowsteer.rl.scoring import StepScorer, check_scorable, warn_of_single_images
-from flowsteer.rl.types import Algorithm, Facts
+from flowsteer.rl.types import Algorithm, Comparison, Facts
 from flowsteer.rollout.branches import Branching
-from flowsteer.rollout.data.prompts import Prompts, read_prompts, step_rows
-from flowsteer.rollout.lifting import selfcheck
-from flowsteer.rollout.lifting.pipeline import FlowPipeline, UnlikeConditioning
-from flowsteer.rollout.steps import kernels
+from flowsteer.rollout.data.prompts import Prompts, step_rows
+from flowsteer.rollout.lifting.pipeline import FlowPipeline
 from flowsteer.rollout.steps.plan import Plan, all_steps, decay, fixed_steps, no_steps, window
 from flowsteer.rollout.worker import RolloutWorker
 
 logger = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-@dataclass(kw_only=True)
-class Run:
-    """A run's parts, and what `rl/train.py` asks for between the acts."""
-
-    config: Config
-    folder: Path
-    policy: Policy
-    engine: Engine
-    worker: RolloutWorker
-    scorer: StepScorer
-    algorithm: Algorithm
-    meter: Meter
-    log: Log
-    screen: Screen
-    checkpoints: Checkpoints
-    evaluation_prompts: Prompts | None
-    start: int
-
-    def __post_init__(self) -> None:
-        self.num_steps = self.config.num_steps
-        weights = self.scorer.rewards.weights
-        self.compare = partial(compare, weights=weights, **self.config.advantage.model_dump())
-        self.stopped_by = 0  # the signal that ended the run before its last step; 0: none
-        self._saved = self.start or -1
-        self._saved_at = time.monotonic()
-        self._interrupts = Interrupts(None if self.engine.is_main else lambda line: None)
-
-    @contextmanager
-    def saving_before(self, step: int) -> Iterator[None]:
-        """Save the state before ``step`` when the rewards fail on too many of its samples, then pass the error on."""
-        try:
-            yield
-        except TooFewScores:
-            self.save(step=step, now=True)
-            raise
-
-    def report(self, step: int, statistics: dict[str, float]) -> None:
-        """Write the step's line and move the progress bar."""
-        values = statistics | self.meter.finish(self.engine) | {"num_updates": float(self.engine.num_updates)}
-        self.log.write(step, values)
-        self.screen.step(step, values)
-
-    def evaluate(self, step: int) -> None:
-        """Evaluate when due (before the first step, after the last, and as often as asked) and keep table and pictures."""
-        settings = self.config.evaluation
-        if settings is None or self.evaluation_prompts is None:
-            return
-        regular = settings.every and step % settings.every == 0
-        if not (step in (0, self.num_steps) or regular) or self._evaluation_file(step).exists():
-            return
-        with self.policy.using(self.policy.best), self.screen.evaluating(step) as progress:
-            result = evaluate(
-                self.policy.pipeline,
-                self.evaluation_prompts,
-                self.scorer.rewards,
-                num_prompts=settings.num_prompts,
-                num_seeds=settings.num_seeds,
-                num_inference_steps=settings.num_inference_steps,
-                guidance_scale=settings.guidance_scale,
-                negative_prompt=settings.negative_prompt,
-                batch_size=self.config.rollout.batch_size,
-                dtype=DTYPES[self.config.model.dtype],
-                device=self.engine.processes.device,
-                process_index=self.engine.processes.process_index,
-                num_processes=self.engine.processes.num_processes,
-                timeout_s=self.scorer.timeout_s,
-                gather=self.engine.gather,
-                progress=progress,
-            )
-        if self.engine.is_main:
-            self._keep_evaluation(step, result)
-        self.engine.wait()
-
-    def _evaluation_file(self, step: int) -> Path:
-        return self.folder / "evaluations" / f"step_{step:06d}.json"
-
-    def _keep_evaluation(self, step: int, result: Evaluation) -> None:
-        file = self._evaluation_file(step)
-        file.parent.mkdir(exist_ok=True)
-        save_grid(result.images, file.with_suffix(".png"))
-        write_whole(file, json.dumps({"step": step, **result.table()}, indent=1))
-        self.screen.evaluation(step, result.summary())
-
-    def save(self, step: int, *, now: bool = False) -> bool:
-        """Keep a checkpoint when due; returns True when the run was asked to stop (SIGTERM, Ctrl-C) and has been saved.
-
-        Every process calls it. The main one's clock says whether a checkpoint is due by time, so that all save together.
-        """
-        seconds = self.config.save_every_s
-        late = self.engine.is_main and seconds and time.monotonic() - self._saved_at >= seconds
-        asked = self.engine.gather(torch.tensor([[self._interrupts.received, int(late)]]))  # [processes, 2]
-        self.stopped_by, overdue = asked.amax(dim=0).tolist()
-        regular = self.config.save_every and step % self.config.save_every == 0
-        if (now or self.stopped_by or overdue or regular or step == self.num_steps) and step != self._saved:
-            self.checkpoints.save(step)
-            self._saved, self._saved_at = step, time.monotonic()
-        return bool(self.stopped_by)
-
-    def export(self) -> Path:
-        """Write the result as weights that diffusers loads; every process calls it."""
-        write = export_weights if self.config.model.lora is None else export_lora
-        return write(self.policy, self.engine, self.folder / "export")
-
-    def close(self) -> None:
-        """Let go of threads, files, processes and signals."""
-        self._interrupts.close()
-        with ExitStack() as closing:  # each of them, also where another fails; the last one first
-            for part in (self.engine, self.screen, self.log, self.scorer):
-                closing.callback(part.close)
-
-
-def start(config: Config, *, resume: bool = False, quiet: bool = False) -> Run:
-    """Make a run's parts, restore its newest checkpoint when resuming, and only then write into its folder.
-
-    Raises ValueError for everything that makes the run impossible, before anything on disk has changed.
-    """
-    folder = Path(config.output).absolute()  # once: a reward may change the current folder later
-    open_run(folder, config, resume=resume)
-    plan = build_plan(config.rollout.plan, config)
-    build_branching(config)  # its faults, like all others, before anything is loaded or written
-    config.check(int(os.environ.get("WORLD_SIZE", "1")))
-    processes = build_processes(config)  # before the rewards: a model of theirs then lands on this process's device
-    build_algorithm(config, plan, processes)  # likewise; made again when the pipeline's denoisers are known
-    prompts = read_prompts(config.prompts.train)
-    evaluation_prompts = read_prompts(config.evaluation.prompts) if config.evaluation else None
-    with ExitStack() as undo:  # a reward may be a process, which must not stay behind when anything below fails
-        rewards = build_rewards(config, processes.device)
-        undo.callback(rewards.close)
-        check_groupwise(rewards, config)
-        check_prompts(rewards, config, prompts, evaluation_prompts)
-        depends_on = without(rewards.fingerprints, "platform")
-        check_alike(depends_on, processes.gather)
-        pipeline = build_pipeline(config, processes.device)
-        model = fingerprint(dict(pipeline.denoisers))
-        plan = _checked_plan(config, pipeline, plan, prompts)
-        # processes meet in every pass under ZeRO, so they must ask the same one of several denoisers at the same time
-        algorithm = build_algorithm(config, plan, processes, common_indices=len(pipeline.denoisers) > 1)
-        policy = build_policy(config, pipeline, algorithm)
-        engine = build_engine(config, processes, policy, algorithm)
-        checkpoints = Checkpoints(
-            folder, engine, model=model, prompts=prompts.fingerprint(), rewards=depends_on, keep=config.keep
-        )
-        first = checkpoints.restore() if resume else 0
-        origin = origin_of(first, checkpoints, config, resume=resume)
-        if engine.is_main:
-            folder.mkdir(parents=True, exist_ok=True)
-            write_whole(folder / "config.json", config.model_dump_json(indent=1))
-            write_whole(folder / "rewards.json", json.dumps(rewards.fingerprints, indent=1))
-            save_config(config, folder / "config.yaml")
-            for table in (folder / "evaluations").glob("step_*.json"):  # of weights that are not there any more
-                if int(table.stem.split("_")[1]) > first:
-                    table.unlink()
-        engine.wait()
-        log = Log(
-            folder,
-            trackers=config.trackers,
-            start=first,
-            is_main=engine.is_main,
-            config=json.loads(config.model_dump_json()),
-        )
-        screen = Screen(quiet=quiet or not engine.is_main, start=first, num_steps=config.num_steps)
-        facts = derived(config, policy, engine, prompts)
-        screen.opening(facts, origin=origin, missing_trackers=log.missing_trackers)
-        run = Run(
-            config=config,
-            folder=folder,
-            policy=policy,
-            engine=engine,
-            worker=build_worker(config, pipeline, prompts, plan, processes),
-            scorer=StepScorer(rewards, timeout_s=config.engine.timeout_s / 2),
-            algorithm=algorithm,
-            meter=Meter(),
-            log=log,
-            screen=screen,
-            checkpoints=checkpoints,
-            evaluation_prompts=evaluation_prompts,
-            start=first,
-        )
-        undo.pop_all()
-    return run
-
-
-def origin_of(first: int, checkpoints: Checkpoints, config: Config, *, resume: bool) -> str:
-    """From where a run starts, as a sentence for the screen; ``first`` is the training step that it begins with."""
-    if not resume:
-        return "starting at step 0"
-    if not checkpoints.steps():
-        return f"--resume found no checkpoint in {checkpoints.root}: starting at step 0"
-    return f"continuing with step {first} ({first}/{config.num_steps} done)"
 
 
 def build_plan(section: PlanConfig, config: Config) -> Plan:
@@ -493,66 +294,54 @@ def build_worker(
     )
 
 
-def derived(config: Config, policy: Policy, engine: Engine, prompts: Prompts) -> dict[str, str]:
-    """Quantities that follow from the configuration: printed at the start, never asked for."""
-    rollout, algorithm = config.rollout, config.algorithm
-    images = rollout.prompts_per_step * rollout.group_size
-    trained = sum(parameter.numel() for parameter in policy.parameters().values())
-    lines = {
-        "model": f"{config.model.path}, {trained:,} parameters trained",
-        "algorithm": f"{algorithm.name}, {algorithm.updates_per_rollout} update(s) per step",
-        "images per step": f"{images} = {rollout.prompts_per_step} prompts x {rollout.group_size}",
-        "batches": f"{images // rollout.batch_size} of {rollout.batch_size} on {engine.processes.num_processes} process(es), "
-        f"{engine.accumulation} backward passes per update",
-        "prompts": f"{len(prompts)}, all seen after {len(prompts) / rollout.prompts_per_step:.1f} steps",
-        "output": config.output,
-    }
-    if rollout.branching is not None:
-        ways = len(rollout.branching.granularities)
-        lines["pools"] = f"each step's images once for every stochastic step, finished in {ways} way(s)"
-    return lines
+def build_evaluation(
+    config: EvaluationConfig,
+    run: Config,
+    pipeline: FlowPipeline,
+    prompts: Prompts,
+    scorer: StepScorer,
+    processes: Processes,
+) -> Callable[..., Evaluation]:
+    """`evaluate` with all its settings."""
+    return partial(
+        evaluate,
+        pipeline,
+        prompts,
+        scorer.rewards,
+        num_prompts=config.num_prompts,
+        num_seeds=config.num_seeds,
+        num_inference_steps=config.num_inference_steps,
+        guidance_scale=config.guidance_scale,
+        negative_prompt=config.negative_prompt,
+        batch_size=run.rollout.batch_size,
+        dtype=DTYPES[run.model.dtype],
+        device=processes.device,
+        process_index=processes.process_index,
+        num_processes=processes.num_processes,
+        timeout_s=scorer.timeout_s,
+        gather=processes.gather,
+    )
 
 
-def _checked_plan(config: Config, pipeline: FlowPipeline, plan: Plan, prompts: Prompts) -> Plan:
-    """Can this pipeline be trained so? A few network passes; raises ValueError that says what does not hold.
+def build_saving(config: Config, checkpoints: Checkpoints, engine: Engine, *, start: int) -> Saving:
+    """When the run saves itself; listens to SIGTERM and Ctrl-C from here on."""
+    return Saving(
+        checkpoints,
+        engine,
+        Interrupts(None if engine.is_main else lambda line: None),
+        num_steps=config.num_steps,
+        start=start,
+        every=config.save_every,
+        every_s=config.save_every_s,
+    )
 
-    Returns the plan with noise levels that keep their budget on the pipeline's schedule, where that is asked for.
-    """
-    rollout = config.rollout
-    guidance = {"guidance_scale": rollout.guidance_scale, "negative_prompt": rollout.negative_prompt}
-    some = list(dict.fromkeys([*prompts.texts[:64], *selfcheck.PROMPTS]))
-    report = selfcheck.check(pipeline, prompts=some[:2], **guidance)
-    if not report.ok:
-        raise ValueError(report.text())
-    settings = {"num_inference_steps": rollout.num_inference_steps, **guidance}
-    conditioning = pipeline.prepare(some[:1], **settings)
-    if rollout.batch_size > rollout.group_size:
-        try:
-            pipeline.prepare(list(dict.fromkeys(prompts.texts[:64])), **settings)
-        except UnlikeConditioning as error:
-            raise ValueError(
-                f"rollout.batch_size={rollout.batch_size} puts several prompts into a batch, but {error}; set it to "
-                f"rollout.group_size={rollout.group_size} or a divisor of it"
-            ) from error
-    if (rollout.tail_fraction < 1 or rollout.branching) and not pipeline.lifted.tail_is_idle:
-        raise ValueError(
-            f"{type(pipeline.pipe).__name__} does something to the latents after each denoising step, which neither skipped "
-            "steps nor candidates would get; leave rollout.tail_fraction and rollout.branching out"
-        )
-    if rollout.branching and "sigma" in prompts.columns:
-        raise ValueError(
-            "rollout.branching gives rewards a column called sigma, and so does the prompt file; rename that one"
-        )
-    if not plan.num_transitions:
-        return plan
-    reached = {index for step in range(config.num_steps) for index in plan.indices(step)}
-    if missed := sorted(set(plan.covered) - reached):
-        logger.warning(
-            "in %d training steps the window never comes to the denoising steps %s", config.num_steps, missed
-        )
-    kernels.check_kernel(rollout.kernel.name, conditioning.schedule, plan.covered_levels)
-    if rollout.kernel.keep_budget:
-        kernel, schedule = rollout.kernel, conditioning.schedule
-        factor = kernels.budget_factor(kernel.name, schedule, plan.covered_levels, kernel.noise_level)
-        plan = replace(plan, levels=tuple(factor * level for level in plan.levels))
-    return plan
+
+def build_compare(config: Config, rewards: RewardSet) -> Callable[..., tuple[list[Comparison], dict[str, float]]]:
+    """`compare` with its settings."""
+    return partial(compare, weights=rewards.weights, **config.advantage.model_dump())
+
+
+def build_export(config: Config, policy: Policy, engine: Engine, folder: Path) -> Callable[[], Path]:
+    """What writes the result."""
+    write = export_weights if config.model.lora is None else export_lora
+    return partial(write, policy, engine, folder / "export")

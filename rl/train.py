@@ -1,12 +1,12 @@
 """The whole of training on one page: sample, score, compare, improve.
 
 What each verb does is in the file of its name: `rollout/worker.py`, `rewards/hosts/`, `rl/compare.py`, `rl/algorithms/`.
-`rl/build.py` makes the run's parts from its configuration.
+`rl/start.py` makes the run's parts from its configuration.
 """
 
 from __future__ import annotations
 
-from flowsteer.rl.build import Run
+from flowsteer.rl.run import Run
 
 
 def train(run: Run) -> None:
@@ -30,7 +30,7 @@ def train(run: Run) -> None:
             scores = scorer.collect()
 
         # 3. compare: each sample with the others of its prompt, across all processes
-        with meter.timing("compare"), run.saving_before(step):
+        with meter.timing("compare"), run.saving.before_failing(step):
             comparisons, statistics = run.compare(rollouts, scores, engine.gather)
 
         # 4. improve: one or more optimiser updates
@@ -43,6 +43,6 @@ def train(run: Run) -> None:
 
         # then: report, save and evaluate when due
         run.report(step, statistics)
-        if run.save(step=step + 1):
+        if run.saving.when_due(step + 1):
             break  # SIGTERM or Ctrl-C
         run.evaluate(step=step + 1)

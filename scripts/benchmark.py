@@ -25,8 +25,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from flowsteer.rl.build import Run, start
 from flowsteer.rl.config import load_config
+from flowsteer.rl.run import Run
+from flowsteer.rl.start import start
 from flowsteer.rollout.types import Rollout
 
 console = Console()

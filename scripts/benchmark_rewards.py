@@ -34,9 +34,10 @@ from flowsteer.rewards.hosts.child import WorkerReward
 from flowsteer.rewards.scorers import jpeg
 from flowsteer.rewards.scorers.composition import CompositionReward
 from flowsteer.rewards.types import Reward
-from flowsteer.rl.build import Run, start
 from flowsteer.rl.config import load_config
+from flowsteer.rl.run import Run
 from flowsteer.rl.scoring import StepScorer
+from flowsteer.rl.start import start
 
 console = Console()
 JPEG_FILE = f"{Path(jpeg.__file__).resolve()}:JPEGCompressibility"  # by its path, so that any environment can run it

@@ -161,7 +161,7 @@ def configuration(name: str, reward: Reward, seed: int, folder: Path, captions: 
 
 def train_one(config: Config, reward: Reward, budgets: dict[str, float]) -> Outcome:
     """One run in this process, read where each of ``budgets`` ("passes", "minutes") is used up, if it comes to that."""
-    from flowsteer.rl.build import start
+    from flowsteer.rl.start import start
     from flowsteer.rl.train import train
 
     folder = Path(config.output)

@@ -304,7 +304,7 @@ FAULTS = (
     ),
     Fault(
         name="processes ask different denoisers at the same time",
-        file="rl/build.py",
+        file="rl/start.py",
         right="common_indices=len(pipeline.denoisers) > 1",
         wrong="common_indices=False",
         tests="tests/whole/test_processes.py -k asked_alike",
@@ -346,9 +346,9 @@ FAULTS = (
     ),
     Fault(
         name="unreached: a run evaluates its current policy, not the averaged one",
-        file="rl/build.py",
-        right="self.policy.using(self.policy.best)",
-        wrong='self.policy.using("current")',
+        file="rl/evaluations.py",
+        right="self._policy.using(self._policy.best)",
+        wrong='self._policy.using("current")',
         tests="tests/rl/test_settings_reach.py -k ema_decay",
     ),
     Fault(

@@ -42,7 +42,7 @@ def main() -> int:
     names = [name.removesuffix(".yaml") for name in shipped_configs()]
     names = [name for name in names if name.startswith("embedded_") and arguments.only in name]
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["flowsteer.rl.build", "flowsteer.rl.train", "deepspeed"])
+    context.set_forkserver_preload(["flowsteer.rl.start", "flowsteer.rl.train", "deepspeed"])
     record: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         runs = [(name, engine) for name in names for engine in arguments.engines]
@@ -95,8 +95,8 @@ def train_once(name: str, overrides: list[str], environment: dict[str, str], log
     with log.open("w") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
-    from flowsteer.rl.build import start
     from flowsteer.rl.config import load_config
+    from flowsteer.rl.start import start
     from flowsteer.rl.train import train
 
     run = start(load_config(name, overrides), quiet=True)

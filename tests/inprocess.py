@@ -9,8 +9,9 @@ from typing import Any
 
 from accelerate.state import AcceleratorState, GradientState
 
-from flowsteer.rl.build import Run, start
 from flowsteer.rl.config import parse_config
+from flowsteer.rl.run import Run
+from flowsteer.rl.start import start
 from flowsteer.rl.train import train
 
 

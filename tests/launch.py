@@ -25,7 +25,7 @@ TIMEOUT_S = 300.0  # a run takes 1 to 30 s; what takes longer hangs
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
     [
-        "flowsteer.rl.build",
+        "flowsteer.rl.start",
         "flowsteer.rl.train",
         "flowsteer.rewards.scorers.jpeg",
         "deepspeed",
@@ -44,8 +44,8 @@ def nft(**more: Any) -> dict[str, Any]:
 
 def train_and_export(config: dict[str, Any], *, resume: bool = False) -> None:
     """A whole run in this process: what `flowsteer train` does, without the report."""
-    from flowsteer.rl.build import start
     from flowsteer.rl.config import parse_config
+    from flowsteer.rl.start import start
     from flowsteer.rl.train import train
 
     run = start(parse_config(config), resume=resume, quiet=True)

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from flowsteer.rewards.registry import load_reward
 from flowsteer.rl import build
+from flowsteer.rl import start as starting
 from flowsteer.rl.algorithms import forward, transitions
 from flowsteer.rl.config import parse_config
 from flowsteer.rl.engine import processes as engine
@@ -79,7 +80,7 @@ def observe(config: Mapping[str, Any], tmp: Path) -> dict[str, list[Any]]:
         _watch_sampling(trace, patch)
         _watch_training(trace, patch)
         _watch_parts(trace, patch)
-        run = build.start(parse_config(dict(config)), quiet=True)
+        run = starting.start(parse_config(dict(config)), quiet=True)
         try:
             trace.note("folder", run.folder.relative_to(tmp).as_posix())
             train(run)
@@ -278,8 +279,8 @@ def _watch_parts(trace: Trace, patch: pytest.MonkeyPatch) -> None:
     _wrap(patch, engine, "Accelerator", built("Accelerator"))
     _wrap(patch, engine, "InitProcessGroupKwargs", built("InitProcessGroupKwargs"))
     patch.setattr(torch.cuda, "is_available", lambda: False)
-    _wrap(patch, build, "Log", built("Log"))
-    _wrap(patch, build, "StepScorer", built("StepScorer"))
+    _wrap(patch, starting, "Log", built("Log"))
+    _wrap(patch, starting, "StepScorer", built("StepScorer"))
     _wrap(patch, build, "load_reward", built("load_reward"))
     _wrap(
         patch, build, "locate", built("locate", instead=lambda environment, target: (f"{environment}/python", target))

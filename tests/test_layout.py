@@ -57,7 +57,7 @@ GRAPH = {name_of(path): imports(path) - {name_of(path)} for path in files()}
 
 def test_the_graph_is_read_right():
     assert "flowsteer.rollout.sample" in GRAPH["flowsteer.rollout.worker"]
-    assert "flowsteer.rl.build" in GRAPH["flowsteer.rl.command.main"], "imports inside functions count"
+    assert "flowsteer.rl.start" in GRAPH["flowsteer.rl.command.main"], "imports inside functions count"
     assert "flowsteer.rollout.steps.kernels" in GRAPH["flowsteer.rl.algorithms.transitions"], "from a import module"
 
 
@@ -101,14 +101,14 @@ def test_order_inside_rl():
         allowed = family | {"flowsteer.rl.types", "flowsteer.rl.advantage"}
         own = {name for name in GRAPH[module] if name.startswith("flowsteer.rl.")}
         assert own <= allowed, f"{module} imports {own - allowed}: algorithms stand by themselves, without the engine"
-    top = ("train", "build", "command", "config")
+    top = ("train", "start", "run", "build", "command", "config")
     rooms = ("algorithms", "engine", "advantage", "policy", "compare", "scoring", "types", "checkpoint", "export")
     for module, imported in GRAPH.items():
         if module.startswith("flowsteer.rl.") and module.split(".")[2] in rooms:
             found = {name for name in imported if name.startswith("flowsteer.rl.") and name.split(".")[2] in top}
             assert module == "flowsteer.rl.checkpoint" or not found, f"{module} imports {found}"
     readers = {module.split(".")[2] for module, imported in GRAPH.items() if "flowsteer.rl.config" in imported}
-    assert readers <= {"build", "command", "config", "checkpoint"}
+    assert readers <= {"build", "start", "run", "command", "config", "checkpoint"}
     users = {module for module, imported in GRAPH.items() if "flowsteer.rl.train" in imported}
     assert users == {"flowsteer.rl.command.main"}
 

@@ -107,25 +107,25 @@ def train(
 
     **Example**: `flowsteer train embedded_nft_composition output=runs/first num_steps=20`
     """
-    from flowsteer.rl.build import start
     from flowsteer.rl.compare import TooFewScores
     from flowsteer.rl.config import load_config
     from flowsteer.rl.report.page import write_report
+    from flowsteer.rl.start import start
     from flowsteer.rl.train import train as train_run
 
     run = start(load_config(config, overrides or []), resume=resume, quiet=quiet)
     try:
         train_run(run)
-        done = max(run.checkpoints.steps())
+        done = max(run.saving.checkpoints.steps())
         if done < run.num_steps:
             run.screen.print(f"stopped after {done} of {run.num_steps} steps; the same command with --resume goes on")
-            raise typer.Exit(STOPPED + run.stopped_by)
+            raise typer.Exit(STOPPED + run.saving.stopped_by)
         exported = run.export()
         if run.engine.is_main:
             report = write_report(run.folder)
             run.screen.print(f"weights: {exported}\nreport:  {report}")
     except KeyboardInterrupt:
-        run.screen.print(_ended_now(run.checkpoints.steps()))
+        run.screen.print(_ended_now(run.saving.checkpoints.steps()))
         raise typer.Exit(STOPPED + signal.SIGINT) from None
     except TooFewScores as error:
         raise TooFewScores(

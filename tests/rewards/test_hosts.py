@@ -16,10 +16,12 @@ from conftest import Make
 from inprocess import finished, fresh_process
 from safetensors.torch import load_file
 
-from flowsteer.rl.build import Run, check_alike, start, visible_device
+from flowsteer.rl.build import check_alike, visible_device
 from flowsteer.rl.compare import TooFewScores
 from flowsteer.rl.config import parse_config
 from flowsteer.rl.metrics import read_metrics
+from flowsteer.rl.run import Run
+from flowsteer.rl.start import start
 from flowsteer.rl.train import train
 
 SCORERS = '''
@@ -121,7 +123,7 @@ def test_a_worker_that_keeps_dying_stops_the_run_with_everything_saved(
     ):
         train(run)
     run.close()
-    assert run.checkpoints.steps() == [1]
+    assert run.saving.checkpoints.steps() == [1]
     (tmp_path / "mended").touch()
     mended = finished(config, resume=True)
     assert [line["step"] for line in read_metrics(mended.folder / "metrics.jsonl")] == [0, 1, 2]
@@ -171,7 +173,7 @@ def test_a_served_reward_trains_and_a_server_that_goes_away_stops_the_run(
         with pytest.raises(TooFewScores, match="'bright' raised ConnectionError"):
             train(run)
         run.close()
-        assert run.checkpoints.steps() == [1]
+        assert run.saving.checkpoints.steps() == [1]
         server, _ = serve(port)
         mended = finished(config, resume=True)
     finally:

@@ -16,10 +16,10 @@ from typer.testing import CliRunner
 from flowsteer.rewards.combine import RewardSet
 from flowsteer.rewards.scorers.composition import CompositionReward
 from flowsteer.rewards.scorers.world import BACKGROUNDS, COLORS, SHAPES
-from flowsteer.rl.build import start
 from flowsteer.rl.command.main import app
 from flowsteer.rl.config import parse_config
 from flowsteer.rl.scoring import check_scorable
+from flowsteer.rl.start import start
 from flowsteer.rollout.data.prompts import read_prompts, step_batches
 
 Make = Callable[..., dict[str, Any]]

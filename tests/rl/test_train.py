@@ -11,8 +11,8 @@ from conftest import Make
 from inprocess import fresh_process
 from torch import Tensor
 
-from flowsteer.rl.build import start
 from flowsteer.rl.config import parse_config
+from flowsteer.rl.start import start
 from flowsteer.rl.train import train
 
 

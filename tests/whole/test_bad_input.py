@@ -19,10 +19,10 @@ import zoo
 from inprocess import finished, fresh_process
 from safetensors.torch import load_file, save_file
 
-from flowsteer.rl.build import start
 from flowsteer.rl.compare import TooFewScores
 from flowsteer.rl.config import parse_config
 from flowsteer.rl.metrics import read_metrics
+from flowsteer.rl.start import start
 from flowsteer.rl.train import train
 
 REWARDS = '''
@@ -354,7 +354,7 @@ def test_too_few_scores_stop_the_run_and_it_goes_on_later(tmp_path, make_config,
     run.close()
     assert "only 0.0% of the samples have a score, advantage.min_scored asks for 90.0%" in str(caught.value)
     assert f"reward '{name}' raised ConnectionError: the server is down" in str(caught.value)
-    assert run.checkpoints.steps() == [1]
+    assert run.saving.checkpoints.steps() == [1]
 
     rewards.fails_from = None
     mended = finished(config, resume=True)
@@ -376,7 +376,7 @@ def test_a_reward_that_gets_stuck_ends_the_run_in_time_with_everything_saved(tmp
     assert time.monotonic() - began < 60
     rewards.release.set()
     run.close()
-    assert run.checkpoints.steps() == [1]
+    assert run.saving.checkpoints.steps() == [1]
 
 
 def test_a_reward_that_compares_needs_whole_groups_in_a_batch(tmp_path, make_config, rewards):

@@ -212,9 +212,9 @@ def test_zero_on_two_processes_with_all_weights_is_plain(runs: Runs, stage: int)
 
 def poisoned(config: dict[str, Any], log: Path) -> None:
     """A run, in its own process, in which a gradient is not finite: writes whether the weights stayed, and the error."""
-    from flowsteer.rl.build import start
     from flowsteer.rl.config import parse_config
     from flowsteer.rl.engine.optimizer import NotFinite
+    from flowsteer.rl.start import start
     from flowsteer.rl.train import train
 
     run = start(parse_config(config), quiet=True)

@@ -27,11 +27,12 @@ from toy import toy_config
 from variants import VARIANTS
 
 from flowsteer.rl.algorithms.flow_grpo import FlowGRPO
-from flowsteer.rl.build import build_algorithm, build_plan, build_worker, start
+from flowsteer.rl.build import build_algorithm, build_plan, build_worker
 from flowsteer.rl.config import parse_config
 from flowsteer.rl.evaluate import evaluate
 from flowsteer.rl.export import LORA_FILE, export_lora, load_lora, merge
 from flowsteer.rl.policy import Policy
+from flowsteer.rl.start import start
 from flowsteer.rl.train import train
 from flowsteer.rl.types import Comparison, Facts
 from flowsteer.rollout.data.prompts import Prompts

@@ -17,11 +17,11 @@ from launch import Strike
 from safetensors.torch import load_file
 
 from flowsteer.rewards.combine import RewardSet
-from flowsteer.rl.build import start
 from flowsteer.rl.compare import TooFewScores
 from flowsteer.rl.config import parse_config
 from flowsteer.rl.metrics import read_metrics
 from flowsteer.rl.scoring import StepScorer
+from flowsteer.rl.start import start
 from flowsteer.rl.train import train
 
 STEPS = 5

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from benchmark import rollout_once
 
-from flowsteer.rl.build import start
 from flowsteer.rl.config import load_config
+from flowsteer.rl.start import start
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ["num_steps=2", "rollout.prompts_per_step=4", "rollout.group_size=6", "rollout.batch_size=6"]

@@ -1,0 +1,251 @@
+"""Starting a run in three acts: check, load, open.
+
+Everything that can be checked is checked before anything is written: a run that cannot work ends here, with one message.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from flowsteer.rewards.combine import RewardSet
+from flowsteer.rl import build
+from flowsteer.rl.checkpoint import Checkpoints, fingerprint, open_run, write_whole
+from flowsteer.rl.config import Config, save_config
+from flowsteer.rl.engine.base import Engine
+from flowsteer.rl.engine.processes import Processes
+from flowsteer.rl.evaluations import Evaluations
+from flowsteer.rl.metrics import Log, Meter
+from flowsteer.rl.policy import Policy
+from flowsteer.rl.report.screen import Screen
+from flowsteer.rl.run import Run
+from flowsteer.rl.scoring import StepScorer
+from flowsteer.rl.types import Algorithm
+from flowsteer.rollout.data.prompts import Prompts, read_prompts
+from flowsteer.rollout.lifting import selfcheck
+from flowsteer.rollout.lifting.pipeline import FlowPipeline, UnlikeConditioning
+from flowsteer.rollout.steps import kernels
+from flowsteer.rollout.steps.plan import Plan
+
+logger = logging.getLogger(__name__)
+
+
+def start(config: Config, *, resume: bool = False, quiet: bool = False) -> Run:
+    """Make a run's parts, restore its newest checkpoint when resuming, and only then write into its folder.
+
+    Raises ValueError for everything that makes the run impossible, before anything on disk has changed.
+    """
+    folder = Path(config.output).absolute()  # once: a reward may change the current folder later
+    open_run(folder, config, resume=resume)
+    checked = check(config)
+    with ExitStack() as undo:  # a reward may be a process, which must not stay behind when anything below fails
+        rewards = build.build_rewards(config, checked.processes.device)
+        undo.callback(rewards.close)
+        loaded = load(config, checked, rewards)
+        run = open_folder(config, folder, checked, loaded, resume=resume, quiet=quiet)
+        undo.pop_all()
+    return run
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checked:
+    """What stands before anything heavy is loaded."""
+
+    plan: Plan
+    processes: Processes
+    prompts: Prompts
+    evaluation_prompts: Prompts | None
+
+
+def check(config: Config) -> Checked:
+    """The configuration's contradictions, the plan, the algorithm's demands and the prompt files."""
+    plan = build.build_plan(config.rollout.plan, config)
+    build.build_branching(config)  # its faults, like all others, before anything is loaded or written
+    config.check(int(os.environ.get("WORLD_SIZE", "1")))
+    processes = build.build_processes(
+        config
+    )  # before the rewards: a model of theirs then lands on this process's device
+    build.build_algorithm(config, plan, processes)  # likewise; made again when the pipeline's denoisers are known
+    return Checked(
+        plan=plan,
+        processes=processes,
+        prompts=read_prompts(config.prompts.train),
+        evaluation_prompts=read_prompts(config.evaluation.prompts) if config.evaluation else None,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """The networks, the rewards, and the algorithm under its optimiser."""
+
+    rewards: RewardSet
+    depends_on: dict[str, dict[str, Any]]  # what scores depend on, for a restart to compare
+    pipeline: FlowPipeline
+    model: str  # a fingerprint of the weights at the start
+    plan: Plan
+    algorithm: Algorithm
+    policy: Policy
+    engine: Engine
+
+
+def load(config: Config, checked: Checked, rewards: RewardSet) -> Loaded:
+    """Load the pipeline, check that it can be trained so, and prepare the engine."""
+    build.check_groupwise(rewards, config)
+    build.check_prompts(rewards, config, checked.prompts, checked.evaluation_prompts)
+    processes = checked.processes
+    depends_on = build.without(rewards.fingerprints, "platform")
+    build.check_alike(depends_on, processes.gather)
+    pipeline = build.build_pipeline(config, processes.device)
+    model = fingerprint(dict(pipeline.denoisers))
+    plan = checked_plan(config, pipeline, checked.plan, checked.prompts)
+    # processes meet in every pass under ZeRO, so they must ask the same one of several denoisers at the same time
+    algorithm = build.build_algorithm(config, plan, processes, common_indices=len(pipeline.denoisers) > 1)
+    policy = build.build_policy(config, pipeline, algorithm)
+    return Loaded(
+        rewards=rewards,
+        depends_on=depends_on,
+        pipeline=pipeline,
+        model=model,
+        plan=plan,
+        algorithm=algorithm,
+        policy=policy,
+        engine=build.build_engine(config, processes, policy, algorithm),
+    )
+
+
+def open_folder(config: Config, folder: Path, checked: Checked, loaded: Loaded, *, resume: bool, quiet: bool) -> Run:
+    """Restore the newest checkpoint when resuming, then write into the run's folder."""
+    engine, policy, rewards, prompts = loaded.engine, loaded.policy, loaded.rewards, checked.prompts
+    checkpoints = Checkpoints(
+        folder,
+        engine,
+        model=loaded.model,
+        prompts=prompts.fingerprint(),
+        rewards=loaded.depends_on,
+        keep=config.keep,
+    )
+    first = checkpoints.restore() if resume else 0
+    origin = origin_of(first, checkpoints, config, resume=resume)
+    screen = Screen(quiet=quiet or not engine.is_main, start=first, num_steps=config.num_steps)
+    scorer = StepScorer(rewards, timeout_s=config.engine.timeout_s / 2)
+    evaluations = None
+    if config.evaluation is not None and checked.evaluation_prompts is not None:
+        draw = build.build_evaluation(
+            config.evaluation, config, loaded.pipeline, checked.evaluation_prompts, scorer, checked.processes
+        )
+        evaluations = Evaluations(
+            folder, draw, policy, engine, screen, num_steps=config.num_steps, every=config.evaluation.every
+        )
+    if engine.is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(folder / "config.json", config.model_dump_json(indent=1))
+        write_whole(folder / "rewards.json", json.dumps(rewards.fingerprints, indent=1))
+        save_config(config, folder / "config.yaml")
+        if evaluations is not None:
+            evaluations.drop_after(first)
+    engine.wait()
+    log = Log(
+        folder,
+        trackers=config.trackers,
+        start=first,
+        is_main=engine.is_main,
+        config=json.loads(config.model_dump_json()),
+    )
+    screen.opening(derived(config, policy, engine, prompts), origin=origin, missing_trackers=log.missing_trackers)
+    return Run(
+        config=config,
+        folder=folder,
+        start=first,
+        num_steps=config.num_steps,
+        policy=policy,
+        engine=engine,
+        worker=build.build_worker(config, loaded.pipeline, prompts, loaded.plan, checked.processes),
+        scorer=scorer,
+        compare=build.build_compare(config, rewards),
+        algorithm=loaded.algorithm,
+        meter=Meter(),
+        log=log,
+        screen=screen,
+        saving=build.build_saving(config, checkpoints, engine, start=first),
+        evaluations=evaluations,
+        export=build.build_export(config, policy, engine, folder),
+    )
+
+
+def origin_of(first: int, checkpoints: Checkpoints, config: Config, *, resume: bool) -> str:
+    """From where a run starts, as a sentence for the screen; ``first`` is the training step that it begins with."""
+    if not resume:
+        return "starting at step 0"
+    if not checkpoints.steps():
+        return f"--resume found no checkpoint in {checkpoints.root}: starting at step 0"
+    return f"continuing with step {first} ({first}/{config.num_steps} done)"
+
+
+def derived(config: Config, policy: Policy, engine: Engine, prompts: Prompts) -> dict[str, str]:
+    """Quantities that follow from the configuration: printed at the start, never asked for."""
+    rollout, algorithm = config.rollout, config.algorithm
+    images = rollout.prompts_per_step * rollout.group_size
+    trained = sum(parameter.numel() for parameter in policy.parameters().values())
+    lines = {
+        "model": f"{config.model.path}, {trained:,} parameters trained",
+        "algorithm": f"{algorithm.name}, {algorithm.updates_per_rollout} update(s) per step",
+        "images per step": f"{images} = {rollout.prompts_per_step} prompts x {rollout.group_size}",
+        "batches": f"{images // rollout.batch_size} of {rollout.batch_size} on {engine.processes.num_processes} process(es), "
+        f"{engine.accumulation} backward passes per update",
+        "prompts": f"{len(prompts)}, all seen after {len(prompts) / rollout.prompts_per_step:.1f} steps",
+        "output": config.output,
+    }
+    if rollout.branching is not None:
+        ways = len(rollout.branching.granularities)
+        lines["pools"] = f"each step's images once for every stochastic step, finished in {ways} way(s)"
+    return lines
+
+
+def checked_plan(config: Config, pipeline: FlowPipeline, plan: Plan, prompts: Prompts) -> Plan:
+    """Can this pipeline be trained so? A few network passes; raises ValueError that says what does not hold.
+
+    Returns the plan with noise levels that keep their budget on the pipeline's schedule, where that is asked for.
+    """
+    rollout = config.rollout
+    guidance = {"guidance_scale": rollout.guidance_scale, "negative_prompt": rollout.negative_prompt}
+    some = list(dict.fromkeys([*prompts.texts[:64], *selfcheck.PROMPTS]))
+    report = selfcheck.check(pipeline, prompts=some[:2], **guidance)
+    if not report.ok:
+        raise ValueError(report.text())
+    settings = {"num_inference_steps": rollout.num_inference_steps, **guidance}
+    conditioning = pipeline.prepare(some[:1], **settings)
+    if rollout.batch_size > rollout.group_size:
+        try:
+            pipeline.prepare(list(dict.fromkeys(prompts.texts[:64])), **settings)
+        except UnlikeConditioning as error:
+            raise ValueError(
+                f"rollout.batch_size={rollout.batch_size} puts several prompts into a batch, but {error}; set it to "
+                f"rollout.group_size={rollout.group_size} or a divisor of it"
+            ) from error
+    if (rollout.tail_fraction < 1 or rollout.branching) and not pipeline.lifted.tail_is_idle:
+        raise ValueError(
+            f"{type(pipeline.pipe).__name__} does something to the latents after each denoising step, which neither skipped "
+            "steps nor candidates would get; leave rollout.tail_fraction and rollout.branching out"
+        )
+    if rollout.branching and "sigma" in prompts.columns:
+        raise ValueError(
+            "rollout.branching gives rewards a column called sigma, and so does the prompt file; rename that one"
+        )
+    if not plan.num_transitions:
+        return plan
+    reached = {index for step in range(config.num_steps) for index in plan.indices(step)}
+    if missed := sorted(set(plan.covered) - reached):
+        logger.warning(
+            "in %d training steps the window never comes to the denoising steps %s", config.num_steps, missed
+        )
+    kernels.check_kernel(rollout.kernel.name, conditioning.schedule, plan.covered_levels)
+    if rollout.kernel.keep_budget:
+        kernel, schedule = rollout.kernel, conditioning.schedule
+        factor = kernels.budget_factor(kernel.name, schedule, plan.covered_levels, kernel.noise_level)
+        plan = replace(plan, levels=tuple(factor * level for level in plan.levels))
+    return plan
