@@ -42,6 +42,7 @@ from flowsteer.rewards.types import Reward
 
 Status = Literal["passed", "failed", "not applicable"]
 
+NOT_TRIED = "not tried, since "
 PACKAGES = (  # whose versions have been seen to change scores
     "numpy", "pillow", "opencv-python-headless", "torch", "torchvision", "transformers", "tokenizers", "onnxruntime",
     "rapidocr",
@@ -97,7 +98,8 @@ class Certificate:
             if values
         ]
         page = [part for line in lines for part in textwrap.wrap(line, 120, subsequent_indent="    ")]
-        for check in self.checks:
+        tried = [check for check in self.checks if not check.message.startswith(NOT_TRIED)]
+        for check in tried:
             head = f"{check.status:<15}{check.name:<20}{check.seconds:7.2f} s  "
             page += textwrap.wrap(
                 check.message,
@@ -107,6 +109,10 @@ class Certificate:
                 placeholder=" ...",
                 max_lines=6,
             )
+        skipped = [check for check in self.checks if check not in tried]
+        if skipped:
+            names = ", ".join(check.name for check in skipped)
+            page += textwrap.wrap(f"{skipped[0].message}: {names}", 120, subsequent_indent="    ")
         return "\n".join(page)
 
     def golden(self, path: str | Path) -> None:
@@ -179,7 +185,7 @@ def certify(
         for title, check in checks.items():
             stopped = next((done.name for done in results if done.status == "failed" and done.name in GATES), None)
             if stopped is not None:
-                message = f"not tried, since {stopped!r} was refused"
+                message = f"{NOT_TRIED}{stopped!r} was refused"
                 results.append(Check(name=title, status="not applicable", message=message, seconds=0.0))
             else:
                 results.append(run_check(title, check, trial))

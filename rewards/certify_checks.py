@@ -44,7 +44,9 @@ from flowsteer.rewards.certify_trial import (
     largest_difference,
     process_settings,
 )
+from flowsteer.rewards.columns import example_line, required_columns
 from flowsteer.rewards.combine import RewardSet
+from flowsteer.rewards.functions import name_of
 
 CheckFunction = Callable[[Trial], str]
 
@@ -92,6 +94,14 @@ def fingerprint(trial: Trial) -> str:
 
 def call(trial: Trial) -> str:
     """(images, prompts, **columns), by position or by name, with columns that it has never heard of."""
+    missing = [name for name in required_columns(trial.reward) if name not in trial.columns]
+    if missing:
+        named = ", ".join(map(repr, missing))
+        raise Refused(
+            f"requires the column {named}, which these inputs lack. Give pictures of your own with --images DIR: a folder "
+            f"whose metadata.jsonl has a line for each, {example_line('file_name', ['prompt', *missing])}; in Python, "
+            f"certify(..., images=, prompts=, columns=). If it can do without {named}, give the argument a default value"
+        )
     images, prompts, columns = trial.arguments(trial.rows)
     columns["a_column_of_another_reward"] = [None] * len(prompts)
     trial.reward(images=images.copy(), prompts=list(prompts), **columns)
@@ -216,7 +226,10 @@ def sees_the_prompt(trial: Trial) -> str:
     if not seen and trial.uses_prompt:
         if trial.columns and not trial.groupwise and _largest_spread(_matrix(trial)) > trial.tolerance:
             raise NotApplicable("the columns make a difference, the prompt without them makes none")
-        raise Refused("the prompt makes no difference; if that is meant, declare uses_prompt = False in the class")
+        raise Refused(
+            "the prompt makes no difference; if that is meant, declare uses_prompt = False: as a line of the class, or of a "
+            f"function as an attribute, `{name_of(trial.target)}.uses_prompt = False` below it"
+        )
     return f"for one image the prompt moves the score by up to {effect:.4g}" if seen else "plays no part, as declared"
 
 

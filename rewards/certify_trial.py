@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from flowsteer.rewards.combine import SCORE, is_groupwise, read_answer
+from flowsteer.rewards.functions import FunctionReward
 from flowsteer.rewards.types import Reward
 
 Pair = tuple[int, int]  # the row of the image, the row of the prompt and its columns
@@ -81,6 +82,11 @@ class Trial:
     def reward(self) -> Reward:
         """The instance that most checks ask."""
         return self.new()
+
+    @property
+    def target(self) -> Any:
+        """What its author wrote: the function in the adapter for TRL, else the reward itself."""
+        return self.reward.function if isinstance(self.reward, FunctionReward) else self.reward
 
     @functools.cached_property
     def groupwise(self) -> bool:

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from flowsteer.rewards.columns import check_columns
 from flowsteer.rewards.combine import Normalise, RewardSet, check_names_and_weights
 from flowsteer.rewards.environments import locate
 from flowsteer.rewards.hosts.child import WorkerReward
@@ -168,6 +169,7 @@ def start(config: Config, *, resume: bool = False, quiet: bool = False) -> Run:
     build_algorithm(config, plan, engine)  # likewise; made again when the pipeline's denoisers are known
     prompts = read_prompts(config.prompts.train)
     evaluation_prompts = read_prompts(config.evaluation.prompts) if config.evaluation else None
+    check_columns_of_prompts(config, prompts, evaluation_prompts)  # a reward may require some
     with ExitStack() as undo:  # a reward may be a process, which must not stay behind when anything below fails
         rewards = build_rewards(config, engine.device)
         undo.callback(rewards.close)
@@ -355,6 +357,17 @@ def check_groupwise(rewards: RewardSet, config: Config) -> None:
             f"rollout.batch_size={rollout.batch_size} cuts groups of rollout.group_size={rollout.group_size} apart; set "
             f"rollout.batch_size to a multiple of {rollout.group_size}"
         )
+
+
+def check_columns_of_prompts(config: Config, train: Prompts, evaluation: Prompts | None) -> None:
+    """Raise ValueError where a reward in this process requires a column that a prompt file lacks."""
+    files = {
+        f"prompts.train={config.prompts.train}": [*train.columns, *(["sigma"] if config.rollout.branching else [])]
+    }
+    if config.evaluation is not None and evaluation is not None:
+        files[f"evaluation.prompts={config.evaluation.prompts}"] = list(evaluation.columns)
+    own = {name: section.options for name, section in config.rewards.items() if section.host is None}
+    check_columns(own, files)
 
 
 def check_prompts(rewards: RewardSet, config: Config, train: Prompts, evaluation: Prompts | None) -> None:
