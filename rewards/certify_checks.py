@@ -1,8 +1,9 @@
-"""The checks that make a certificate, one function each: what it found, or `Refused`, or `NotApplicable`.
+"""The checks that make a certificate, one function each: what it found, or `Refused`, `Suspected` or `NotApplicable`.
 
-Those that hand it odd inputs are in ``flowsteer.rewards.certify_odd``. From outside nothing proves that threads never disturb
-each other; `threads` makes it likely. A reward that hangs makes these hang: deadlines are the matter of
-``flowsteer.rewards.hosts``.
+Those that hand it odd inputs are in ``flowsteer.rewards.certify_odd``, those that look for what it does not look at in
+``certify_sight``, a second process is in ``certify_process``, thousands of pictures in ``certify_many``. From
+outside nothing proves that threads never disturb each other; `threads` makes it likely. A reward that hangs makes these
+hang: deadlines are the matter of ``flowsteer.rewards.hosts``.
 
 Letters: B images of the trial, N images of one call.
 """
@@ -25,6 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flowsteer.rewards.certify_many import many_pictures
 from flowsteer.rewards.certify_odd import (
     grey_levels,
     impossible_images,
@@ -33,6 +35,15 @@ from flowsteer.rewards.certify_odd import (
     plain_images,
     sizes,
     video,
+)
+from flowsteer.rewards.certify_process import another_process
+from flowsteer.rewards.certify_sight import (
+    levels,
+    other_shapes,
+    remembers,
+    sees_the_columns,
+    whole_picture,
+    words_of_the_prompt,
 )
 from flowsteer.rewards.certify_trial import (
     Confusion,
@@ -145,7 +156,7 @@ def all_against_all(trial: Trial) -> str:
 def determinism(trial: Trial) -> str:
     """The same call gives the same scores, also to a second instance."""
     first = trial.score(trial.rows)
-    for who, reward in (("the same instance, asked again,", trial.reward), ("a second instance", trial.new())):
+    for who, reward in (("the same instance, asked again,", trial.reward), ("a second instance", trial.other)):
         other = trial.score(trial.rows, reward)
         if not trial.same(first, other):
             again = " in another order" if trial.same(np.sort(first), np.sort(other)) else ""
@@ -357,6 +368,12 @@ CHECKS: dict[str, CheckFunction] = {
     "silent zero": silent_zero,
     "sees the image": sees_the_image,
     "sees the prompt": sees_the_prompt,
+    "words of the prompt": words_of_the_prompt,
+    "sees the columns": sees_the_columns,
+    "whole picture": whole_picture,
+    "other shapes": other_shapes,
+    "levels": levels,
+    "remembers": remembers,
     "odd batches": odd_batches,
     "sizes": sizes,
     "plain images": plain_images,
@@ -369,6 +386,8 @@ CHECKS: dict[str, CheckFunction] = {
     "surroundings": surroundings,
     "no gradient": no_gradient,
     "threads": threads,
+    "another process": another_process,
+    "many pictures": many_pictures,
     "speed": speed,
 }
 GATES = ("load", "call", "answer", "determinism")  # the checks after these compare scores
