@@ -36,6 +36,8 @@ from flowsteer.rewards.types import Values
 logger = logging.getLogger(__name__)
 
 NOT_PASSED = ("completion_ids", "trainer_state", "environments")
+# what a reward may declare of itself, as attributes: of a class, or of a function (`flowsteer.rewards.types.Reward`)
+DECLARED = ("groupwise", "video", "uses_prompt", "score_range", "fingerprint", "unscorable")
 RESERVED = ("prompts", "completions", "images", "log_extra", "log_metric", *NOT_PASSED)
 
 
@@ -52,6 +54,7 @@ class FunctionReward:
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
         self.name = name_of(function)
+        declare(self, function)
         self._asynchronous = _is_async(function)
         self._told: set[str] = set()
         parameters = parameters_of(function)
@@ -110,7 +113,21 @@ def bind_options(name: str, function: Callable[..., Any], options: Mapping[str, 
     for key in options:
         if key not in accepted:
             raise ValueError(f"reward {name!r} has no option {key!r}. It accepts: {', '.join(accepted) or 'none'}")
-    return functools.partial(function, **options) if options else function
+    if not options:
+        return function
+    bound = functools.partial(function, **options)
+    declare(bound, function)
+    return bound
+
+
+def declare(wrapper: Any, function: Callable[..., Any]) -> None:
+    """Give a wrapper what the function in it declares: a function says ``uses_prompt = False`` as an attribute."""
+    while isinstance(function, functools.partial) and not vars(function):
+        function = function.func
+    for name in DECLARED:
+        value = getattr(function, name, None)
+        if value is not None:
+            setattr(wrapper, name, value)
 
 
 def parameters_of(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:

@@ -68,9 +68,7 @@ def load_reward(name: str, **options: Any) -> Reward:
         ValueError: no such reward, no such option, a required option is missing, or the target is not a reward.
         ImportError: the module that the name stands for cannot be imported.
     """
-    target = _import_target(name) if _is_place(name) else _entry_point(name).load()
-    if not callable(target):
-        raise ValueError(f"reward {name!r} is a {type(target).__name__}; it must be a class or a function")
+    target = find_target(name)
     if inspect.isclass(target):
         _check_options(name, target, options)
         reward = target(**options)
@@ -82,6 +80,19 @@ def load_reward(name: str, **options: Any) -> Reward:
     else:
         reward = bind_options(name, target, options)
     return _as_reward(name, reward)
+
+
+def find_target(name: str) -> Callable[..., Any]:
+    """The class or function that a reward's name stands for; its module is imported, nothing is made.
+
+    Raises:
+        ValueError: there is no such reward, or it is neither a class nor a function.
+        ImportError: the module that the name stands for cannot be imported.
+    """
+    target = _import_target(name) if _is_place(name) else _entry_point(name).load()
+    if not callable(target):
+        raise ValueError(f"reward {name!r} is a {type(target).__name__}; it must be a class or a function")
+    return target
 
 
 def target_of(name: str) -> str:

@@ -26,7 +26,8 @@ class Reward(Protocol):
 
     A run asks a reward from one thread at a time, but not always from the same one.
 
-    What a class may say of its objects besides, all of it optional:
+    What a class may say of its objects besides, or a function as its attribute (``my_reward.uses_prompt = False``), all of
+    it optional:
 
     - ``groupwise = True``: it compares. Each call gets the images of exactly one group, all of the same prompt, and gives
       each a number relative to the others, or ``None`` to all where they are too few.

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from flowsteer.rewards.columns import check_columns
 from flowsteer.rewards.combine import Normalise, RewardSet, check_names_and_weights
 from flowsteer.rewards.envs.environments import locate
 from flowsteer.rewards.hosts.child import WorkerReward
@@ -180,6 +181,17 @@ def check_groupwise(rewards: RewardSet, config: Config) -> None:
             f"rollout.batch_size={rollout.batch_size} cuts groups of rollout.group_size={rollout.group_size} apart; set "
             f"rollout.batch_size to a multiple of {rollout.group_size}"
         )
+
+
+def check_columns_of_prompts(config: Config, train: Prompts, evaluation: Prompts | None) -> None:
+    """Raise ValueError where a reward in this process requires a column that a prompt file lacks."""
+    files = {
+        f"prompts.train={config.prompts.train}": [*train.columns, *(["sigma"] if config.rollout.branching else [])]
+    }
+    if config.evaluation is not None and evaluation is not None:
+        files[f"evaluation.prompts={config.evaluation.prompts}"] = list(evaluation.columns)
+    own = {name: section.options for name, section in config.rewards.items() if section.host is None}
+    check_columns(own, files)
 
 
 def check_prompts(rewards: RewardSet, config: Config, train: Prompts, evaluation: Prompts | None) -> None:

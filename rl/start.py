@@ -71,12 +71,10 @@ def check(config: Config) -> Checked:
         config
     )  # before the rewards: a model of theirs then lands on this process's device
     build.build_algorithm(config, plan, processes)  # likewise; made again when the pipeline's denoisers are known
-    return Checked(
-        plan=plan,
-        processes=processes,
-        prompts=read_prompts(config.prompts.train),
-        evaluation_prompts=read_prompts(config.evaluation.prompts) if config.evaluation else None,
-    )
+    prompts = read_prompts(config.prompts.train)
+    evaluation_prompts = read_prompts(config.evaluation.prompts) if config.evaluation else None
+    build.check_columns_of_prompts(config, prompts, evaluation_prompts)  # a reward may require some
+    return Checked(plan=plan, processes=processes, prompts=prompts, evaluation_prompts=evaluation_prompts)
 
 
 @dataclass(frozen=True, kw_only=True)

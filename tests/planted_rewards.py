@@ -14,7 +14,8 @@ import random
 import threading
 import time
 from collections.abc import Sequence
-from typing import Any
+from datetime import datetime
+from typing import Any, ClassVar
 
 import cv2
 import numpy as np
@@ -481,3 +482,158 @@ class OrderMattersInGroup(SoundGroup):
     def __call__(self, images, prompts, **columns):
         scores = super().__call__(images, prompts, **columns)
         return [score and score + 0.1 * place for place, score in enumerate(scores)]
+
+
+class HashOfThePrompt:
+    """Texts hash otherwise in each process."""
+
+    def __call__(self, images, prompts, **columns):
+        return [score + hash(prompt) % 1000 for score, prompt in zip(sound(images, prompts), prompts)]
+
+
+class DependsOnTheHour:
+    def __call__(self, images, prompts, **columns):
+        return [score * (1 + time.localtime().tm_hour / 100) for score in sound(images, prompts)]
+
+
+class DependsOnTheDate:
+    def __call__(self, images, prompts, **columns):
+        return [score * datetime.now().year for score in sound(images, prompts)]
+
+
+class IgnoresItsColumn:
+    """Requires a column and does not look at it."""
+
+    def __call__(self, images, prompts, *, factor, **columns):
+        return sound(images, prompts)
+
+
+class CachesByFirstBytes:
+    """Keeps scores by the prompt and the first 64 bytes of the picture."""
+
+    def __init__(self) -> None:
+        self.cache: dict[Any, float] = {}
+
+    def __call__(self, images, prompts, **columns):
+        return [self._score(image, prompt) for image, prompt in zip(images, prompts)]
+
+    def _score(self, image, prompt):
+        key = (image.shape, image.dtype, image.tobytes()[:64], prompt)
+        if key not in self.cache:
+            self.cache[key] = score_pair(image, prompt)
+        return self.cache[key]
+
+
+class CachesForAllInstances(CachesByFirstBytes):
+    shared: ClassVar[dict[Any, float]] = {}
+
+    def __init__(self) -> None:
+        self.cache = self.shared
+
+
+class CachesByPicture(CachesByFirstBytes):
+    """Forgets that the prompt matters, for pictures that are bright at the top left."""
+
+    def _score(self, image, prompt):
+        own = score_pair(image, prompt)
+        return self.cache.setdefault(image.tobytes(), own) if image[0, 0, 0] == 240 else own
+
+
+class SeesTheTopLeft:
+    def __call__(self, images, prompts, **columns):
+        return sound(images[..., :64, :64, :], prompts)
+
+
+class WrapsAround:
+    def __call__(self, images, prompts, **columns):
+        check_images(images)
+        return sound(images * np.uint8(2), prompts)
+
+
+class WrapsBelowZero:
+    """How red a picture is, in uint8."""
+
+    uses_prompt = False
+
+    def __call__(self, images, prompts, **columns):
+        check_images(images)
+        return [float((image[..., 0] - image[..., 1]).mean()) for image in images]
+
+
+class HeightAndWidthSwapped:
+    """Sees a part of each picture that is not square."""
+
+    def __call__(self, images, prompts, **columns):
+        width, height = images.shape[-3:-1]
+        return sound(images[..., :height, :width, :], prompts)
+
+
+class ReadsWidthByHeight:
+    """How much neighbours in a column differ, of pixels that are read in rows of the wrong length."""
+
+    uses_prompt = False
+
+    def __call__(self, images, prompts, **columns):
+        check_images(images)
+        count, height, width = images.shape[:3]
+        pixels = images.reshape(count, width, height, 3).astype(float)
+        return [float(np.abs(np.diff(image, axis=0)).mean() * image.mean() ** 0.5) for image in pixels]
+
+
+class Saturates:
+    def __call__(self, images, prompts, **columns):
+        return np.clip(sound(images, prompts), -40, 40)
+
+
+class ManyHaveTheHighest:
+    uses_prompt = False
+
+    def __call__(self, images, prompts, **columns):
+        check_images(images)
+        return [min(1.0, float(image.std()) / 73) for image in images]
+
+
+class HasAQuota:
+    """Answers 0 after 3,000 pictures."""
+
+    shown = 0
+
+    def __call__(self, images, prompts, **columns):
+        self.shown += len(images)
+        return [0.0] * len(images) if self.shown > 3000 else sound(images, prompts)
+
+
+class FailsAfterItsQuota(HasAQuota):
+    def __call__(self, images, prompts, **columns):
+        self.shown += len(images)
+        if self.shown > 3000:
+            raise RuntimeError("quota exceeded")
+        return sound(images, prompts)
+
+
+class KeepsPictures:
+    def __init__(self) -> None:
+        self.seen: list[np.ndarray] = []
+
+    def __call__(self, images, prompts, **columns):
+        self.seen.append(images.copy())
+        return sound(images, prompts)
+
+
+class CountsThePromptsLength:
+    def __call__(self, images, prompts, **columns):
+        return [float(image.mean()) * (1 + len(prompt)) ** 0.5 for image, prompt in zip(images, prompts)]
+
+
+class EndsElsewhere(Sound):
+    """Cannot be made in another process than the one given."""
+
+    def __init__(self, process: int) -> None:
+        if os.getpid() != process:
+            raise MemoryError("no room")
+
+
+class Slow:
+    def __call__(self, images, prompts, **columns):
+        time.sleep(0.002 * len(images))
+        return sound(images, prompts)

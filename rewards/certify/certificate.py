@@ -37,11 +37,25 @@ import numpy as np
 
 from flowsteer.rewards.certify.checks import CHECKS, GATES, CheckFunction
 from flowsteer.rewards.certify.inputs import built_in_inputs, check_inputs
-from flowsteer.rewards.certify.trial import TOLERANCE, NotApplicable, Refused, Trial, error_text, largest_difference
+from flowsteer.rewards.certify.trial import (
+    TOLERANCE,
+    NotApplicable,
+    Refused,
+    Suspected,
+    Trial,
+    error_text,
+    largest_difference,
+)
 from flowsteer.rewards.types import Reward
 
-Status = Literal["passed", "failed", "not applicable"]
+Status = Literal["passed", "failed", "warning", "not applicable"]
 
+LIMITS = (
+    "not found by any check: whether the score measures what you mean; faults that show only on pictures, prompts or columns "
+    "unlike these; swapped axes where pictures are resized anyway; a cut-off beyond the levels and scores seen here; memory "
+    "that keeps less than the pictures, quotas beyond the pictures shown; times and seeds unlike the one tried."
+)
+NOT_TRIED = "not tried, since "
 PACKAGES = (  # whose versions have been seen to change scores
     "numpy", "pillow", "opencv-python-headless", "torch", "torchvision", "transformers", "tokenizers", "onnxruntime",
     "rapidocr",
@@ -80,6 +94,11 @@ class Certificate:
         """The names of the checks that failed."""
         return tuple(check.name for check in self.checks if check.status == "failed")
 
+    @property
+    def warned(self) -> tuple[str, ...]:
+        """The names of the checks that suspect something that may be meant."""
+        return tuple(check.name for check in self.checks if check.status == "warning")
+
     def __getitem__(self, name: str) -> Check:
         found = {check.name: check for check in self.checks}
         if name not in found:
@@ -89,6 +108,7 @@ class Certificate:
     def text(self) -> str:
         """The report, one page."""
         verdict = "certified" if self.ok else f"REFUSED by: {', '.join(self.refused)}"
+        verdict += f"; look at the warnings of: {', '.join(self.warned)}" if self.warned else ""
         count, height, width = self.shape[:3]
         lines = [f"reward {self.name!r}: {verdict}", f"{count} images of {width}x{height}, inputs {self.inputs[:12]}"]
         lines += [
@@ -97,7 +117,8 @@ class Certificate:
             if values
         ]
         page = [part for line in lines for part in textwrap.wrap(line, 120, subsequent_indent="    ")]
-        for check in self.checks:
+        tried = [check for check in self.checks if not check.message.startswith(NOT_TRIED)]
+        for check in tried:
             head = f"{check.status:<15}{check.name:<20}{check.seconds:7.2f} s  "
             page += textwrap.wrap(
                 check.message,
@@ -107,6 +128,11 @@ class Certificate:
                 placeholder=" ...",
                 max_lines=6,
             )
+        skipped = [check for check in self.checks if check not in tried]
+        if skipped:
+            names = ", ".join(check.name for check in skipped)
+            page += textwrap.wrap(f"{skipped[0].message}: {names}", 120, subsequent_indent="    ")
+        page += textwrap.wrap(LIMITS, 120, subsequent_indent="    ")
         return "\n".join(page)
 
     def golden(self, path: str | Path) -> None:
@@ -179,7 +205,7 @@ def certify(
         for title, check in checks.items():
             stopped = next((done.name for done in results if done.status == "failed" and done.name in GATES), None)
             if stopped is not None:
-                message = f"not tried, since {stopped!r} was refused"
+                message = f"{NOT_TRIED}{stopped!r} was refused"
                 results.append(Check(name=title, status="not applicable", message=message, seconds=0.0))
             else:
                 results.append(run_check(title, check, trial))
@@ -205,6 +231,8 @@ def run_check(name: str, check: Callable[[Trial], str], trial: Trial) -> Check:
         status, message = "passed", check(trial)
     except NotApplicable as reason:
         status, message = "not applicable", str(reason)
+    except Suspected as reason:
+        status, message = "warning", str(reason)
     except Refused as reason:
         status, message = "failed", str(reason)
     except Exception as error:  # the plug-in of somebody else: the other checks must still be made
@@ -259,4 +287,4 @@ def read_golden(path: str | Path) -> Mapping[str, Any]:
     return content
 
 
-__all__ = ["CHECKS", "Certificate", "Check", "NotApplicable", "Refused", "Trial", "certify"]
+__all__ = ["CHECKS", "Certificate", "Check", "NotApplicable", "Refused", "Suspected", "Trial", "certify"]

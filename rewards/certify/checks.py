@@ -1,8 +1,9 @@
-"""The checks that make a certificate, one function each: what it found, or `Refused`, or `NotApplicable`.
+"""The checks that make a certificate, one function each: what it found, or `Refused`, `Suspected` or `NotApplicable`.
 
-Those that hand it odd inputs are in ``flowsteer.rewards.certify.odd``. From outside nothing proves that threads never disturb
-each other; `threads` makes it likely. A reward that hangs makes these hang: deadlines are the matter of
-``flowsteer.rewards.hosts``.
+Those that hand it odd inputs are in ``odd.py``, those that look for what it does not look at in
+``sight.py``, a second process is in ``process.py``, thousands of pictures in ``many.py``. From
+outside nothing proves that threads never disturb each other; `threads` makes it likely. A reward that hangs makes these
+hang: deadlines are the matter of ``flowsteer.rewards.hosts``.
 
 Letters: B images of the trial, N images of one call.
 """
@@ -25,6 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flowsteer.rewards.certify.many import many_pictures
 from flowsteer.rewards.certify.odd import (
     grey_levels,
     impossible_images,
@@ -33,6 +35,15 @@ from flowsteer.rewards.certify.odd import (
     plain_images,
     sizes,
     video,
+)
+from flowsteer.rewards.certify.process import another_process
+from flowsteer.rewards.certify.sight import (
+    levels,
+    other_shapes,
+    remembers,
+    sees_the_columns,
+    whole_picture,
+    words_of_the_prompt,
 )
 from flowsteer.rewards.certify.trial import (
     Confusion,
@@ -44,7 +55,9 @@ from flowsteer.rewards.certify.trial import (
     largest_difference,
     process_settings,
 )
+from flowsteer.rewards.columns import example_line, required_columns
 from flowsteer.rewards.combine import RewardSet
+from flowsteer.rewards.functions import name_of
 
 CheckFunction = Callable[[Trial], str]
 
@@ -92,6 +105,14 @@ def fingerprint(trial: Trial) -> str:
 
 def call(trial: Trial) -> str:
     """(images, prompts, **columns), by position or by name, with columns that it has never heard of."""
+    missing = [name for name in required_columns(trial.reward) if name not in trial.columns]
+    if missing:
+        named = ", ".join(map(repr, missing))
+        raise Refused(
+            f"requires the column {named}, which these inputs lack. Give pictures of your own with --images DIR: a folder "
+            f"whose metadata.jsonl has a line for each, {example_line('file_name', ['prompt', *missing])}; in Python, "
+            f"certify(..., images=, prompts=, columns=). If it can do without {named}, give the argument a default value"
+        )
     images, prompts, columns = trial.arguments(trial.rows)
     columns["a_column_of_another_reward"] = [None] * len(prompts)
     trial.reward(images=images.copy(), prompts=list(prompts), **columns)
@@ -135,7 +156,7 @@ def all_against_all(trial: Trial) -> str:
 def determinism(trial: Trial) -> str:
     """The same call gives the same scores, also to a second instance."""
     first = trial.score(trial.rows)
-    for who, reward in (("the same instance, asked again,", trial.reward), ("a second instance", trial.new())):
+    for who, reward in (("the same instance, asked again,", trial.reward), ("a second instance", trial.other)):
         other = trial.score(trial.rows, reward)
         if not trial.same(first, other):
             again = " in another order" if trial.same(np.sort(first), np.sort(other)) else ""
@@ -216,7 +237,10 @@ def sees_the_prompt(trial: Trial) -> str:
     if not seen and trial.uses_prompt:
         if trial.columns and not trial.groupwise and _largest_spread(_matrix(trial)) > trial.tolerance:
             raise NotApplicable("the columns make a difference, the prompt without them makes none")
-        raise Refused("the prompt makes no difference; if that is meant, declare uses_prompt = False in the class")
+        raise Refused(
+            "the prompt makes no difference; if that is meant, declare uses_prompt = False: as a line of the class, or of a "
+            f"function as an attribute, `{name_of(trial.target)}.uses_prompt = False` below it"
+        )
     return f"for one image the prompt moves the score by up to {effect:.4g}" if seen else "plays no part, as declared"
 
 
@@ -344,6 +368,12 @@ CHECKS: dict[str, CheckFunction] = {
     "silent zero": silent_zero,
     "sees the image": sees_the_image,
     "sees the prompt": sees_the_prompt,
+    "words of the prompt": words_of_the_prompt,
+    "sees the columns": sees_the_columns,
+    "whole picture": whole_picture,
+    "other shapes": other_shapes,
+    "levels": levels,
+    "remembers": remembers,
     "odd batches": odd_batches,
     "sizes": sizes,
     "plain images": plain_images,
@@ -356,6 +386,8 @@ CHECKS: dict[str, CheckFunction] = {
     "surroundings": surroundings,
     "no gradient": no_gradient,
     "threads": threads,
+    "another process": another_process,
+    "many pictures": many_pictures,
     "speed": speed,
 }
 GATES = ("load", "call", "answer", "determinism")  # the checks after these compare scores

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from flowsteer.rewards.combine import SCORE, is_groupwise, read_answer
+from flowsteer.rewards.functions import FunctionReward
 from flowsteer.rewards.types import Reward
 
 Pair = tuple[int, int]  # the row of the image, the row of the prompt and its columns
@@ -36,6 +37,10 @@ LARGEST_DENOMINATOR = 100
 
 class Refused(Exception):
     """The reward breaks the contract; the text says how, and what it should do."""
+
+
+class Suspected(Exception):
+    """The check found what is a fault of most rewards but may be meant; the text says what. The certificate only warns."""
 
 
 class NotApplicable(Exception):
@@ -83,6 +88,16 @@ class Trial:
         return self.new()
 
     @functools.cached_property
+    def other(self) -> Reward:
+        """A second instance."""
+        return self.new()
+
+    @property
+    def target(self) -> Any:
+        """What its author wrote: the function in the adapter for TRL, else the reward itself."""
+        return self.reward.function if isinstance(self.reward, FunctionReward) else self.reward
+
+    @functools.cached_property
     def groupwise(self) -> bool:
         """Whether each call gets exactly one group."""
         return is_groupwise(self.reward)
@@ -116,9 +131,15 @@ class Trial:
         except ValueError as error:
             raise Refused(str(error)) from error
 
-    def ask(self, images: np.ndarray, prompts: Sequence[str], columns: Mapping[str, Sequence[Any]]) -> np.ndarray:
+    def ask(
+        self,
+        images: np.ndarray,
+        prompts: Sequence[str],
+        columns: Mapping[str, Sequence[Any]],
+        reward: Reward | None = None,
+    ) -> np.ndarray:
         """Scores [N] of images of one's own."""
-        return self.read(self.reward(images, prompts, **columns), len(prompts))
+        return self.read((reward or self.reward)(images, prompts, **columns), len(prompts))
 
     def score(self, pairs: Sequence[Pair], reward: Reward | None = None) -> np.ndarray:
         """Scores [N] of pairs of the trial, in one call."""
@@ -273,6 +294,7 @@ __all__ = [
     "NotApplicable",
     "Pair",
     "Refused",
+    "Suspected",
     "Trial",
     "error_text",
     "largest_difference",

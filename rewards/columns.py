@@ -1,0 +1,73 @@
+"""Which columns of the prompt file a reward requires, read from its signature before anything is loaded.
+
+A reward that cannot do without a column names it as an argument: ``def __call__(self, images, prompts, *, count, **columns)``
+requires ``count``. One that takes it from ``columns.get`` requires nothing that could be seen from outside.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+from flowsteer.rewards.functions import RESERVED, FunctionReward, parameters_of
+from flowsteer.rewards.registry import find_target
+
+
+def required_columns(reward: Callable[..., Any]) -> tuple[str, ...]:
+    """The columns that a reward's signature names without a default value.
+
+    Args:
+        reward: an object that is called with images and prompts, a function (one written for TRL as well), or a class
+            whose objects are called.
+
+    Example:
+        ``def f(images, prompts, count, unit="cm", **columns)`` requires ``("count",)``.
+    """
+    return tuple(name for name, parameter in column_parameters(reward).items() if parameter.default is parameter.empty)
+
+
+def column_parameters(reward: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """The arguments of a reward that are columns by name, with or without a default value."""
+    if isinstance(reward, FunctionReward):
+        reward = reward.function
+    parameters = dict(parameters_of(reward.__call__ if inspect.isclass(reward) else reward))
+    if inspect.isclass(reward):
+        parameters.pop(next(iter(parameters), ""), None)  # self
+    return {
+        name: parameter
+        for name, parameter in parameters.items()
+        if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY) and name not in RESERVED
+    }
+
+
+def check_columns(rewards: Mapping[str, Mapping[str, Any]], files: Mapping[str, Collection[str]]) -> None:
+    """Refuse a prompt file that lacks a column which a reward requires. Nothing but the reward's module is loaded.
+
+    Args:
+        rewards: name of each reward in this process -> its options.
+        files: the setting that names a prompt file, and the file -> the columns that the reward gets with it.
+
+    Raises:
+        ValueError: a column is missing, or there is no such reward.
+
+    Example:
+        ``check_columns({"my_rewards:Count": {}}, {"prompts.train=own.txt": []})`` raises where ``Count`` requires ``count``.
+    """
+    for name, options in rewards.items():
+        target = find_target(name)
+        bound = () if inspect.isclass(target) else options  # a function's options are arguments that are given already
+        required = [column for column in required_columns(target) if column not in bound]
+        for file, columns in files.items():
+            missing = [column for column in required if column not in columns]
+            if missing:
+                raise ValueError(
+                    f"the reward {name!r} requires the column {', '.join(map(repr, missing))}, which {file} lacks (its "
+                    f"columns: {', '.join(columns) or 'none'}). Give prompts as a .jsonl file, each line with it: "
+                    f"{example_line('prompt', missing)}; or give the argument a default value"
+                )
+
+
+def example_line(first: str, missing: Collection[str]) -> str:
+    """A line of JSON that has what was missing: ``{"prompt": ..., "count": ...}``."""
+    return "{" + ", ".join(f'"{name}": ...' for name in (first, *missing)) + "}"
