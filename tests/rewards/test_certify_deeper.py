@@ -12,7 +12,7 @@ import numpy as np
 import planted_rewards as planted
 import pytest
 
-from flowsteer.rewards.certify import CHECKS, certify
+from flowsteer.rewards.certify.certificate import CHECKS, certify
 from flowsteer.rewards.certify.inputs import built_in_inputs
 
 pytestmark = pytest.mark.filterwarnings("ignore:Mean of empty slice", "ignore:invalid value encountered")
@@ -117,7 +117,9 @@ def test_another_process_needs_a_reward_that_can_be_imported():
     certificate = certify(Local, name="local", checks=only)
     assert certificate["another process"].status == "not applicable"
     assert certificate["another process"].message.startswith("it cannot be made in another process: ")
-    main = "from planted_rewards import *; from flowsteer.rewards.certify import *\nclass Mine(Sound): pass\n"
+    main = (
+        "from planted_rewards import *; from flowsteer.rewards.certify.certificate import *\nclass Mine(Sound): pass\n"
+    )
     main += "print(certify(Mine, name='mine', checks={n: CHECKS[n] for n in ('answer', 'another process')}).text())"
     environment = {**os.environ, "PYTHONPATH": ":".join(path or "." for path in sys.path)}
     done = subprocess.run([sys.executable, "-c", main], env=environment, capture_output=True, text=True, check=True)

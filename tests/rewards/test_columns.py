@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from inprocess import fresh_process
 
-from flowsteer.rewards.certify import certify
+from flowsteer.rewards.certify.certificate import certify
 from flowsteer.rewards.certify.inputs import built_in_inputs
 from flowsteer.rewards.columns import check_columns, required_columns
 from flowsteer.rewards.registry import load_reward
-from flowsteer.rl.build import start
 from flowsteer.rl.config import parse_config
+from flowsteer.rl.start import start
 
 pytestmark = pytest.mark.filterwarnings("ignore:Mean of empty slice", "ignore:invalid value encountered")
 

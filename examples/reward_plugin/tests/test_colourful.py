@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from colourful_rewards import Colourfulness, Distinctness
 
-from flowsteer.rewards.certify.certificate import CHECKS, certify
+from flowsteer.rewards.certify import CHECKS, certify
 
 
 def plain(*color: int) -> np.ndarray:
