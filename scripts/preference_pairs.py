@@ -20,7 +20,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from flowsteer.rewards.combine import RewardSet, to_uint8
+from flowsteer.rewards.combine import RewardSet
+from flowsteer.rewards.pixels import to_uint8
 from flowsteer.rollout.data.prompts import Prompts
 from flowsteer.rollout.lifting.pipeline import Conditioning, FlowPipeline, UnlikeConditioning
 from flowsteer.rollout.sample import sample

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from flowsteer.rewards.combine import SCORE, is_groupwise, read_answer
+from flowsteer.rewards.contract import SCORE, is_groupwise, read_answer
 from flowsteer.rewards.functions import FunctionReward
 from flowsteer.rewards.types import Reward
 

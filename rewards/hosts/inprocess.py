@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowsteer.rewards.combine import Answer, Batch, RewardSet, failed
+from flowsteer.rewards.combine import RewardSet
+from flowsteer.rewards.contract import Answer, Shown, failed
 from flowsteer.rewards.types import Scores
 
 logger = logging.getLogger(__name__)
@@ -28,7 +29,7 @@ class RewardTimeout(TimeoutError):
 class PendingScores:
     """Scores that are being made."""
 
-    def __init__(self, rewards: RewardSet, batch: Future[Batch], answers: Mapping[str, Future[Answer]]) -> None:
+    def __init__(self, rewards: RewardSet, batch: Future[Shown], answers: Mapping[str, Future[Answer]]) -> None:
         self._rewards = rewards
         self._batch = batch
         self._answers = answers
@@ -87,11 +88,11 @@ class Scorer:
         kept = images.detach().to("cpu", copy=True)
         kept_columns = {name: tuple(values) for name, values in (columns or {}).items()}
         kept_group = None if group is None else tuple(group)
-        batch = self._threads["to-pixels"].submit(Batch.of, kept, tuple(prompts), kept_columns, kept_group)
+        batch = self._threads["to-pixels"].submit(Shown.of, kept, tuple(prompts), kept_columns, kept_group)
         answers = {name: self._threads[name].submit(self._ask, name, batch) for name in self.rewards.rewards}
         return PendingScores(self.rewards, batch, answers)
 
-    def _ask(self, name: str, batch: Future[Batch]) -> Answer:
+    def _ask(self, name: str, batch: Future[Shown]) -> Answer:
         return self.rewards.ask(name, batch.result())
 
     def close(self) -> None:

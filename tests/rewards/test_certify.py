@@ -19,7 +19,7 @@ from PIL import Image
 from flowsteer.rewards.certify.certificate import CHECKS, Refused
 from flowsteer.rewards.certify.certificate import certify as certify_fully
 from flowsteer.rewards.certify.inputs import built_in_inputs, read_folder
-from flowsteer.rewards.combine import to_uint8
+from flowsteer.rewards.pixels import to_uint8
 from flowsteer.rewards.registry import load_reward
 from flowsteer.rewards.scorers.diversity import PixelDiversity
 from flowsteer.rewards.scorers.step_preference import StepPreference

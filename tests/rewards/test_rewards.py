@@ -14,10 +14,11 @@ import pytest
 import torch
 from PIL import Image
 
-from flowsteer.rewards.combine import Normalise, RewardSet, to_uint8
+from flowsteer.rewards.combine import Normalise, RewardSet
 from flowsteer.rewards.functions import FunctionReward
 from flowsteer.rewards.hosts.inprocess import Scorer, collect
 from flowsteer.rewards.hosts.worker import load_target
+from flowsteer.rewards.pixels import to_uint8
 from flowsteer.rewards.registry import GROUP, label_of, list_rewards, load_reward, target_of
 from flowsteer.rewards.scorers.jpeg import JPEGCompressibility, JPEGIncompressibility
 from flowsteer.rewards.types import Reward

@@ -18,7 +18,8 @@ import torch
 from worker_scorers import digest, digests
 from worker_tools import HERE, TOKEN, ask, random_images, scorer, serving, within
 
-from flowsteer.rewards.combine import RewardSet, is_groupwise
+from flowsteer.rewards.combine import RewardSet
+from flowsteer.rewards.contract import is_groupwise
 from flowsteer.rewards.hosts import child, remote, wire, worker
 from flowsteer.rewards.hosts.child import WorkerReward
 from flowsteer.rewards.hosts.remote import HTTPReward
