@@ -16,7 +16,7 @@ from typing import Any
 from flowsteer.rewards.combine import RewardSet
 from flowsteer.rl import build
 from flowsteer.rl.checkpoint import Checkpoints, fingerprint, open_run, write_whole
-from flowsteer.rl.config import Config, save_config
+from flowsteer.rl.config import Config, check_config, save_config
 from flowsteer.rl.engine.base import Engine
 from flowsteer.rl.engine.processes import Processes
 from flowsteer.rl.evaluations import Evaluations
@@ -66,7 +66,7 @@ def check(config: Config) -> Checked:
     """The configuration's contradictions, the plan, the algorithm's demands and the prompt files."""
     plan = build.build_plan(config.rollout.plan, config)
     build.build_branching(config)  # its faults, like all others, before anything is loaded or written
-    config.check(int(os.environ.get("WORLD_SIZE", "1")))
+    check_config(config, int(os.environ.get("WORLD_SIZE", "1")))
     processes = build.build_processes(
         config
     )  # before the rewards: a model of theirs then lands on this process's device

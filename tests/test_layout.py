@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from flowsteer.rl.build import build_algorithm, build_plan
-from flowsteer.rl.config import Config, load_config, shipped_configs
+from flowsteer.rl.config import Config, check_config, load_config, shipped_configs
 from flowsteer.rl.train import train
 
 ROOT = Path(__file__).parents[1]
@@ -218,7 +218,7 @@ def test_every_configuration_is_runnable(name):
     assert after[0] == name.removesuffix(".yaml")
     config = load_config(after[0], after[1:])
     processes = int(command[command.index("--nproc_per_node") + 1]) if "--nproc_per_node" in command else 1
-    config.check(processes)
+    check_config(config, processes)
     processes: Any = SimpleNamespace(gather=None)
     build_algorithm(config, build_plan(config.rollout.plan, config), processes)
     assert config.output == f"runs/{after[0]}"

@@ -13,7 +13,7 @@ from flowsteer.rewards.types import Scores
 from flowsteer.rl.algorithms import ALGORITHMS
 from flowsteer.rl.build import batches_per_update, build_algorithm, build_plan, build_processes, build_worker
 from flowsteer.rl.compare import compare
-from flowsteer.rl.config import Config, parse_config
+from flowsteer.rl.config import Config, check_config, parse_config
 from flowsteer.rl.engine.base import prepare
 from flowsteer.rl.engine.optimizer import OptimizerSettings
 from flowsteer.rl.policy import Policy
@@ -107,7 +107,7 @@ class ToyRun:
         config = toy_config(overrides)
         self.config, self.toy = config, Toy()
         self.plan = build_plan(config.rollout.plan, config)
-        config.check(1)
+        check_config(config, 1)
         self.processes = build_processes(config)
         self.algorithm: Any = build_algorithm(config, self.plan, self.processes)
         variants = self.algorithm.variants | {"reference"}

@@ -7,7 +7,6 @@ the nearest one; nothing that a user set is dropped.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -23,8 +22,6 @@ from pydantic import (
 )
 
 from flowsteer.rl.algorithms import ALGORITHMS, AnyAlgorithm
-from flowsteer.rl.types import Setting, changed, not_whole
-from flowsteer.rollout.data.prompts import check_divisible
 
 logger = logging.getLogger(__name__)
 
@@ -383,116 +380,3 @@ class Config(Section):
     def num_updates(self) -> int:
         """Optimiser updates of the whole run."""
         return self.num_steps * self.algorithm.updates_per_rollout
-
-    def check(self, num_processes: int) -> None:
-        """Refuse what no run can be made of. Raises ValueError that says what would work, with every fault."""
-        faults = []
-        try:
-            check_divisible(
-                prompts_per_step=self.rollout.prompts_per_step,
-                group_size=self.rollout.group_size,
-                batch_size=self.rollout.batch_size,
-                num_processes=num_processes,
-                updates_per_rollout=self.algorithm.updates_per_rollout,
-            )
-        except ValueError as error:
-            faults.append(str(error))
-        setting = self._setting(num_processes)
-        faults += [*self.algorithm.check(setting), *self._idle_settings(setting)]
-        if self.model.lora is None and self.model.dtype != "float32" and self.engine.zero_stage is None:
-            faults.append(
-                f"training all weights in {self.model.dtype} needs float32 master copies, which DeepSpeed keeps; "
-                "set engine.zero_stage, or model.dtype=float32, or train a LoRA"
-            )
-        if self.model.dtype != "float32" and self.engine.zero_stage == 0:
-            faults.append(
-                "engine.zero_stage=0 keeps no float32 master weights; use stage 1 to 3, or model.dtype=float32"
-            )
-        if faults:
-            raise ValueError("\n".join(faults))
-        if self.rollout.plan.name == "none" and self.rollout.kernel != KernelConfig():
-            logger.warning("rollout.kernel has no effect: with rollout.plan.name=none no step is stochastic")
-        if self.optimizer.warmup_updates > self.num_updates:
-            logger.warning(
-                "optimizer.warmup_updates=%d, but the run ends after %d updates: the learning rate only comes to %.2g",
-                self.optimizer.warmup_updates,
-                self.num_updates,
-                self.optimizer.learning_rate * self.num_updates / self.optimizer.warmup_updates,
-            )
-
-    def _setting(self, num_processes: int) -> Setting:
-        """What the algorithm may have demands on."""
-        rollout = self.rollout
-        return Setting(
-            stochastic=rollout.plan.name != "none",
-            branching=rollout.branching is not None,
-            kernel=rollout.kernel.name,
-            log_prob_weight=rollout.kernel.log_prob_weight,
-            group_size=rollout.group_size,
-            batch_size=rollout.batch_size,
-            num_processes=num_processes,
-            advantage_clip=self.advantage.clip,
-            best_and_worst=self.advantage.best_and_worst,
-            advantage_changed=frozenset(changed(self.advantage)),
-            train_guidance=rollout.train_guidance_scale is not None,
-        )
-
-    def _idle_settings(self, setting: Setting) -> Iterator[str]:
-        """What was set and would do nothing, or only harm."""
-        rollout = self.rollout
-        stochastic = rollout.plan.name != "none"
-        if rollout.shared_noise and not stochastic:
-            yield (
-                "rollout.shared_noise=true with rollout.plan.name=none draws one picture for a whole group: nothing can be "
-                "compared; leave shared_noise out"
-            )
-        if rollout.solver == "dpmpp_2m" and rollout.plan.name == "all":
-            yield (
-                "rollout.plan.name=all leaves at most the last step to rollout.solver=dpmpp_2m, which takes it as euler does; "
-                "leave rollout.solver out"
-            )
-        drawn = {"rollout": (rollout.negative_prompt, {rollout.guidance_scale, rollout.train_guidance_scale})}
-        if self.evaluation:
-            drawn["evaluation"] = (self.evaluation.negative_prompt, {self.evaluation.guidance_scale})
-        guided_by_call = {"guidance_scale", "true_cfg_scale"} & self.model.call.keys()
-        for section, (negative_prompt, scales) in drawn.items():
-            if negative_prompt is not None and scales <= {0, 1, None} and not guided_by_call:
-                yield (
-                    f"{section}.negative_prompt does nothing with {section}.guidance_scale={max(scales - {None}):g}; set that "
-                    "above 1, or leave negative_prompt out"
-                )
-        if rollout.branching is not None:
-            if not stochastic:
-                yield "rollout.branching parts groups at stochastic steps, but rollout.plan.name=none has none; set a plan"
-            if rollout.shared_noise:
-                yield "rollout.branching shares the noise of a group anyway; leave rollout.shared_noise out"
-            if rollout.branching.first and rollout.plan.name == "window":
-                yield "rollout.branching.first needs a plan whose steps stay the same; set rollout.plan.name to all or steps"
-            if not setting.groups_are_whole():
-                yield not_whole("rollout.branching", setting)
-        if rollout.tail_fraction < 1 and (rollout.plan.name in ("none", "all") or rollout.branching is not None):
-            yield (
-                "rollout.tail_fraction shortens what comes after the last stochastic step of a trajectory; it needs a window "
-                "or single steps as a plan, and no rollout.branching (which has granularities)"
-            )
-        if (kept := self.advantage.best_and_worst) is not None and kept >= rollout.group_size:
-            yield f"advantage.best_and_worst={kept} leaves nothing out of groups of {rollout.group_size}; leave it out"
-        if self.advantage.deviation == "none" and (idle := sorted(setting.advantage_changed & {"ddof", "epsilon"})):
-            yield f"advantage.deviation=none divides by nothing; leave {' and '.join(f'advantage.{key}' for key in idle)} out"
-        kernel = rollout.kernel
-        used_by_decay = {"power": {"decay_rate", "keep_budget"}, "exponential": {"decay_rate", "keep_budget"}}
-        used_by_decay |= {"constant": set(), "linear": {"keep_budget"}, "cosine": {"keep_budget"}}
-        if idle := sorted(changed(kernel) & {"decay_rate", "keep_budget"} - used_by_decay[kernel.decay]):
-            yield f"rollout.kernel.decay={kernel.decay} has no {' and no '.join(idle)}; leave them out"
-        yield from self.algorithm.idle()
-        if isinstance(plan := rollout.plan, WindowPlan):
-            used = {
-                "fixed": set[str](),  # stays at low
-                "random": set[str](),
-                "progressive": {"stride", "iterations", "roll_back"},
-                "linear_decay": {"stride", "iterations", "roll_back", "min_iterations"},
-                "exponential_decay": {"stride", "iterations", "roll_back", "decay_start", "decay_rate"},
-            }
-            idle = sorted(changed(plan) - used[plan.strategy] - {"name", "strategy", "size", "low", "high"})
-            if idle:
-                yield f"rollout.plan.strategy={plan.strategy} has no {' and no '.join(idle)}; leave them out"

@@ -20,7 +20,7 @@ from inprocess import finished, fresh_process
 from safetensors.torch import load_file, save_file
 
 from flowsteer.rl.compare import TooFewScores
-from flowsteer.rl.config import parse_config
+from flowsteer.rl.config import check_config, parse_config
 from flowsteer.rl.metrics import read_metrics
 from flowsteer.rl.start import start
 from flowsteer.rl.train import train
@@ -120,9 +120,8 @@ def test_numbers_that_do_not_divide(tmp_path, make_config):
     assert {name for name, _ in proposals} >= {"batch_size", "group_size"}
     for name, values in proposals:
         for value in values.split(" or "):
-            parse_config(
-                make_config(tmp_path / "run", **{"rollout.batch_size": 5, f"rollout.{name}": int(value)})
-            ).check(1)
+            settings = {"rollout.batch_size": 5, f"rollout.{name}": int(value)}
+            check_config(parse_config(make_config(tmp_path / "run", **settings)), 1)
 
 
 @pytest.mark.parametrize("key", ["prompts.train", "evaluation"])

@@ -165,11 +165,11 @@ def test_each_table_of_the_comparison_has_its_place_on_the_page(tmp_path: Path) 
 
 
 def test_every_line_of_the_comparison_can_run() -> None:
-    program = "import runpy; from flowsteer.rl.config import load_config\n"
+    program = "import runpy; from flowsteer.rl.config import check_config, load_config\n"
     program += "import sys; sys.path.insert(0, 'scripts'); made = runpy.run_path('scripts/compare_algorithms.py')\n"
     program += "for reward, lines in made['TABLES'].values():\n"
     program += "    for line in lines:\n"
     program += "        entry = made['ENTRIES'][line]\n"
-    program += "        load_config(entry.config, made['settings_of'](entry, reward, 0, 9)).check(1)\n"
+    program += "        check_config(load_config(entry.config, made['settings_of'](entry, reward, 0, 9)), 1)\n"
     program += "        print(line)"
     assert len(set(script("-c", program).splitlines())) >= 25

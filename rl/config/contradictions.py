@@ -1,0 +1,162 @@
+"""What no run can be made of: settings that contradict one another, do nothing, or ask for what the algorithm cannot have."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+
+from flowsteer.rl.config.schema import Config, KernelConfig, WindowPlan
+from flowsteer.rl.types import Setting, changed, not_whole
+from flowsteer.rollout.data.prompts import check_divisible
+
+logger = logging.getLogger(__name__)
+
+USED_BY_DECAY = {
+    "constant": set[str](),
+    "linear": {"keep_budget"},
+    "cosine": {"keep_budget"},
+    "power": {"decay_rate", "keep_budget"},
+    "exponential": {"decay_rate", "keep_budget"},
+}
+USED_BY_STRATEGY = {
+    "fixed": set[str](),  # stays at low
+    "random": set[str](),
+    "progressive": {"stride", "iterations", "roll_back"},
+    "linear_decay": {"stride", "iterations", "roll_back", "min_iterations"},
+    "exponential_decay": {"stride", "iterations", "roll_back", "decay_start", "decay_rate"},
+}
+
+
+def check_config(config: Config, num_processes: int) -> None:
+    """Refuse what no run can be made of. Raises ValueError that says what would work, with every fault."""
+    setting = setting_of(config, num_processes)
+    faults = [
+        *_sharing(config, num_processes),
+        *config.algorithm.check(setting),
+        *_drawing(config),
+        *_branching(config, setting),
+        *_comparing(config, setting),
+        *config.algorithm.idle(),
+        *_steps(config),
+        *_precision(config),
+    ]
+    if faults:
+        raise ValueError("\n".join(faults))
+    if config.rollout.plan.name == "none" and config.rollout.kernel != KernelConfig():
+        logger.warning("rollout.kernel has no effect: with rollout.plan.name=none no step is stochastic")
+    optimizer = config.optimizer
+    if optimizer.warmup_updates > config.num_updates:
+        logger.warning(
+            "optimizer.warmup_updates=%d, but the run ends after %d updates: the learning rate only comes to %.2g",
+            optimizer.warmup_updates,
+            config.num_updates,
+            optimizer.learning_rate * config.num_updates / optimizer.warmup_updates,
+        )
+
+
+def setting_of(config: Config, num_processes: int) -> Setting:
+    """What the algorithm may have demands on."""
+    rollout = config.rollout
+    return Setting(
+        stochastic=rollout.plan.name != "none",
+        branching=rollout.branching is not None,
+        kernel=rollout.kernel.name,
+        log_prob_weight=rollout.kernel.log_prob_weight,
+        group_size=rollout.group_size,
+        batch_size=rollout.batch_size,
+        num_processes=num_processes,
+        advantage_clip=config.advantage.clip,
+        best_and_worst=config.advantage.best_and_worst,
+        advantage_changed=frozenset(changed(config.advantage)),
+        train_guidance=rollout.train_guidance_scale is not None,
+    )
+
+
+def _sharing(config: Config, num_processes: int) -> Iterator[str]:
+    """Samples that cannot be shared evenly."""
+    try:
+        check_divisible(
+            prompts_per_step=config.rollout.prompts_per_step,
+            group_size=config.rollout.group_size,
+            batch_size=config.rollout.batch_size,
+            num_processes=num_processes,
+            updates_per_rollout=config.algorithm.updates_per_rollout,
+        )
+    except ValueError as error:
+        yield str(error)
+
+
+def _drawing(config: Config) -> Iterator[str]:
+    """Ways of drawing that teach nothing or do nothing."""
+    rollout = config.rollout
+    if rollout.shared_noise and rollout.plan.name == "none":
+        yield (
+            "rollout.shared_noise=true with rollout.plan.name=none draws one picture for a whole group: nothing can be "
+            "compared; leave shared_noise out"
+        )
+    if rollout.solver == "dpmpp_2m" and rollout.plan.name == "all":
+        yield (
+            "rollout.plan.name=all leaves at most the last step to rollout.solver=dpmpp_2m, which takes it as euler does; "
+            "leave rollout.solver out"
+        )
+    drawn = {"rollout": (rollout.negative_prompt, {rollout.guidance_scale, rollout.train_guidance_scale})}
+    if config.evaluation:
+        drawn["evaluation"] = (config.evaluation.negative_prompt, {config.evaluation.guidance_scale})
+    guided_by_call = {"guidance_scale", "true_cfg_scale"} & config.model.call.keys()
+    for section, (negative_prompt, scales) in drawn.items():
+        if negative_prompt is not None and scales <= {0, 1, None} and not guided_by_call:
+            yield (
+                f"{section}.negative_prompt does nothing with {section}.guidance_scale={max(scales - {None}):g}; set that "
+                "above 1, or leave negative_prompt out"
+            )
+
+
+def _branching(config: Config, setting: Setting) -> Iterator[str]:
+    """Branches from a common state, and shortened tails."""
+    rollout = config.rollout
+    if rollout.branching is not None:
+        if not setting.stochastic:
+            yield "rollout.branching parts groups at stochastic steps, but rollout.plan.name=none has none; set a plan"
+        if rollout.shared_noise:
+            yield "rollout.branching shares the noise of a group anyway; leave rollout.shared_noise out"
+        if rollout.branching.first and rollout.plan.name == "window":
+            yield "rollout.branching.first needs a plan whose steps stay the same; set rollout.plan.name to all or steps"
+        if not setting.groups_are_whole():
+            yield not_whole("rollout.branching", setting)
+    if rollout.tail_fraction < 1 and (rollout.plan.name in ("none", "all") or rollout.branching is not None):
+        yield (
+            "rollout.tail_fraction shortens what comes after the last stochastic step of a trajectory; it needs a window "
+            "or single steps as a plan, and no rollout.branching (which has granularities)"
+        )
+
+
+def _comparing(config: Config, setting: Setting) -> Iterator[str]:
+    """Settings of the advantage that do nothing."""
+    advantage, group_size = config.advantage, config.rollout.group_size
+    if (kept := advantage.best_and_worst) is not None and kept >= group_size:
+        yield f"advantage.best_and_worst={kept} leaves nothing out of groups of {group_size}; leave it out"
+    if advantage.deviation == "none" and (idle := sorted(setting.advantage_changed & {"ddof", "epsilon"})):
+        yield f"advantage.deviation=none divides by nothing; leave {' and '.join(f'advantage.{key}' for key in idle)} out"
+
+
+def _steps(config: Config) -> Iterator[str]:
+    """Settings of the kernel's decay and of windows that their kind does not have."""
+    kernel, plan = config.rollout.kernel, config.rollout.plan
+    if idle := sorted(changed(kernel) & {"decay_rate", "keep_budget"} - USED_BY_DECAY[kernel.decay]):
+        yield f"rollout.kernel.decay={kernel.decay} has no {' and no '.join(idle)}; leave them out"
+    if isinstance(plan, WindowPlan):
+        common = {"name", "strategy", "size", "low", "high"}
+        if idle := sorted(changed(plan) - USED_BY_STRATEGY[plan.strategy] - common):
+            yield f"rollout.plan.strategy={plan.strategy} has no {' and no '.join(idle)}; leave them out"
+
+
+def _precision(config: Config) -> Iterator[str]:
+    """Weights that would be trained without float32 master copies."""
+    model, stage = config.model, config.engine.zero_stage
+    if model.lora is None and model.dtype != "float32" and stage is None:
+        yield (
+            f"training all weights in {model.dtype} needs float32 master copies, which DeepSpeed keeps; "
+            "set engine.zero_stage, or model.dtype=float32, or train a LoRA"
+        )
+    if model.dtype != "float32" and stage == 0:
+        yield "engine.zero_stage=0 keeps no float32 master weights; use stage 1 to 3, or model.dtype=float32"
