@@ -57,7 +57,7 @@ GRAPH = {name_of(path): imports(path) - {name_of(path)} for path in files()}
 
 def test_the_graph_is_read_right():
     assert "flowsteer.rollout.sample" in GRAPH["flowsteer.rollout.worker"]
-    assert "flowsteer.rl.start" in GRAPH["flowsteer.rl.command.main"], "imports inside functions count"
+    assert "flowsteer.rl.start" in GRAPH["flowsteer.rl.command.training"], "imports inside functions count"
     assert "flowsteer.rollout.steps.kernels" in GRAPH["flowsteer.rl.algorithms.transitions"], "from a import module"
 
 
@@ -110,7 +110,7 @@ def test_order_inside_rl():
     readers = {module.split(".")[2] for module, imported in GRAPH.items() if "flowsteer.rl.config" in imported}
     assert readers <= {"build", "start", "run", "command", "config", "checkpoint"}
     users = {module for module, imported in GRAPH.items() if "flowsteer.rl.train" in imported}
-    assert users == {"flowsteer.rl.command.main"}
+    assert users == {"flowsteer.rl.command.training"}
 
 
 def test_no_circles():

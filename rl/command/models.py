@@ -1,0 +1,84 @@
+"""Commands about a pipeline and a configuration: check-model, show-loop, config keys. Imports wait until they run."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from flowsteer.rl.command.options import (
+    CallOption,
+    DeviceOption,
+    DTypeOption,
+    HeightOption,
+    WidthOption,
+    choose,
+)
+
+console, stderr = Console(), Console(stderr=True)
+
+
+def check_model(
+    path: Annotated[str, typer.Argument(help="Folder or hub id in diffusers' layout, or `embedded`.")],
+    targets: Annotated[str, typer.Option(help="LoRA targets, separated by commas.")] = "to_q,to_k,to_v,to_out.0",
+    guidance_scale: Annotated[float, typer.Option("--guidance-scale", help="1 is without guidance.")] = 1.0,
+    height: HeightOption = None,
+    width: WidthOption = None,
+    call: CallOption = None,
+    dtype: DTypeOption = None,
+    device: DeviceOption = "auto",
+) -> None:
+    """Say on one screen whether a pipeline can be trained: lifted, axes, purity, parity, LoRA targets, gradients.
+
+    Ends with exit code 1 when it cannot.
+
+    **Example**: `flowsteer check-model stabilityai/stable-diffusion-3.5-medium --height 256 --width 256`
+    """
+    from flowsteer.rl.command.check_model import trainable_findings
+    from flowsteer.rollout.lifting.selfcheck import check
+
+    pipeline = choose(model=path, height=height, width=width, call=call, dtype=dtype, device=device).load()
+    report = check(pipeline, guidance_scale=guidance_scale)
+    if report.ok:
+        report = report.with_findings(trainable_findings(pipeline, targets.split(","), guidance_scale))
+    console.print(report.text(), markup=False, highlight=False, soft_wrap=True)
+    if not report.ok:
+        raise typer.Exit(1)
+
+
+def show_loop(
+    path: Annotated[
+        str, typer.Argument(help="Folder or hub id in diffusers' layout, or the name of a pipeline class.")
+    ],
+) -> None:
+    """Print the denoising loop that is lifted out of a pipeline: diffusers' own code, as it is trained and sampled.
+
+    **Example**: `flowsteer show-loop FluxPipeline`
+    """
+    import diffusers
+
+    from flowsteer.rollout.lifting.lift import show_loop as source_of
+    from flowsteer.rollout.lifting.pipeline import load_diffusers
+
+    known = path.isidentifier() and path.endswith("Pipeline")
+    cls = getattr(diffusers, path, None) if known else type(load_diffusers(path))
+    if cls is None:
+        raise ValueError(f"diffusers has no pipeline class {path!r}")
+    console.print(source_of(cls), markup=False, highlight=False, soft_wrap=True)
+
+
+def config_keys(
+    pattern: Annotated[
+        str | None, typer.Argument(help="Part of a key, or a whole one with `*`, such as `optimizer.*`; default: all.")
+    ] = None,
+) -> None:
+    """Print the keys of a configuration with their types, defaults and meanings.
+
+    **Example**: `flowsteer config keys guidance`
+    """
+    from flowsteer.rl.config.keys import find_keys
+
+    for key in find_keys(pattern):
+        console.print(Text(key.text()), soft_wrap=True)

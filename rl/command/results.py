@@ -1,0 +1,265 @@
+"""Commands for what a run has made: evaluate, export, sample, score, report. Imports wait until they run."""
+
+from __future__ import annotations
+
+import json
+from contextlib import closing
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from flowsteer.rl.command.options import (
+    CallOption,
+    DeviceOption,
+    DTypeOption,
+    GuidanceOption,
+    HeightOption,
+    LoRAOption,
+    ModelOption,
+    NegativeOption,
+    RewardOption,
+    RewardOptionOption,
+    RunOption,
+    StepsOption,
+    WidthOption,
+    choose,
+    named_rewards,
+    read_run,
+    refuse_existing,
+)
+
+console, stderr = Console(), Console(stderr=True)
+
+
+UNSCORED = 1  # exit code of `score` where an image has no score
+SeedsOption = Annotated[int, typer.Option("--num-seeds", min=1, help="Noise seeds of each prompt.")]
+BatchOption = Annotated[int, typer.Option("--batch-size", min=1, help="Samples per network pass.")]
+
+
+def evaluate(
+    prompts: Annotated[
+        str | None,
+        typer.Argument(help="Prompt file, or the name of a shipped one; default `shapes_reserved.txt`, or the run's."),
+    ] = None,
+    run: RunOption = None,
+    model: ModelOption = None,
+    lora: LoRAOption = None,
+    height: HeightOption = None,
+    width: WidthOption = None,
+    call: CallOption = None,
+    dtype: DTypeOption = None,
+    device: DeviceOption = "auto",
+    reward: RewardOption = None,
+    option: RewardOptionOption = None,
+    num_prompts: Annotated[int, typer.Option(min=1, help="Prompts, spread evenly over the file.")] = 48,
+    num_seeds: SeedsOption = 4,
+    num_inference_steps: StepsOption = None,
+    guidance_scale: GuidanceOption = None,
+    negative_prompt: NegativeOption = None,
+    batch_size: BatchOption = 64,
+    timeout_s: Annotated[
+        float, typer.Option(min=0, help="After the last picture, so long scores are waited for.")
+    ] = 900.0,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="JSON file for the table and all single scores; the pictures go beside it as PNG."),
+    ] = None,
+) -> None:
+    """Score a pipeline on fixed prompts and seeds with the deterministic sampler.
+
+    **Example**: `flowsteer evaluate --run runs/first --num-prompts 240`
+    """
+    from flowsteer.rl.build import DTYPES
+    from flowsteer.rl.evaluate import evaluate as run_evaluation
+    from flowsteer.rl.evaluate import save_grid
+    from flowsteer.rl.scoring import warn_of_single_images
+    from flowsteer.rollout.data.prompts import read_prompts
+
+    if output is not None:
+        if output.suffix == ".png":
+            raise ValueError(f"{output} is to be a JSON file; the pictures are written beside it as PNG")
+        refuse_existing(output, output.with_suffix(".png"))
+    chosen = choose(run=run, model=model, lora=lora, height=height, width=width, call=call, dtype=dtype, device=device)
+    texts = read_prompts(prompts or chosen.evaluation.prompts)
+    with closing(chosen.rewards(reward, option)) as rewards, console.status("loading") as status:
+        warn_of_single_images(rewards, num_seeds=num_seeds, key="--num-seeds")
+        result = run_evaluation(
+            chosen.load(),
+            texts,
+            rewards,
+            num_prompts=num_prompts,
+            num_seeds=num_seeds,
+            num_inference_steps=num_inference_steps or chosen.evaluation.num_inference_steps,
+            guidance_scale=chosen.evaluation.guidance_scale if guidance_scale is None else guidance_scale,
+            negative_prompt=negative_prompt or chosen.evaluation.negative_prompt,
+            batch_size=batch_size,
+            dtype=DTYPES[chosen.dtype],
+            device=chosen.device,
+            timeout_s=timeout_s,
+            progress=lambda done: status.update(f"{done} images"),
+        )
+    summary = result.summary()
+    table = Table("score", "mean", "95 % interval", title=f"{len(result.prompts)} prompts x {num_seeds} seeds")
+    for name, (mean, low, high) in summary.items():
+        table.add_row(Text(name), f"{mean:.4f}", f"{low:.4f} to {high:.4f}")
+    console.print(table)
+    if output is not None:
+        output.write_text(json.dumps(result.table(), indent=1), encoding="utf-8")
+        save_grid(result.images, output.with_suffix(".png"))
+
+
+def export(
+    run: Annotated[Path, typer.Argument(help="Folder of a finished run.")],
+    folder: Annotated[Path, typer.Argument(help="Where the result goes; must not exist or be empty.")],
+    layout: Annotated[
+        Literal["pipeline", "diffusers", "peft", "kohya"],
+        typer.Option(
+            "--format",
+            help="`pipeline`: all weights, with the LoRA fused in. The others: the LoRA alone, for `load_lora_weights` of "
+            "diffusers, for `PeftModel`, or with kohya's keys.",
+        ),
+    ] = "pipeline",
+    dtype: Annotated[
+        Literal["float32", "bfloat16"] | None,
+        typer.Option(
+            "--dtype", help="Of the weights; default as trained: a pipeline's `model.dtype`, a LoRA's float32."
+        ),
+    ] = None,
+) -> None:
+    """Write a run's result as a whole diffusers pipeline with the LoRA fused in, or its LoRA in another format.
+
+    The LoRA in diffusers' format lies in `RUN/export` already; `pipe.load_lora_weights("RUN/export")` loads it.
+
+    **Example**: `flowsteer export runs/first tuned-pipeline`
+    """
+    from flowsteer.rl.build import DTYPES
+    from flowsteer.rl.export import convert_lora, merge
+
+    settings = read_run(run).model
+    if layout == "pipeline":
+        made = merge(settings.path, run / "export", folder, dtype=DTYPES[dtype or settings.dtype])
+        console.print(Text(f"pipeline: {made}"), soft_wrap=True)
+    else:
+        made = convert_lora(run / "export", folder, layout=layout, dtype=DTYPES[dtype or "float32"])
+        console.print(Text(f"LoRA: {made}"), soft_wrap=True)
+
+
+def sample(
+    prompts: Annotated[list[str], typer.Argument(help="One or more prompts, each in quotes.")],
+    run: RunOption = None,
+    model: ModelOption = None,
+    lora: LoRAOption = None,
+    height: HeightOption = None,
+    width: WidthOption = None,
+    call: CallOption = None,
+    dtype: DTypeOption = None,
+    device: DeviceOption = "auto",
+    output: Annotated[Path, typer.Option("--output", "-o", help="PNG file to write.")] = Path("samples.png"),
+    num_seeds: SeedsOption = 4,
+    num_inference_steps: StepsOption = None,
+    guidance_scale: GuidanceOption = None,
+    negative_prompt: NegativeOption = None,
+) -> None:
+    """Draw pictures, a line of seeds per prompt; of a video the first frame.
+
+    **Example**: `flowsteer sample "a red circle left of a blue square" --run runs/first -o picture.png`
+    """
+    import torch
+
+    from flowsteer.rl.build import DTYPES
+    from flowsteer.rl.evaluate import save_grid
+    from flowsteer.rollout.sample import sample as draw
+
+    refuse_existing(output)
+    if output.suffix.lower() != ".png":
+        raise ValueError(f"{output} must end in .png")
+    chosen = choose(run=run, model=model, lora=lora, height=height, width=width, call=call, dtype=dtype, device=device)
+    pipeline = chosen.load()
+    steps = num_inference_steps or chosen.evaluation.num_inference_steps
+    guidance = chosen.evaluation.guidance_scale if guidance_scale is None else guidance_scale
+    pictures = []
+    with torch.no_grad():
+        for prompt in prompts:
+            conditioning = pipeline.prepare(
+                [prompt],
+                num_inference_steps=steps,
+                guidance_scale=guidance,
+                negative_prompt=negative_prompt or chosen.evaluation.negative_prompt,
+            )
+            conditioning = conditioning.take([0] * num_seeds)
+            latents, _ = draw(
+                pipeline,
+                conditioning,
+                seeds=torch.arange(num_seeds),
+                noise_levels=[0.0] * steps,
+                dtype=DTYPES[chosen.dtype],
+                device=chosen.device,
+            )
+            pictures.append(pipeline.decode(latents, conditioning).float().cpu())
+    save_grid(torch.cat(pictures), output, columns=num_seeds)
+    console.print(Text(f"{len(prompts) * num_seeds} pictures: {output}"), soft_wrap=True)
+
+
+def score(
+    images: Annotated[list[Path] | None, typer.Argument(help="Image files; not with --metadata.")] = None,
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="What they should show.")] = None,
+    reward: RewardOption = None,
+    option: RewardOptionOption = None,
+    column: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="What the reward gets of each image besides the prompt; repeatable."),
+    ] = None,
+    metadata_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--metadata", help="JSON lines instead of images: `file_name`, `prompt` and any columns of each image."
+        ),
+    ] = None,
+) -> None:
+    """Score image files with rewards. Ends with exit code 1 and the reasons if an image has no score.
+
+    Rewards that compare images, such as `diversity`, get all images of a prompt together.
+
+    **Example**: `flowsteer score picture.png -p "a red circle" -r composition -r jpeg_compressibility`
+    """
+    from flowsteer.rl.command.score_files import Pictures, from_metadata, score_files
+    from flowsteer.rl.config import parse_overrides
+
+    if metadata_file is not None:
+        if images or prompt is not None or column:
+            raise ValueError(
+                "--metadata names the images, prompts and columns itself; leave out the images, -p and --column"
+            )
+        pictures = from_metadata(metadata_file)
+    elif not images or prompt is None:
+        raise ValueError("give image files and their prompt with -p, or a file with both as --metadata")
+    else:
+        count = len(images)
+        columns = {key: (value,) * count for key, value in parse_overrides(column or []).items()}
+        pictures = Pictures(files=tuple(images), prompts=(prompt,) * count, columns=columns)
+    with closing(named_rewards(reward, option)) as rewards:
+        scores = score_files(pictures, rewards)
+    table = Table("image", "reward", "score")
+    for place, path in enumerate(pictures.files):
+        for name, values in scores.parts.items():
+            number = values[place]
+            table.add_row(*map(Text, (path.name, name, f"{number:.4f}" if number == number else "none")))
+    console.print(table)
+    for place, reason in scores.failures.items():
+        stderr.print(Text(f"{pictures.files[place]} has no score: {reason}"), soft_wrap=True)
+    if scores.failures:
+        raise typer.Exit(UNSCORED)
+
+
+def report(run: Annotated[Path, typer.Argument(help="Folder of a run, finished or not.")]) -> None:
+    """Write (again) the one-file report of a run: curves, pictures before and after, configuration, environment.
+
+    **Example**: `flowsteer report runs/first`
+    """
+    from flowsteer.rl.report.page import write_report
+
+    console.print(Text(f"report: {write_report(run)}"), soft_wrap=True)
