@@ -1,7 +1,7 @@
 """The checks that make a certificate, one function each: what it found, or `Refused`, `Suspected` or `NotApplicable`.
 
-Those that hand it odd inputs are in ``odd.py``, those that look for what it does not look at in
-``sight.py``, a second process is in ``process.py``, thousands of pictures in ``many.py``. From
+Those that hand it odd inputs are in ``odd.py``, those that look for what it does not look at in ``sight.py``; a second
+process is in ``process.py``, thousands of pictures in ``many.py``, how it behaves in its process in ``manners.py``. From
 outside nothing proves that threads never disturb each other; `threads` makes it likely. A reward that hangs makes these
 hang: deadlines are the matter of ``flowsteer.rewards.hosts``.
 
@@ -10,22 +10,14 @@ Letters: B images of the trial, N images of one call.
 
 from __future__ import annotations
 
-import gc
 import json
-import random
-import statistics
-import sys
-import threading
 import time
-import weakref
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
-from torch import Tensor
 
+from flowsteer.rewards.certify.manners import changes, inputs_untouched, no_gradient, speed, surroundings, threads
 from flowsteer.rewards.certify.many import many_pictures
 from flowsteer.rewards.certify.odd import (
     grey_levels,
@@ -48,7 +40,6 @@ from flowsteer.rewards.certify.sight import (
 from flowsteer.rewards.certify.trial import (
     Confusion,
     NotApplicable,
-    Pair,
     Refused,
     Trial,
     error_text,
@@ -66,7 +57,7 @@ def load(trial: Trial) -> str:
     """It can be made, and making it leaves the process as it is."""
     started = time.perf_counter()
     kind = type(trial.reward).__name__
-    changed = _changes(trial.settings, process_settings())
+    changed = changes(trial.settings, process_settings())
     if changed:
         raise Refused(f"the constructor changes {', '.join(changed)}, on which the training beside it depends")
     return f"{kind} is ready after {time.perf_counter() - started:.2f} s"
@@ -257,103 +248,6 @@ def as_the_trainer_asks(trial: Trial) -> str:
     return "the same scores by way of float images and a reward set"
 
 
-def inputs_untouched(trial: Trial) -> str:
-    """The images and lists that it is given are as before."""
-    given, before = trial.arguments(trial.rows), trial.arguments(trial.rows)
-    trial.ask(*given)
-    changed = [name for name, now, then in zip(("prompts", "columns"), given[1:], before[1:]) if now != then]
-    changed += [] if np.array_equal(given[0], before[0]) else ["images"]
-    if changed:
-        raise Refused(f"changes the {' and '.join(changed)} that it is given; work on a copy")
-    return "images, prompts and columns are as before"
-
-
-def surroundings(trial: Trial) -> str:
-    """No call changed the working folder, torch's settings, or a random state that others draw from."""
-    torch_state, numpy_state, python_state = torch.get_rng_state(), np.random.get_state(), random.getstate()
-    device = torch.get_device_module() if torch.accelerator.is_available() else None
-    device_state = device.get_rng_state() if device else None
-    try:  # a reward that seeds them has done so before: away from where it leaves them
-        torch.rand(1)
-        if device:
-            torch.rand(1, device=torch.accelerator.current_accelerator())
-        np.random.random()
-        random.random()
-        before = _random_states()
-        trial.score(trial.rows)
-        changed = _changes(trial.settings, process_settings()) + _changes(before, _random_states())
-    finally:
-        torch.set_rng_state(torch_state)
-        if device:
-            device.set_rng_state(device_state)
-        np.random.set_state(numpy_state)
-        random.setstate(python_state)
-    if changed:
-        raise Refused(f"a call changes {', '.join(changed)}, on which the training beside it depends; put it back")
-    return f"as before: {', '.join([*trial.settings, *before])}"
-
-
-def no_gradient(trial: Trial) -> str:
-    """Called with gradients enabled it gives plain numbers and keeps no graph."""
-    images, prompts, columns = trial.arguments(trial.rows)
-    saved: weakref.WeakSet[_Saved] = weakref.WeakSet()
-
-    def pack(tensor: Tensor) -> _Saved:
-        saved.add(kept := _Saved(tensor))
-        return kept
-
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept.tensor):
-        given = trial.reward(images, prompts, **columns)
-    for values in given.values() if isinstance(given, Mapping) else [given]:
-        if any(isinstance(value, Tensor) and value.requires_grad for value in (values, *values)):
-            raise Refused("its scores carry an autograd graph; score under torch.no_grad() and give numbers")
-    del given, values
-    if len(saved):
-        gc.collect()  # what only a circle holds is not kept
-    if len(saved):
-        raise Refused("keeps an autograd graph after the call, and with it the memory; score under torch.no_grad()")
-    return "plain numbers, no graph is kept"
-
-
-def threads(trial: Trial) -> str:
-    """Asked from four threads at once it gives the scores that it gives alone."""
-    size = len(trial.rows)
-    calls = [[trial.rows[(4 * thread + place) % size] for place in range(4)] for thread in range(4)]
-    expected = [trial.score(pairs) for pairs in calls]
-    start = threading.Barrier(len(calls))
-
-    def ask(pairs: Sequence[Pair]) -> list[np.ndarray]:
-        start.wait()
-        return [trial.score(pairs) for _ in range(4)]
-
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-5)  # seconds; the usual 5 ms are longer than a call of a quick reward
-    try:
-        with ThreadPoolExecutor(len(calls)) as pool:
-            answers = [answer.result() for answer in [pool.submit(ask, pairs) for pairs in calls]]
-    except Exception as error:
-        raise Refused(f"called from four threads at once it fails: {error_text(error)}") from error
-    finally:
-        sys.setswitchinterval(interval)
-    for alone, scores in ((alone, scores) for alone, found in zip(expected, answers) for scores in found):
-        if not trial.same(scores, alone):
-            raise Refused(
-                f"four threads at once get other scores: {largest_difference(scores, alone)}; keep what belongs to a call in "
-                "local variables, or take a lock"
-            )
-    return "four threads at once get the scores of one"
-
-
-def speed(trial: Trial) -> str:
-    """Reported, never refused."""
-    one = trial.rows[:2] if trial.groupwise else trial.samples[:1]
-    many = [trial.rows[place % len(trial.rows)] for place in range(16)]
-    latency = statistics.median(_seconds(lambda: trial.score(one)) for _ in range(3))
-    whole = _seconds(lambda: trial.score(many))
-    what = "a group of two" if trial.groupwise else "one image"
-    return f"{what} {1000 * latency:.3g} ms; 16 at once {16 / whole:.4g} images/s"
-
-
 CHECKS: dict[str, CheckFunction] = {
     "load": load,
     "call": call,
@@ -414,35 +308,6 @@ def _largest_spread(scores: np.ndarray) -> float:
     """The largest difference inside a row, missing ones aside; 0 where no row has two."""
     rows = [row[np.isfinite(row)] for row in scores]
     return max((float(np.ptp(row)) for row in rows if len(row)), default=0.0)
-
-
-def _random_states() -> dict[str, Any]:
-    numpy_state: Any = np.random.get_state()
-    device = {}
-    if torch.accelerator.is_available():
-        device["the accelerator's random state"] = torch.get_device_module().get_rng_state().numpy().tobytes()
-    return device | {
-        "torch's random state": torch.get_rng_state().numpy().tobytes(),
-        "numpy's random state": (numpy_state[1].tobytes(), *numpy_state[2:]),
-        "python's random state": random.getstate(),
-    }
-
-
-def _changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
-    return [name for name, value in before.items() if after[name] != value]
-
-
-class _Saved:
-    """A tensor that a graph keeps for its way back; lives as long as the graph."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
-
-
-def _seconds(function: Callable[[], Any]) -> float:
-    started = time.perf_counter()
-    function()
-    return time.perf_counter() - started
 
 
 __all__ = ["CHECKS", "GATES", "CheckFunction"]
