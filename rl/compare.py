@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -72,13 +73,60 @@ def compare(
     Raises:
         TooFewScores: names how many are missing and the most frequent reason on this process.
     """
-    parts = all_names({name for s in scores for name in s.parts}, gather)  # a batch that failed as a whole has none
-    columns = [torch.cat([s.parts.get(name, torch.full_like(s.total, torch.nan)) for s in scores]) for name in parts]
-    table = gather(torch.stack([torch.cat([s.total for s in scores]), *columns], dim=1))  # [N, 1 + parts]
-    group = gather(torch.cat([rollout.group for rollout in rollouts]))  # [N]
-    sample = gather(torch.cat([rollout.sample for rollout in rollouts]))  # [N]
-    total = table[:, 0]
+    table = gathered(rollouts, scores, gather)
+    total, group = table.total, table.group
+    _require_scores(total, scores, min_scored)
+    divided = {"deviation": deviation, "ddof": ddof, "epsilon": epsilon, "clip": clip}
+    if combine == "rewards":
+        advantage = group_advantage(total, group, **divided)
+    else:
+        known = {name: table.parts[name] for name, weight in weights.items() if weight and name in table.parts}
+        advantage = combined_advantage(
+            {name: values.where(~total.isnan(), torch.nan) for name, values in known.items()},
+            {name: weights[name] for name in known},
+            group,
+            **divided,
+            over_step=combine == "gdpo",
+        )
+    counts = usable(total, group)
+    if best_and_worst is not None:
+        counts = counts & extremes(advantage, counts, group, best_and_worst)
+    weight = counts.float() * (len(total) / counts.sum().clamp(min=1))
+    comparisons = [
+        Comparison(score=total[rows], advantage=advantage[rows], weight=weight[rows])
+        for rows in (table.place[rollout.sample] for rollout in rollouts)
+    ]
+    return comparisons, reward_statistics(total, group) | _of_parts(table)
 
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """The scores of a training step's N samples over all processes, in the order in which they were gathered."""
+
+    total: Tensor  # [N], NaN where missing
+    parts: dict[str, Tensor]  # name -> [N]
+    group: Tensor  # [N] int64
+    place: Tensor  # int64, from a sample's number to its row
+
+
+def gathered(rollouts: Sequence[Rollout], scores: Sequence[Scores], gather: Callable[[Tensor], Tensor]) -> Table:
+    """The arguments are those of `compare`; every process gets the same table."""
+    names = all_names({name for s in scores for name in s.parts}, gather)  # a batch that failed as a whole has none
+    columns = [torch.cat([s.parts.get(name, torch.full_like(s.total, torch.nan)) for s in scores]) for name in names]
+    table = gather(torch.stack([torch.cat([s.total for s in scores]), *columns], dim=1))  # [N, 1 + parts]
+    sample = gather(torch.cat([rollout.sample for rollout in rollouts]))  # [N]
+    place = torch.empty(int(sample.max()) + 1, dtype=torch.int64)
+    place[sample] = torch.arange(len(sample))
+    return Table(
+        total=table[:, 0],
+        parts={name: table[:, column] for column, name in enumerate(names, start=1)},
+        group=gather(torch.cat([rollout.group for rollout in rollouts])),
+        place=place,
+    )
+
+
+def _require_scores(total: Tensor, scores: Sequence[Scores], min_scored: float) -> None:
+    """Say which scores are missing here, and raise TooFewScores where too many are missing everywhere."""
     scored = float((~total.isnan()).double().mean())  # in float32, 18 of 20 would be less than 0.9
     reasons = [reason for s in scores for reason in s.failures.values()]
     kinds = Counter(reasons).most_common(3)
@@ -91,31 +139,12 @@ def compare(
             f"only {scored:.1%} of the samples have a score, advantage.min_scored asks for {min_scored:.1%}; "
             f"the most frequent reason: {common}"
         )
-    divided = {"deviation": deviation, "ddof": ddof, "epsilon": epsilon, "clip": clip}
-    if combine == "rewards":
-        advantage = group_advantage(total, group, **divided)
-    else:
-        known = {name: table[:, 1 + parts.index(name)] for name, weight in weights.items() if weight and name in parts}
-        advantage = combined_advantage(
-            {name: values.where(~total.isnan(), torch.nan) for name, values in known.items()},
-            {name: weights[name] for name in known},
-            group,
-            **divided,
-            over_step=combine == "gdpo",
-        )
-    counts = usable(total, group)
-    if best_and_worst is not None:
-        counts = counts & extremes(advantage, counts, group, best_and_worst)
-    weight = counts.float() * (len(total) / counts.sum().clamp(min=1))
 
-    place = torch.empty(int(sample.max()) + 1, dtype=torch.int64)
-    place[sample] = torch.arange(len(sample))
-    comparisons = [
-        Comparison(score=total[rows], advantage=advantage[rows], weight=weight[rows])
-        for rows in (place[rollout.sample] for rollout in rollouts)
-    ]
-    statistics = reward_statistics(total, group)
-    measured = ((name, missing_bias(total, table[:, column])) for column, name in enumerate(parts, start=1))
+
+def _of_parts(table: Table) -> dict[str, float]:
+    """``reward/NAME``, the mean of each part, and ``missing_bias`` where it can be told; warns of a large one."""
+    statistics: dict[str, float] = {}
+    measured = ((name, missing_bias(table.total, values)) for name, values in table.parts.items())
     biases = {name: bias for name, bias in measured if bias is not None}
     if biases:
         name = max(biases, key=lambda name: abs(biases[name]))
@@ -126,12 +155,11 @@ def compare(
                 "be scored is then selected for or against",
                 name, biases[name],
             )  # fmt: skip
-    for column, name in enumerate(parts, start=1):
-        values = table[:, column]
-        values = values[~values.isnan()]
-        if len(values):
-            statistics[f"reward/{name}"] = float(values.mean())
-    return comparisons, statistics
+    for name, values in table.parts.items():
+        known = values[~values.isnan()]
+        if len(known):
+            statistics[f"reward/{name}"] = float(known.mean())
+    return statistics
 
 
 def missing_bias(total: Tensor, part: Tensor) -> float | None:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from flowsteer.rewards.combine import RewardSet
 from flowsteer.rewards.hosts.inprocess import Scorer, collect
+from flowsteer.rewards.types import Scores
 from flowsteer.rl.intervals import Estimate, estimate, mean_and_interval
 from flowsteer.rl.metrics import all_names
 from flowsteer.rollout.data.prompts import Prompts
@@ -121,18 +122,9 @@ def evaluate(
             jobs += own
             progress(len(jobs))
         results = collect(pending, timeout_s)
-    reasons = [reason for scores in results for reason in scores.failures.values()]
-    if reasons:
-        common = max(set(reasons), key=reasons.count)
-        logger.warning("%d of %d pictures have no score; the most frequent reason: %s", len(reasons), len(jobs), common)
-
-    scored = [{"total": scores.total, **scores.parts} for scores in results]  # for each batch, name -> [B]
+    _warn_of_missing(results, len(jobs))
     order = gather(torch.tensor([num_seeds * p + s for p, s in jobs]))
-    names = all_names({name for batch in scored for name in batch}, gather)
-    columns = [
-        torch.cat([batch.get(name, torch.full_like(batch["total"], math.nan)) for batch in scored]) for name in names
-    ]
-    table = gather(torch.stack(columns, dim=1))  # [jobs, parts]
+    names, table = _gathered(results, gather)
     whole = torch.full((count * num_seeds, len(names)), float("nan"))
     whole[order] = table
     images = gather(torch.cat(pictures))
@@ -144,6 +136,23 @@ def evaluate(
         images=first[::num_seeds],
         ranges={name: known for name in names if (known := rewards.range_of(name)) is not None},
     )
+
+
+def _warn_of_missing(results: Sequence[Scores], pictures: int) -> None:
+    reasons = [reason for scores in results for reason in scores.failures.values()]
+    if reasons:
+        common = max(set(reasons), key=reasons.count)
+        logger.warning("%d of %d pictures have no score; the most frequent reason: %s", len(reasons), pictures, common)
+
+
+def _gathered(results: Sequence[Scores], gather: Callable[[Tensor], Tensor]) -> tuple[list[str], Tensor]:
+    """The names of the total and of all parts, and their scores [pictures of all processes, names]."""
+    scored = [{"total": scores.total, **scores.parts} for scores in results]  # for each batch, name -> [B]
+    names = all_names({name for batch in scored for name in batch}, gather)
+    columns = [
+        torch.cat([batch.get(name, torch.full_like(batch["total"], math.nan)) for batch in scored]) for name in names
+    ]
+    return names, gather(torch.stack(columns, dim=1))
 
 
 def image_grid(rows: Sequence[Tensor], *, scale: int = 1, columns: int = 12) -> Image.Image:
