@@ -1,7 +1,6 @@
 """What a run reports: JSON lines always, TensorBoard and Weights & Biases where installed.
 
-Numbers are kept as (sum, count) and added over batches and processes before the division, so a mean is over samples and
-never an average of averages.
+Each number carries its own reduction (`Mean`, `Max`, `Last`), so a mean is over samples and never an average of averages.
 """
 
 from __future__ import annotations
@@ -22,28 +21,25 @@ from torch import Tensor
 
 from flowsteer.rl.engine.base import Engine
 from flowsteer.rl.engine.optimizer import UpdateInfo
-from flowsteer.rl.types import Metrics
+from flowsteer.rl.types import Last, Max, Mean, Metrics
 
 
 class Meter:
     """Collects one training step's numbers on this process."""
 
     def __init__(self) -> None:
-        self._sums: dict[str, Any] = {}
-        self._counts: dict[str, float] = {}
-        self._updates: list[UpdateInfo] = []
+        self._metrics: dict[str, Any] = {}
         self._seconds: dict[str, float] = {}
 
     def add(self, metrics: Metrics) -> None:
-        """Add sums and counts of one loss term."""
-        for name, (total, count) in metrics.items():
-            self._sums[name] = self._sums.get(name, 0.0) + total
-            self._counts[name] = self._counts.get(name, 0.0) + count
+        """Add what a loss term or an update reports."""
+        for name, value in metrics.items():
+            self._metrics[name] = self._metrics[name].plus(value) if name in self._metrics else value
 
     def add_update(self, update: UpdateInfo | None) -> None:
         """Note an optimiser update; None is a pass in between."""
         if update is not None:
-            self._updates.append(update)
+            self.add(update.metrics())
 
     @contextmanager
     def timing(self, act: str) -> Iterator[None]:
@@ -55,17 +51,16 @@ class Meter:
             self._seconds[act] = self._seconds.get(act, 0.0) + time.perf_counter() - start
 
     def finish(self, engine: Engine) -> dict[str, float]:
-        """The step's means over all samples of all processes; the meter is empty afterwards."""
-        names = sorted(self._sums)
-        local = torch.tensor([[float(self._sums[n]), self._counts[n]] for n in names], dtype=torch.float64)
+        """The step's numbers, each reduced over all batches and processes; the meter is empty afterwards."""
+        means = {name: value for name, value in sorted(self._metrics.items()) if isinstance(value, Mean)}
+        largest = {name: value for name, value in sorted(self._metrics.items()) if isinstance(value, Max)}
+        local = torch.tensor([[float(total), count] for total, count in means.values()], dtype=torch.float64)
         sums = engine.gather(local[None]).sum(0)  # [names, 2]
-        values = {name: float(total / count) for name, (total, count) in zip(names, sums) if count > 0}
-        if self._updates:
-            values["grad_norm"] = sum(u.grad_norm for u in self._updates) / len(self._updates)
-            values["learning_rate"] = self._updates[-1].learning_rate
-            agreements = [u.gradient_agreement for u in self._updates if not math.isnan(u.gradient_agreement)]
-            if agreements:
-                values["gradient_agreement"] = sum(agreements) / len(agreements)
+        values = {name: float(total / count) for name, (total, count) in zip(means, sums) if count > 0}
+        if largest:
+            own = torch.tensor([[float(value) for (value,) in largest.values()]], dtype=torch.float64)
+            values |= dict(zip(largest, engine.gather(own).amax(0).tolist()))
+        values |= {name: value.value for name, value in self._metrics.items() if isinstance(value, Last)}
         values |= {f"seconds/{act}": seconds for act, seconds in self._seconds.items()}
         self.__init__()
         return values

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Protocol, Self
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, PositiveInt, PrivateAttr
@@ -17,8 +17,43 @@ from torch import Tensor
 from flowsteer.rollout.steps.kernels import LogProbWeight
 from flowsteer.rollout.types import Rollout, Schedule
 
-Metrics = dict[str, tuple[Tensor | float, float]]
-"""name -> (sum over samples, count of samples): sums and counts can be added over batches and processes."""
+
+class Mean(NamedTuple):
+    """A mean over samples: sums and counts are added over batches and processes before the division.
+
+    Example: ``Mean(3.0, 3).plus(Mean(5.0, 1))`` stands for 2, not for the 3 that a mean of the means would be.
+    """
+
+    total: Tensor | float
+    count: float
+
+    def plus(self, other: Mean) -> Mean:
+        """Of the samples of both."""
+        return Mean(self.total + other.total, self.count + other.count)
+
+
+class Max(NamedTuple):
+    """The largest value over batches and processes. Example: ``Max(3.0).plus(Max(5.0)) == Max(5.0)``."""
+
+    value: Tensor | float
+
+    def plus(self, other: Max) -> Max:
+        """The larger one."""
+        return other if float(other.value) > float(self.value) else self
+
+
+class Last(NamedTuple):
+    """The value after the last update, which every process has. Example: ``Last(3e-4).plus(Last(2e-4)) == Last(2e-4)``."""
+
+    value: float
+
+    def plus(self, other: Last) -> Last:
+        """The later one."""
+        return other
+
+
+Metrics = Mapping[str, Mean | Max | Last]
+"""What is reported, by name; each value carries its own reduction over batches and processes."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from flowsteer.rl.types import Metrics
+from flowsteer.rl.types import Mean, Metrics
 
 DISTANCES = {"reference": "kl", "old": "old_distance"}
 """What the distance to another policy is reported as."""
@@ -31,7 +31,7 @@ class Terms:
 def weighted(
     terms: Terms, weight: Tensor, distances: Mapping[str, Tensor], anchors: Mapping[str, float]
 ) -> tuple[Tensor, Metrics]:
-    """The mean of (loss + weighted distances to the anchors) [R] times weight [R]; and the metrics as sums and counts.
+    """The mean of (loss + weighted distances to the anchors) [R] times weight [R]; and the metrics as means over the samples.
 
     ``distances`` [R] and their weights ``anchors`` go by the name of the other policy; those of weight 0 do not count.
     """
@@ -41,8 +41,8 @@ def weighted(
     count = float(weight.sum())
     reported = terms.metrics | {DISTANCES[name]: distance for name, distance in held.items()}
     return loss, {
-        "loss": (loss.detach() * len(weight), float(len(weight))),
-        **{name: ((value.detach() * weight).sum(), count) for name, value in reported.items()},
+        "loss": Mean(loss.detach() * len(weight), float(len(weight))),
+        **{name: Mean((value.detach() * weight).sum(), count) for name, value in reported.items()},
     }
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from flowsteer.rl.algorithms.losses import Terms, weighted
-from flowsteer.rl.types import Comparison, Metrics
+from flowsteer.rl.types import Comparison, Mean, Metrics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,4 +66,4 @@ def preference_loss(logits: Tensor, pairs: Pairs) -> tuple[Tensor, Metrics]:
     """The weighted mean of `preference` over the batch's groups; ``pairs`` is how many of them make a pair."""
     weight = pairs.weight.to(logits.device)
     loss, metrics = weighted(preference(logits), weight, {}, {})
-    return loss, metrics | {"pairs": (float((weight > 0).sum()), float(len(weight)))}
+    return loss, {**metrics, "pairs": Mean(float((weight > 0).sum()), float(len(weight)))}

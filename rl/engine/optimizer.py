@@ -10,6 +10,8 @@ from typing import Literal
 import torch
 from torch import nn
 
+from flowsteer.rl.types import Last, Mean, Metrics
+
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerSettings:
@@ -48,7 +50,16 @@ class UpdateInfo:
 
     grad_norm: float  # before clipping, over all processes
     learning_rate: float
-    gradient_agreement: float  # see rl/engine/agreement.py
+    gradient_agreement: float  # see rl/engine/agreement.py; NaN where an update is a single batch
+
+    def metrics(self) -> Metrics:
+        """As a run reports it: means over the step's updates, and the last learning rate."""
+        known = not math.isnan(self.gradient_agreement)
+        return {
+            "grad_norm": Mean(self.grad_norm, 1),
+            "learning_rate": Last(self.learning_rate),
+            "gradient_agreement": Mean(self.gradient_agreement if known else 0.0, float(known)),
+        }
 
 
 class NotFinite(ValueError):

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from flowsteer.rl.engine.optimizer import UpdateInfo
 from flowsteer.rl.metrics import Log, Meter, all_names, read_metrics
+from flowsteer.rl.types import Last, Max, Mean
 
 
 class Processes:
@@ -37,7 +38,7 @@ def meter_of(*metrics) -> Meter:
 
 def test_a_mean_is_over_samples_not_over_batches():
     """3 samples with the mean 1 and 1 sample with the value 5: the mean is 2, that of the batches' means is 3."""
-    meter = meter_of({"kl": (torch.tensor(3.0), 3)}, {"kl": (5.0, 1.0)})
+    meter = meter_of({"kl": Mean(torch.tensor(3.0), 3)}, {"kl": Mean(5.0, 1.0)})
     assert meter.finish(Processes())["kl"] == 2.0
 
 
@@ -48,19 +49,28 @@ def test_and_not_over_processes_either():
         assert torch.equal(mine[0], torch.tensor([[4.0, 2.0], [0.0, 0.0]], dtype=torch.float64)), "kl, loss"
         return torch.cat([mine, torch.tensor([[[0.0, 6.0], [1.5, 1.0]]], dtype=torch.float64)])
 
-    meter = meter_of({"loss": (0.0, 0.0), "kl": (4.0, 2.0)})
+    meter = meter_of({"loss": Mean(0.0, 0.0), "kl": Mean(4.0, 2.0)})
     assert meter.finish(Processes(gather)) == {"kl": 0.5, "loss": 1.5}
 
 
 def test_without_a_sample_there_is_no_number():
     """A step whose groups are all equal carries no comparison: the name is left out, not reported as 0."""
-    assert meter_of({"kl": (0.0, 0.0)}).finish(Processes()) == {}
+    assert meter_of({"kl": Mean(0.0, 0.0)}).finish(Processes()) == {}
 
 
 def test_sums_keep_their_precision():
     """In float32 a hundred million small numbers would stop to count."""
-    meter = meter_of({"kl": (2.0**25, 1.0)}, *[{"kl": (1.0, 0.0)} for _ in range(3)])
+    meter = meter_of({"kl": Mean(2.0**25, 1.0)}, *[{"kl": Mean(1.0, 0.0)} for _ in range(3)])
     assert meter.finish(Processes())["kl"] == 2.0**25 + 3
+
+
+def test_the_largest_is_over_processes_and_the_last_is_the_last():
+    def gather(mine: Tensor) -> Tensor:
+        return torch.cat([mine, torch.full_like(mine, 7.0)]) if mine.numel() else mine
+
+    meter = meter_of({"peak": Max(3.0), "rate": Last(0.3)}, {"peak": Max(torch.tensor(5.0)), "rate": Last(0.2)})
+    assert meter.finish(Processes()) == {"peak": 5.0, "rate": 0.2}
+    assert meter_of({"peak": Max(3.0)}, {"peak": Max(2.0)}).finish(Processes(gather)) == {"peak": 7.0}
 
 
 def test_updates_and_times():
