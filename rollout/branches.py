@@ -98,7 +98,8 @@ def sample_branches(
     latents = initial_noise(groups, shape).to(device, dtype)  # [S, *X]
     history = None
     for index, level in enumerate(noise_levels):
-        velocity = pipeline.velocity(latents, index, trunk)
+        step = pipeline.begin(latents, index, trunk)
+        velocity = step.velocity
         following, history = SOLVERS[solver](velocity, latents, schedule, index, history)
         if level > 0:
             gaussian = kernels.KERNELS[kernel](velocity, latents, schedule, index, level)
@@ -115,7 +116,7 @@ def sample_branches(
             yield from _finished(pipeline, conditioning, branching, trajectory, solver, before)
             if branching.trunk == "resampled":
                 following = candidates[_choices(groups, state, index)]
-        latents = pipeline.advance(latents, following.to(dtype), index, trunk)
+        latents = step.finish(following.to(dtype))
 
 
 def _finished(
@@ -133,9 +134,9 @@ def _finished(
         walk, latents = schedule.along(path), candidates
         history: History | None = before
         for place in range(index + 1, len(path)):
-            velocity = pipeline.velocity(latents, path[place], conditioning)
-            following, history = SOLVERS[solver](velocity, latents, walk, place, history)
-            latents = pipeline.advance(latents, following.to(latents.dtype), path[place], conditioning)
+            step = pipeline.begin(latents, path[place], conditioning)
+            following, history = SOLVERS[solver](step.velocity, latents, walk, place, history)
+            latents = step.finish(following.to(latents.dtype))
         yield Branch(latents=latents, trajectory=trajectory, sigma=0.0)
 
 

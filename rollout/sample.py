@@ -72,7 +72,8 @@ def sample(
     for place, index in enumerate(path):
         if shares and index == start:  # the samples of a group part here
             latents, prefix, history, shares = latents[rows], conditioning, None, False
-        velocity = pipeline.velocity(latents, index, prefix)
+        step = pipeline.begin(latents, index, prefix)
+        velocity = step.velocity
         if noise_levels[index] > 0:
             gaussian = kernels.KERNELS[kernel](velocity, latents, schedule, index, noise_levels[index])
             next_latents = kernels.draw(gaussian, stream_noise(seeds, index, shape).to(device), dtype)
@@ -83,7 +84,7 @@ def sample(
         else:
             stepped, history = SOLVERS[solver](velocity, latents, walk, place, history)
             next_latents = stepped.to(dtype)
-        latents = pipeline.advance(latents, next_latents, index, prefix)
+        latents = step.finish(next_latents)
     if shares:
         latents = latents[rows]
     return latents, trajectory_of(stored) if stored else None

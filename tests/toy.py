@@ -19,6 +19,7 @@ from flowsteer.rl.engine.optimizer import OptimizerSettings
 from flowsteer.rl.policy import Policy
 from flowsteer.rl.types import Comparison
 from flowsteer.rollout.data.prompts import Prompts
+from flowsteer.rollout.lifting.step import LiftedStep
 from flowsteer.rollout.types import Rollout, Schedule, flat_mean
 
 STEPS, GROUP, PROMPTS = 5, 8, Prompts(texts=("a", "bb", "ccc"))
@@ -63,8 +64,8 @@ class Toy:
     def route(self, call: Any) -> None:
         raise AssertionError("the toy runs without DeepSpeed")
 
-    def advance(self, latents: Tensor, next_latents: Tensor, index: int, rows: ToyRows) -> Tensor:
-        return next_latents
+    def begin(self, latents: Tensor, index: int, rows: ToyRows) -> LiftedStep:
+        return LiftedStep(self.velocity(latents, index, rows))
 
     def decode(self, latents: Tensor, rows: ToyRows) -> Tensor:
         """[B, 4] to [B, 1, 2, 2]."""

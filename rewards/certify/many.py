@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import time
+import tracemalloc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +33,29 @@ def many_pictures(trial: Trial) -> str:
         raise NotApplicable(
             f"{COUNT} pictures would take {expected:.0f} s; it is asked those within {BUDGET_S:.0f} s only"
         )
-    memory = [_resident()]
+    with _traced():
+        memory = _watched_windows(trial, size)
+    before, after = trial.own, _own(trial)
+    if not trial.same(before, after):
+        raise Refused(f"after {COUNT} further pictures it gives other scores: {largest_difference(before, after)}")
+    growth = np.diff(memory, axis=0)[1:]  # [windows, 2]
+    kept = KEPT * COUNT // WINDOWS * SIDE * SIDE * 3
+    grows = np.all(
+        growth > kept, axis=0
+    )  # [2]: what Python allocates tells of arrays, the process's memory of the rest
+    if grows.any():
+        most = growth[:, grows].sum(0).max()
+        raise Suspected(
+            f"memory grows by {most / len(growth) / (COUNT / WINDOWS) / 1000:.0f} kB a picture, {most / 1e6:.0f} MB in "
+            f"{COUNT * (WINDOWS - 1) // WINDOWS} pictures of {SIDE}x{SIDE}: it may keep what it is given"
+        )
+    grown = max(0.0, growth.sum(0).max() / 1e6)
+    return f"the same scores after {COUNT} pictures of {SIDE}x{SIDE}; memory grows by {grown:.0f} MB"
+
+
+def _watched_windows(trial: Trial, size: int) -> list[tuple[int, int]]:
+    """Show all pictures; the memory before and after each window, as `_memory` gives it."""
+    memory = [_memory()]
     for window in range(WINDOWS):
         for call in range(COUNT // size // WINDOWS):
             try:
@@ -37,19 +63,27 @@ def many_pictures(trial: Trial) -> str:
             except Exception as error:
                 shown = (window * (COUNT // size // WINDOWS) + call) * size
                 raise Refused(f"after {shown} tiny pictures it fails: {error_text(error)}") from error
-        memory.append(_resident())
-    before, after = trial.own, _own(trial)
-    if not trial.same(before, after):
-        raise Refused(f"after {COUNT} further pictures it gives other scores: {largest_difference(before, after)}")
-    growth = np.diff(memory)[1:]
-    kept = KEPT * COUNT // WINDOWS * SIDE * SIDE * 3
-    if np.all(growth > kept):
-        raise Suspected(
-            f"memory grows by {growth.mean() / (COUNT / WINDOWS) / 1000:.0f} kB a picture, {growth.sum() / 1e6:.0f} MB in "
-            f"{COUNT * (WINDOWS - 1) // WINDOWS} pictures of {SIDE}x{SIDE}: it may keep what it is given"
-        )
-    watched = f"memory grows by {max(0.0, growth.sum() / 1e6):.0f} MB" if memory[0] else "memory is not watched here"
-    return f"the same scores after {COUNT} pictures of {SIDE}x{SIDE}; {watched}"
+        memory.append(_memory())
+    return memory
+
+
+@contextmanager
+def _traced() -> Iterator[None]:
+    """Python's own allocations are counted inside the context."""
+    running = tracemalloc.is_tracing()
+    if not running:
+        tracemalloc.start(1)
+    try:
+        yield
+    finally:
+        if not running:
+            tracemalloc.stop()
+
+
+def _memory() -> tuple[int, int]:
+    """Bytes that Python and NumPy have allocated, and bytes that this process has (0 where the system does not tell)."""
+    gc.collect()
+    return tracemalloc.get_traced_memory()[0], _resident()
 
 
 def _show(trial: Trial, size: int, *, seed: int) -> None:

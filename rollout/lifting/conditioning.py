@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -182,11 +182,23 @@ def _describe(value: Any) -> str:
     return f"a {type(value).__name__} of {len(value)}" if isinstance(value, (list, tuple, dict)) else repr(value)
 
 
+class Attribute(NamedTuple):
+    """The key of something that a prologue set on the pipeline itself, ``self.name``; locals have their name as the key."""
+
+    name: str
+
+    def __str__(self) -> str:
+        return f"self.{self.name}"
+
+
+Key = str | Attribute
+
+
 @dataclass(frozen=True, kw_only=True)
 class Conditioning:
     """What the lifted loop needs besides latents, for B samples.
 
-    ``values`` holds the prologue's locals by name and the private attributes it set on the pipeline as ``self.name``.
+    ``values`` holds the prologue's locals by name, and by `Attribute` what it set on the pipeline.
     Rows are taken and joined by ``layout``; what has no layout is the same for all rows.
     """
 
@@ -194,8 +206,8 @@ class Conditioning:
     latent_shape: tuple[int, ...]  # X
     latent_dtype: torch.dtype  # what the pipeline starts its own loop with
     size: int  # B
-    values: Mapping[str, Any]
-    layout: Mapping[str, Layout]
+    values: Mapping[Key, Any]
+    layout: Mapping[Key, Layout]
     items: tuple[Any, ...]  # T, what the pipeline's loop iterates over, mostly (i, timestep)
 
     def __post_init__(self) -> None:
@@ -268,7 +280,8 @@ def _difference(a: Conditioning, b: Conditioning) -> str | None:
     ):
         return f"noise levels {a.schedule.sigma.tolist()} and {b.schedule.sigma.tolist()}"
     if a.values.keys() != b.values.keys() or a.layout != b.layout:
-        return f"locals {sorted(a.values.keys() ^ b.values.keys())} are in one of them only, or carry rows differently"
+        unlike = sorted(map(str, a.values.keys() ^ b.values.keys()))
+        return f"locals {unlike} are in one of them only, or carry rows differently"
     for name, value in a.values.items():
         layout, other = a.layout.get(name), b.values[name]
         if not same(value, other) if layout is None else layout.shape(value, a.size) != layout.shape(other, b.size):

@@ -26,10 +26,18 @@ from huggingface_hub.errors import HFValidationError
 from torch import Tensor, nn
 
 from flowsteer.rollout.lifting.arguments import CallArguments, Settings
-from flowsteer.rollout.lifting.conditioning import Conditioning, Layout, UnlikeConditioning, find_layout
+from flowsteer.rollout.lifting.conditioning import (
+    Attribute,
+    Conditioning,
+    Key,
+    Layout,
+    UnlikeConditioning,
+    find_layout,
+)
 from flowsteer.rollout.lifting.lift import LiftError, lift
 from flowsteer.rollout.lifting.protocol import Pipeline
 from flowsteer.rollout.lifting.schedules import read_schedule, steppable
+from flowsteer.rollout.lifting.step import LiftedStep
 
 logger = logging.getLogger(__name__)
 
@@ -126,8 +134,7 @@ class FlowPipeline:
         self._call: Call = self._call_inner
         self._cache_size = cache_size
         self._prepared: OrderedDict[tuple[str, Settings], Conditioning] = OrderedDict()
-        self._probed: dict[Settings, tuple[dict[str, Layout], dict[str, Any]]] = {}
-        self._suspended: tuple[tuple[Tensor, int, Conditioning], Body] | None = None
+        self._probed: dict[Settings, tuple[dict[Key, Layout], dict[str, Any]]] = {}
 
     @classmethod
     def load(
@@ -215,7 +222,7 @@ class FlowPipeline:
             self._prepared.popitem(last=False)
         return self._prepared[key]
 
-    def _probe(self, settings: Settings) -> tuple[dict[str, Layout], dict[str, Any]]:
+    def _probe(self, settings: Settings) -> tuple[dict[Key, Layout], dict[str, Any]]:
         """Which values carry rows, and what the epilogue wants from the loop besides latents."""
         try:
             two, three = (self._run_prologue([_NEUTRAL_PROMPT] * size, settings) for size in (2, 3))
@@ -224,10 +231,10 @@ class FlowPipeline:
                 f"{type(self.pipe).__name__} prepares one prompt, but not two or three at once ({type(error).__name__}: "
                 f"{error}), so how it lays out a batch is unknown; {ADAPTER_ADVICE}"
             ) from error
-        some_only = sorted(two.values.keys() ^ three.values.keys())
+        some_only = sorted(map(str, two.values.keys() ^ three.values.keys()))
         if some_only:
             raise ValueError(f"{type(self.pipe).__name__} has {', '.join(some_only)} for some batch sizes only")
-        found = {name: find_layout(two.values[name], three.values[name], name) for name in two.values}
+        found = {key: find_layout(two.values[key], three.values[key], str(key)) for key in two.values}
         layout = {name: rows for name, rows in found.items() if rows is not None}
         missing = (self.lifted.epilogue_reads & self.lifted.writes) - two.values.keys() - {self.lifted.latents}
         return layout, self._left_by_the_loop(two, missing) if missing else {}
@@ -265,13 +272,13 @@ class FlowPipeline:
         values: dict[str, Any] = {name: local[name] for name in sorted(read)}
         values |= dict.fromkeys(lifted.bars & values.keys(), _SilentBar())
         set_by_prologue = {name: value for name, value in vars(view).items() if before.get(name, view) is not value}
-        values |= {f"self.{name}": value for name, value in {**own, **set_by_prologue}.items()}
+        attributes = {Attribute(name): value for name, value in {**own, **set_by_prologue}.items()}
         return Conditioning(
             schedule=read_schedule(view.scheduler, len(items)),
             latent_shape=tuple(latents.shape[1:]),
             latent_dtype=latents.dtype,
             size=len(prompts),
-            values=values,
+            values={**values, **attributes},
             layout={},
             items=items,
         )
@@ -288,7 +295,7 @@ class FlowPipeline:
 
     def _bind(self, conditioning: Conditioning, names: frozenset[str]) -> dict[str, Any]:
         """``self`` and the locals ``names``, as the lifted functions want them."""
-        attributes = {name[5:]: value for name, value in conditioning.values.items() if name.startswith("self.")}
+        attributes = {key.name: value for key, value in conditioning.values.items() if isinstance(key, Attribute)}
         local = {name: conditioning.values[name] for name in names if name in conditioning.values}
         return {"self": self._view(attributes), **local}
 
@@ -308,38 +315,27 @@ class FlowPipeline:
             bound[name] = bound[name].clone() if isinstance(bound[name], Tensor) else copy.copy(bound[name])
         return self.lifted.body(conditioning.items[index], **bound)
 
-    def velocity(self, latents: Tensor, index: int, conditioning: Conditioning) -> Tensor:
-        """What the pipeline would give to ``scheduler.step`` at ``index``, guidance included: [B, *X] -> [B, *X].
-
-        For an epsilon or v_prediction pipeline it is that prediction. Differentiable; any index in any order.
-        """
-        generator = self.enter(latents, index, conditioning)
-        velocity = run_to_step(generator, type(self.pipe).__name__, index)
+    def begin(self, latents: Tensor, index: int, conditioning: Conditioning) -> LiftedStep:
+        """The iteration ``index`` of the pipeline's loop up to its step, from latents [B, *X]; any index in any order."""
+        body = self.enter(latents, index, conditioning)
+        velocity = run_to_step(body, type(self.pipe).__name__, index)
         if velocity.shape != latents.shape:
             raise ValueError(
                 f"{type(self.pipe).__name__} steps {list(velocity.shape)} where its latents are {list(latents.shape)}: "
                 f"the loop's state is more than the step's latents; {ADAPTER_ADVICE}"
             )
-        if not self.lifted.tail_is_idle and not torch.is_grad_enabled():
-            self._suspended = (latents, index, conditioning), generator
-        return velocity
-
-    def advance(self, latents: Tensor, next_latents: Tensor, index: int, conditioning: Conditioning) -> Tensor:
-        """What the pipeline's loop does to ``next_latents`` [B, *X] after the step: paste an inpainting mask, cast.
-
-        Most pipelines do nothing, and then neither does this. Where they do, the pass of the last ``velocity`` call is
-        resumed if it was for these very arguments, else the pass is run again, network included.
-        """
         if self.lifted.tail_is_idle:
-            return next_latents
-        suspended, self._suspended = self._suspended, None
-        with torch.no_grad():
-            if suspended is not None and all(a is b for a, b in zip(suspended[0], (latents, index, conditioning))):
-                generator = suspended[1]
-            else:
-                generator = self.enter(latents, index, conditioning)
-                run_to_step(generator, type(self.pipe).__name__, index)
-            return finish(generator, next_latents)[self.lifted.latents]
+            return LiftedStep(velocity)
+
+        def finished(next_latents: Tensor) -> Tensor:
+            with torch.no_grad():
+                return finish(body, next_latents)[self.lifted.latents]
+
+        return LiftedStep(velocity, finished)
+
+    def velocity(self, latents: Tensor, index: int, conditioning: Conditioning) -> Tensor:
+        """The velocity of `begin`, [B, *X] -> [B, *X]; differentiable. For training, which needs no more of a step."""
+        return self.begin(latents, index, conditioning).velocity
 
     def decode(self, latents: Tensor, conditioning: Conditioning) -> Tensor:
         """The epilogue: final latents [B, *X] -> images float32 [B, 3, H, W] in [0, 1], video [B, T, 3, H, W]."""

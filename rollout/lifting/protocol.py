@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from flowsteer.rollout.lifting.conditioning import Conditioning
+from flowsteer.rollout.lifting.step import LiftedStep
 
 
 class Pipeline(Protocol):
@@ -31,12 +32,14 @@ class Pipeline(Protocol):
         """One row per prompt."""
         ...
 
-    def velocity(self, latents: Tensor, index: int, conditioning: Conditioning) -> Tensor:
-        """[B, *X] -> [B, *X], differentiable, for any index in any order."""
+    def begin(self, latents: Tensor, index: int, conditioning: Conditioning) -> LiftedStep:
+        """A denoising step from latents [B, *X], for any index in any order: ``LiftedStep(velocity)``, or with what the loop
+        does to the next latents.
+        """
         ...
 
-    def advance(self, latents: Tensor, next_latents: Tensor, index: int, conditioning: Conditioning) -> Tensor:
-        """The latents that enter the next index, after this index's step gave ``next_latents``."""
+    def velocity(self, latents: Tensor, index: int, conditioning: Conditioning) -> Tensor:
+        """The velocity of `begin`, [B, *X] -> [B, *X], differentiable."""
         ...
 
     def decode(self, latents: Tensor, conditioning: Conditioning) -> Tensor:

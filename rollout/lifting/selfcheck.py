@@ -18,7 +18,7 @@ import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
-from flowsteer.rollout.lifting.conditioning import Conditioning, UnlikeConditioning, same
+from flowsteer.rollout.lifting.conditioning import Attribute, Conditioning, Key, UnlikeConditioning, same
 from flowsteer.rollout.lifting.pipeline import FlowPipeline, StepOutput, finish, fixed_randomness, run_to_step
 from flowsteer.rollout.lifting.protocol import Pipeline
 from flowsteer.rollout.steps.solvers import euler
@@ -123,7 +123,7 @@ def _lifted(pipeline: Pipeline) -> Finding:
 
 def _together(rows: list[Conditioning]) -> tuple[Conditioning, Finding]:
     """All prompts in one conditioning, or where they do not join the first one repeated."""
-    carried = ", ".join(sorted(rows[0].layout)) or "none"
+    carried = ", ".join(sorted(map(str, rows[0].layout))) or "none"
     try:
         return Conditioning.join(rows), Finding(name="batch axes", ok=bool(rows[0].layout), detail=f"rows in {carried}")
     except UnlikeConditioning:
@@ -178,11 +178,10 @@ def _visited(pipeline: Pipeline, latents: Tensor, conditioning: Conditioning) ->
     """The deterministic path through the protocol alone."""
     visited, velocities = [], []
     for index in range(conditioning.schedule.num_steps):
-        velocity = pipeline.velocity(latents, index, conditioning)
+        step = pipeline.begin(latents, index, conditioning)
         visited.append(latents)
-        velocities.append(velocity)
-        next_latents = _step(velocity, latents, conditioning.schedule, index)
-        latents = pipeline.advance(latents, next_latents, index, conditioning)
+        velocities.append(step.velocity)
+        latents = step.finish(_step(step.velocity, latents, conditioning.schedule, index))
     return visited, velocities, []
 
 
@@ -201,9 +200,9 @@ def _carried(pipeline: FlowPipeline, latents: Tensor, conditioning: Conditioning
         carried = {local: left[local] for local in lifted.body_reads & left.keys() - {lifted.latents}} | {
             "self": left["self"]
         }
-        now = carried | {f"self.{attribute}": value for attribute, value in vars(left["self"]).items()}
+        now: dict[Key, Any] = {**carried, **{Attribute(name): value for name, value in vars(left["self"]).items()}}
         before = conditioning.values
-        changed |= {local for local, value in now.items() if local in before and not same(value, before[local])}
+        changed |= {str(key) for key, value in now.items() if key in before and not same(value, before[key])}
     return visited, velocities, sorted(changed)
 
 
@@ -234,8 +233,8 @@ def _parity(pipeline: FlowPipeline, latents: Tensor, row: Conditioning, argument
         expected = private(**arguments, latents=latents.clone())[0].float()
     current = latents
     for index in range(row.schedule.num_steps):
-        velocity = pipeline.velocity(current, index, row)
-        current = pipeline.advance(current, _step(velocity, current, row.schedule, index), index, row)
+        step = pipeline.begin(current, index, row)
+        current = step.finish(_step(step.velocity, current, row.schedule, index))
     difference = _difference(pipeline.decode(current, row), expected)
     note = f", with Euler steps in place of {type(pipe.scheduler).__name__}'s" if own_step else ""
     allowed = PARITY_TOLERANCE.get(latents.dtype, 1e-3)

@@ -12,6 +12,7 @@ from torch import Tensor
 from flowsteer.rollout.branches import Branch, Branching, sample_branches
 from flowsteer.rollout.data.prompts import Prompts
 from flowsteer.rollout.lifting.pipeline import FlowPipeline
+from flowsteer.rollout.lifting.step import LiftedStep
 from flowsteer.rollout.sample import sample
 from flowsteer.rollout.steps import kernels
 from flowsteer.rollout.steps.noise import initial_noise, stream_noise
@@ -32,9 +33,12 @@ class Counting:
     def __init__(self, pipeline: FlowPipeline) -> None:
         self.pipeline, self.calls = pipeline, list[tuple[int, int]]()
 
-    def velocity(self, latents: Tensor, index: int, conditioning: Any) -> Tensor:
+    def begin(self, latents: Tensor, index: int, conditioning: Any) -> LiftedStep:
         self.calls.append((index, len(latents)))
-        return self.pipeline.velocity(latents, index, conditioning)
+        return self.pipeline.begin(latents, index, conditioning)
+
+    def velocity(self, latents: Tensor, index: int, conditioning: Any) -> Tensor:
+        return self.begin(latents, index, conditioning).velocity
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.pipeline, name)

@@ -45,14 +45,15 @@ def draw(pipeline: FlowPipeline, latents: Tensor, conditioning: Conditioning) ->
     sigma, alpha = conditioning.schedule.sigma, conditioning.schedule.alpha
     velocities = []
     for index in range(conditioning.schedule.num_steps):
-        velocity = pipeline.velocity(latents, index, conditioning)
+        step = pipeline.begin(latents, index, conditioning)
+        velocity = step.velocity
         velocities.append(velocity)
         if conditioning.schedule.prediction == "velocity":
             after = latents.float() + (sigma[index + 1] - sigma[index]) * velocity
         else:
             denoised = (latents - sigma[index] * velocity) / alpha[index]
             after = alpha[index + 1] * denoised + sigma[index + 1] * velocity
-        latents = pipeline.advance(latents, after.to(velocity.dtype), index, conditioning)
+        latents = step.finish(after.to(velocity.dtype))
     return pipeline.decode(latents, conditioning), velocities
 
 
@@ -382,12 +383,14 @@ def test_code_after_the_step_runs(tmp_path):
     assert torch.equal(images, plainly("sd3", pipe, [PROMPT], latents, 1.0))
     assert len(passes) == STEPS, "the pass of the velocity is resumed"
     with torch.no_grad():
-        velocity = pipeline.velocity(latents, 1, conditioning)
-        resumed = pipeline.advance(latents, 2 * latents, 1, conditioning)
-        anew = pipeline.advance(latents, 2 * latents, 1, conditioning)
-    assert torch.equal(resumed, 0.9 * (2 * latents) + 0.01 * velocity)
-    assert torch.equal(anew, resumed)
+        step = pipeline.begin(latents, 1, conditioning)
+        other = pipeline.begin(latents, 0, conditioning)  # steps do not disturb each other
+        resumed = step.finish(2 * latents)
+        other.finish(latents)
+    assert torch.equal(resumed, 0.9 * (2 * latents) + 0.01 * step.velocity)
     assert len(passes) == STEPS + 2
+    with pytest.raises(ValueError, match="this step is finished; begin another one"):
+        step.finish(latents)
 
 
 def test_writing_into_the_latents_does_not_reach_the_caller(tmp_path):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from flowsteer.rollout.data.prompts import Prompts, sample_seeds
 from flowsteer.rollout.lifting.pipeline import Conditioning, FlowPipeline
+from flowsteer.rollout.lifting.step import LiftedStep
 from flowsteer.rollout.sample import sample
 from flowsteer.rollout.steps import kernels
 from flowsteer.rollout.steps.noise import initial_noise, mix, stream_noise
@@ -89,12 +90,9 @@ class Counting:
     def __init__(self, pipeline: FlowPipeline) -> None:
         self._pipeline, self.rows = pipeline, []  # type: ignore[var-annotated]
 
-    def velocity(self, latents: Tensor, index: int, conditioning: Any) -> Tensor:
+    def begin(self, latents: Tensor, index: int, conditioning: Any) -> LiftedStep:
         self.rows.append(len(latents))
-        return self._pipeline.velocity(latents, index, conditioning)
-
-    def advance(self, latents: Tensor, next_latents: Tensor, index: int, conditioning: Any) -> Tensor:
-        return self._pipeline.advance(latents, next_latents, index, conditioning)
+        return self._pipeline.begin(latents, index, conditioning)
 
 
 GROUPS = [0, 0, 1, 1, 0]  # prompt of each row; the rows of a group need not stand together

@@ -10,6 +10,7 @@ from diffusers import StableDiffusion3Img2ImgPipeline
 
 from flowsteer.rollout.lifting.pipeline import FlowPipeline
 from flowsteer.rollout.lifting.selfcheck import Finding, Report, check
+from flowsteer.rollout.lifting.step import LiftedStep
 
 
 def findings(report: Report) -> dict[str, Finding]:
@@ -103,11 +104,15 @@ class Adapter:
     def __init__(self, inner, factor=1.0):
         self.inner, self.factor = inner, factor
         self.denoisers = inner.denoisers
-        self.prepare, self.advance, self.decode = inner.prepare, inner.advance, inner.decode
+        self.prepare, self.decode = inner.prepare, inner.decode
+
+    def begin(self, latents, index, conditioning):
+        scale = 1.0 if len(latents) > 2 else self.factor
+        step = self.inner.begin(latents, index, conditioning)
+        return LiftedStep(scale * step.velocity, step.finish)
 
     def velocity(self, latents, index, conditioning):
-        scale = 1.0 if len(latents) > 2 else self.factor
-        return scale * self.inner.velocity(latents, index, conditioning)
+        return self.begin(latents, index, conditioning).velocity
 
 
 def test_an_adapter_is_held_to_the_same():
