@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from flowsteer.rl.command.algorithms import app as algorithms_app
 from flowsteer.rl.command.options import (
     CallOption,
     DeviceOption,
@@ -50,6 +51,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(rewards_app, name="rewards")
+app.add_typer(algorithms_app, name="algorithms")
 config_app = typer.Typer(help="The configuration of a run: its keys.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
 console, stderr = Console(), Console(stderr=True)

@@ -96,7 +96,7 @@ def test_every_command_is_known_here():
     assert {" ".join(path) for path in commands()} == {
         "train", "evaluate", "export", "sample", "score", "check-model", "show-loop", "report", "rewards list",
         "config keys", "rewards certify", "rewards serve", "rewards env list", "rewards env create", "rewards env check",
-        "rewards env remove",
+        "rewards env remove", "algorithms list", "algorithms check",
     }  # fmt: skip
 
 

@@ -147,7 +147,12 @@ NAMES = ", ".join(config.model_fields["name"].default for config in ALGORITHMS)
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
-        ({"algorithm": {"name": "ppo"}}, f"algorithm.name: unknown name 'ppo'; allowed: {NAMES}"),
+        (
+            {"algorithm": {"name": "ppo"}},
+            f"algorithm.name: unknown name 'ppo'; allowed: {NAMES}. A new entry point is visible only after its project has "
+            "been installed again (pip install -e .); a class of your own can also be given as package.module:attribute or "
+            "path/to/file.py:attribute",
+        ),
         ({"algorithm": {}}, f"algorithm.name: this key is required; allowed: {NAMES}"),
         (
             {"rollout": {"plan": {"name": "some"}}},
