@@ -23,6 +23,7 @@ from rich.text import Text
 
 from flowsteer.rl.command.algorithms import app as algorithms_app
 from flowsteer.rl.command.options import (
+    AdapterOption,
     CallOption,
     DeviceOption,
     DTypeOption,
@@ -145,6 +146,7 @@ def evaluate(
     ] = None,
     run: RunOption = None,
     model: ModelOption = None,
+    adapter: AdapterOption = None,
     lora: LoRAOption = None,
     height: HeightOption = None,
     width: WidthOption = None,
@@ -181,7 +183,17 @@ def evaluate(
         if output.suffix == ".png":
             raise ValueError(f"{output} is to be a JSON file; the pictures are written beside it as PNG")
         refuse_existing(output, output.with_suffix(".png"))
-    chosen = choose(run=run, model=model, lora=lora, height=height, width=width, call=call, dtype=dtype, device=device)
+    chosen = choose(
+        run=run,
+        model=model,
+        adapter=adapter,
+        lora=lora,
+        height=height,
+        width=width,
+        call=call,
+        dtype=dtype,
+        device=device,
+    )
     texts = read_prompts(prompts or chosen.evaluation.prompts)
     with closing(chosen.rewards(reward, option)) as rewards, console.status("loading") as status:
         warn_of_single_images(rewards, num_seeds=num_seeds, key="--num-seeds")
@@ -239,6 +251,11 @@ def export(
     from flowsteer.rl.export import convert_lora, merge
 
     settings = read_run(run).model
+    if layout == "pipeline" and settings.adapter is not None:
+        raise ValueError(
+            f"the run's pipeline is the adapter {settings.adapter}, not one that diffusers loads; write its LoRA with --format "
+            f"peft, or take the weights in {run / 'export'}"
+        )
     if layout == "pipeline":
         made = merge(settings.path, run / "export", folder, dtype=DTYPES[dtype or settings.dtype])
         console.print(Text(f"pipeline: {made}"), soft_wrap=True)
@@ -252,6 +269,7 @@ def sample(
     prompts: Annotated[list[str], typer.Argument(help="One or more prompts, each in quotes.")],
     run: RunOption = None,
     model: ModelOption = None,
+    adapter: AdapterOption = None,
     lora: LoRAOption = None,
     height: HeightOption = None,
     width: WidthOption = None,
@@ -277,7 +295,17 @@ def sample(
     refuse_existing(output)
     if output.suffix.lower() != ".png":
         raise ValueError(f"{output} must end in .png")
-    chosen = choose(run=run, model=model, lora=lora, height=height, width=width, call=call, dtype=dtype, device=device)
+    chosen = choose(
+        run=run,
+        model=model,
+        adapter=adapter,
+        lora=lora,
+        height=height,
+        width=width,
+        call=call,
+        dtype=dtype,
+        device=device,
+    )
     pipeline = chosen.load()
     steps = num_inference_steps or chosen.evaluation.num_inference_steps
     guidance = chosen.evaluation.guidance_scale if guidance_scale is None else guidance_scale
@@ -361,6 +389,7 @@ def check_model(
     path: Annotated[str, typer.Argument(help="Folder or hub id in diffusers' layout, or `embedded`.")],
     targets: Annotated[str, typer.Option(help="LoRA targets, separated by commas.")] = "to_q,to_k,to_v,to_out.0",
     guidance_scale: Annotated[float, typer.Option("--guidance-scale", help="1 is without guidance.")] = 1.0,
+    adapter: AdapterOption = None,
     height: HeightOption = None,
     width: WidthOption = None,
     call: CallOption = None,
@@ -376,7 +405,9 @@ def check_model(
     from flowsteer.rl.command.check_model import trainable_findings
     from flowsteer.rollout.lifting.selfcheck import check
 
-    pipeline = choose(model=path, height=height, width=width, call=call, dtype=dtype, device=device).load()
+    pipeline = choose(
+        model=path, adapter=adapter, height=height, width=width, call=call, dtype=dtype, device=device
+    ).load()
     report = check(pipeline, guidance_scale=guidance_scale)
     if report.ok:
         report = report.with_findings(trainable_findings(pipeline, targets.split(","), guidance_scale))

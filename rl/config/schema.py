@@ -71,6 +71,9 @@ class ModelConfig(Section):
 
     path: str = "embedded"
     """A folder or hub id in diffusers' layout; ``embedded`` is the tiny pipeline that is shipped with the package."""
+    adapter: str | None = None
+    """A pipeline written by hand in place of the lifted one: an entry point of the group ``flowsteer.pipelines``,
+    ``package.module:Name`` or ``path/to/file.py:Name`` (rollout/lifting/protocol.py)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the frozen weights. float16 is left out: its gradients vanish without a loss scale that a resumed run would need."""
     height: PositiveInt | None = None
