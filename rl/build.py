@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import ModelMixin
 
 from flowsteer.rewards.columns import check_columns
 from flowsteer.rewards.combine import Normalise, RewardSet, check_names_and_weights
@@ -21,6 +22,7 @@ from flowsteer.rewards.hosts.child import WorkerReward
 from flowsteer.rewards.hosts.remote import HTTPReward
 from flowsteer.rewards.registry import label_of, load_reward
 from flowsteer.rewards.types import Reward
+from flowsteer.rl.adapters import load_pipeline
 from flowsteer.rl.checkpoint import Checkpoints
 from flowsteer.rl.compare import compare
 from flowsteer.rl.config import Config
@@ -37,7 +39,7 @@ from flowsteer.rl.scoring import StepScorer, check_scorable, warn_of_single_imag
 from flowsteer.rl.types import Algorithm, Comparison, Facts
 from flowsteer.rollout.branches import Branching
 from flowsteer.rollout.data.prompts import Prompts, step_rows
-from flowsteer.rollout.lifting.pipeline import FlowPipeline
+from flowsteer.rollout.lifting.protocol import Pipeline
 from flowsteer.rollout.steps.plan import Plan, all_steps, decay, fixed_steps, no_steps, window
 from flowsteer.rollout.worker import RolloutWorker
 
@@ -230,24 +232,30 @@ def batches_per_update(config: Config, num_processes: int) -> int:
     return batches // config.algorithm.updates_per_rollout
 
 
-def build_pipeline(config: Config, device: torch.device) -> FlowPipeline:
-    """The pipeline, lifted."""
+def build_pipeline(config: Config, device: torch.device) -> Pipeline:
+    """The pipeline, lifted, or the adapter in its place."""
     model = config.model
-    pipeline = FlowPipeline.load(
+    pipeline = load_pipeline(
         model.path,
+        adapter=model.adapter,
         dtype=DTYPES[model.dtype],
         device=device,
         height=model.height,
         width=model.width,
-        call_kwargs=model.call,
+        call=model.call,
     )
     if model.gradient_checkpointing:
-        for denoiser in pipeline.denoisers.values():
-            denoiser.enable_gradient_checkpointing()  # type: ignore[operator]
+        for name, denoiser in pipeline.denoisers.items():
+            if not isinstance(denoiser, ModelMixin):
+                raise ValueError(
+                    f"model.gradient_checkpointing is for diffusers' networks; {name} of model.adapter={model.adapter} is a "
+                    f"{type(denoiser).__name__}: leave it out, and let the network checkpoint itself"
+                )
+            denoiser.enable_gradient_checkpointing()
     return pipeline
 
 
-def build_policy(config: Config, pipeline: FlowPipeline, algorithm: Algorithm) -> Policy:
+def build_policy(config: Config, pipeline: Pipeline, algorithm: Algorithm) -> Policy:
     """The policies that the algorithm and the evaluation need."""
     lora = config.model.lora
     return Policy(
@@ -275,7 +283,7 @@ def build_optimizer_settings(config: Config) -> OptimizerSettings:
 
 
 def build_worker(
-    config: Config, pipeline: FlowPipeline, prompts: Prompts, plan: Plan, processes: Processes
+    config: Config, pipeline: Pipeline, prompts: Prompts, plan: Plan, processes: Processes
 ) -> RolloutWorker:
     """The rollout worker of this process."""
     rollout = config.rollout
@@ -309,7 +317,7 @@ def build_worker(
 def build_evaluation(
     config: EvaluationConfig,
     run: Config,
-    pipeline: FlowPipeline,
+    pipeline: Pipeline,
     prompts: Prompts,
     scorer: StepScorer,
     processes: Processes,

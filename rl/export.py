@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
+from diffusers import ModelMixin
 from peft import LoraConfig, get_peft_model_state_dict
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from flowsteer.rl.engine.base import Engine
@@ -29,6 +30,7 @@ from flowsteer.rl.policy import Policy
 LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
+WEIGHTS_FILE = "model.safetensors"  # of a network that is no model of diffusers
 SECOND = "transformer_2"  # of Wan 2.2; diffusers loads a LoRA for it from a file of its own, under the first one's name
 
 Layout = Literal["diffusers", "peft", "kohya"]
@@ -171,7 +173,12 @@ def export_weights(policy: Policy, engine: Engine, folder: Path) -> Path:
     with policy.using(policy.best), engine.whole(policy.exported()):
         if engine.is_main:
             for component, denoiser in policy.denoisers.items():
-                denoiser.save_pretrained(folder / component)  # type: ignore[operator]
+                if isinstance(denoiser, ModelMixin):
+                    denoiser.save_pretrained(folder / component)
+                else:  # of an adapter
+                    (folder / component).mkdir(parents=True, exist_ok=True)
+                    state = {key: value.detach().cpu().contiguous() for key, value in denoiser.state_dict().items()}
+                    _write_whole(folder / component / WEIGHTS_FILE, state, {})
     engine.wait()
     return folder
 
@@ -241,6 +248,24 @@ def merge(model: str, weights: Path, folder: Path, *, dtype: torch.dtype = torch
     fill_absent(pipe)  # so that plain from_pretrained(folder) loads it
     pipe.save_pretrained(folder)
     return folder
+
+
+@torch.no_grad()
+def load_into(denoisers: Mapping[str, nn.Module], folder: Path) -> None:
+    """Put the result of a run into the networks of an adapter: its LoRA is fused in, or its full weights replace theirs.
+
+    Raises ValueError if the folder holds nothing of a network.
+    """
+    for component, denoiser in denoisers.items():
+        lora, own = (folder / SECOND if component == SECOND else folder) / LORA_FILE, folder / component
+        if lora.is_file():
+            _fuse(denoiser, read_lora(lora))
+        elif (own / WEIGHTS_FILE).is_file():
+            denoiser.load_state_dict(load_file(own / WEIGHTS_FILE))
+        elif isinstance(denoiser, ModelMixin) and own.is_dir():
+            denoiser.load_state_dict(type(denoiser).from_pretrained(own).state_dict())
+        else:
+            raise ValueError(f"{folder} holds nothing of the network {component}; a run writes it when it ends")
 
 
 @torch.no_grad()

@@ -75,7 +75,7 @@ class Policy:
 
     def velocity(self, latents: Tensor, index: int, conditioning: Any) -> Tensor:
         """The active policy's prediction at a denoising index, [B, *X] -> [B, *X]."""
-        return self.pipeline.velocity(latents, index, conditioning)
+        return self.pipeline.begin(latents, index, conditioning).velocity
 
     @contextmanager
     def using(self, name: str) -> Iterator[None]:

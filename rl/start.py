@@ -15,6 +15,7 @@ from typing import Any
 
 from flowsteer.rewards.combine import RewardSet
 from flowsteer.rl import build
+from flowsteer.rl.adapters import name_of, tail_is_idle
 from flowsteer.rl.checkpoint import Checkpoints, fingerprint, open_run, write_whole
 from flowsteer.rl.config import Config, check_config, save_config
 from flowsteer.rl.engine.base import Engine
@@ -28,7 +29,8 @@ from flowsteer.rl.scoring import StepScorer
 from flowsteer.rl.types import Algorithm
 from flowsteer.rollout.data.prompts import Prompts, read_prompts
 from flowsteer.rollout.lifting import selfcheck
-from flowsteer.rollout.lifting.pipeline import FlowPipeline, UnlikeConditioning
+from flowsteer.rollout.lifting.pipeline import UnlikeConditioning
+from flowsteer.rollout.lifting.protocol import Pipeline
 from flowsteer.rollout.steps import kernels
 from flowsteer.rollout.steps.plan import Plan
 
@@ -83,7 +85,7 @@ class Loaded:
 
     rewards: RewardSet
     depends_on: dict[str, dict[str, Any]]  # what scores depend on, for a restart to compare
-    pipeline: FlowPipeline
+    pipeline: Pipeline
     model: str  # a fingerprint of the weights at the start
     plan: Plan
     algorithm: Algorithm
@@ -189,8 +191,9 @@ def derived(config: Config, policy: Policy, engine: Engine, prompts: Prompts) ->
     rollout, algorithm = config.rollout, config.algorithm
     images = rollout.prompts_per_step * rollout.group_size
     trained = sum(parameter.numel() for parameter in policy.parameters().values())
+    through = f" through {config.model.adapter}" if config.model.adapter else ""
     lines = {
-        "model": f"{config.model.path}, {trained:,} parameters trained",
+        "model": f"{config.model.path}{through}, {trained:,} parameters trained",
         "algorithm": f"{algorithm.name}, {algorithm.updates_per_rollout} update(s) per step",
         "images per step": f"{images} = {rollout.prompts_per_step} prompts x {rollout.group_size}",
         "batches": f"{images // rollout.batch_size} of {rollout.batch_size} on {engine.processes.num_processes} process(es), "
@@ -204,7 +207,7 @@ def derived(config: Config, policy: Policy, engine: Engine, prompts: Prompts) ->
     return lines
 
 
-def checked_plan(config: Config, pipeline: FlowPipeline, plan: Plan, prompts: Prompts) -> Plan:
+def checked_plan(config: Config, pipeline: Pipeline, plan: Plan, prompts: Prompts) -> Plan:
     """Can this pipeline be trained so? A few network passes; raises ValueError that says what does not hold.
 
     Returns the plan with noise levels that keep their budget on the pipeline's schedule, where that is asked for.
@@ -225,9 +228,9 @@ def checked_plan(config: Config, pipeline: FlowPipeline, plan: Plan, prompts: Pr
                 f"rollout.batch_size={rollout.batch_size} puts several prompts into a batch, but {error}; set it to "
                 f"rollout.group_size={rollout.group_size} or a divisor of it"
             ) from error
-    if (rollout.tail_fraction < 1 or rollout.branching) and not pipeline.lifted.tail_is_idle:
+    if (rollout.tail_fraction < 1 or rollout.branching) and not tail_is_idle(pipeline, conditioning):
         raise ValueError(
-            f"{type(pipeline.pipe).__name__} does something to the latents after each denoising step, which neither skipped "
+            f"{name_of(pipeline)} does something to the latents after each denoising step, which neither skipped "
             "steps nor candidates would get; leave rollout.tail_fraction and rollout.branching out"
         )
     if rollout.branching and "sigma" in prompts.columns:

@@ -125,7 +125,7 @@ def _finished(
     """The pool of a transition, finished in every way that is asked for."""
     schedule, (index,), candidates = conditioning.schedule, trajectory.indices, trajectory.next_latents[:, 0]
     if branching.finish == "denoised" and index + 1 < schedule.num_steps:
-        velocity = pipeline.velocity(candidates, index + 1, conditioning)
+        velocity = pipeline.begin(candidates, index + 1, conditioning).velocity
         predicted = kernels.denoised(velocity, candidates, schedule, index + 1).to(candidates.dtype)
         yield Branch(latents=predicted, trajectory=trajectory, sigma=schedule.sigma[index + 1].item())
         return

@@ -108,7 +108,7 @@ def test_order_inside_rl():
             found = {name for name in imported if name.startswith("flowsteer.rl.") and name.split(".")[2] in top}
             assert module == "flowsteer.rl.checkpoint" or not found, f"{module} imports {found}"
     readers = {module.split(".")[2] for module, imported in GRAPH.items() if "flowsteer.rl.config" in imported}
-    assert readers <= {"build", "start", "run", "command", "config", "checkpoint"}
+    assert readers <= {"build", "start", "run", "check", "command", "config", "checkpoint"}
     users = {module for module, imported in GRAPH.items() if "flowsteer.rl.train" in imported}
     assert users == {"flowsteer.rl.command.training"}
 

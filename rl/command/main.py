@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.text import Text
 
 from flowsteer.rl.command import models, results, training
+from flowsteer.rl.command.algorithms import app as algorithms_app
 from flowsteer.rl.command.rewards import app as rewards_app
 
 app = typer.Typer(
@@ -27,6 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(rewards_app, name="rewards")
+app.add_typer(algorithms_app, name="algorithms")
 config_app = typer.Typer(help="The configuration of a run: its keys.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
 console, stderr = Console(), Console(stderr=True)

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.text import Text
 
 from flowsteer.rl.command.options import (
+    AdapterOption,
     CallOption,
     DeviceOption,
     DTypeOption,
@@ -24,6 +25,7 @@ def check_model(
     path: Annotated[str, typer.Argument(help="Folder or hub id in diffusers' layout, or `embedded`.")],
     targets: Annotated[str, typer.Option(help="LoRA targets, separated by commas.")] = "to_q,to_k,to_v,to_out.0",
     guidance_scale: Annotated[float, typer.Option("--guidance-scale", help="1 is without guidance.")] = 1.0,
+    adapter: AdapterOption = None,
     height: HeightOption = None,
     width: WidthOption = None,
     call: CallOption = None,
@@ -39,7 +41,9 @@ def check_model(
     from flowsteer.rl.command.check_model import trainable_findings
     from flowsteer.rollout.lifting.selfcheck import check
 
-    pipeline = choose(model=path, height=height, width=width, call=call, dtype=dtype, device=device).load()
+    pipeline = choose(
+        model=path, adapter=adapter, height=height, width=width, call=call, dtype=dtype, device=device
+    ).load()
     report = check(pipeline, guidance_scale=guidance_scale)
     if report.ok:
         report = report.with_findings(trainable_findings(pipeline, targets.split(","), guidance_scale))

@@ -13,7 +13,7 @@ if TYPE_CHECKING:  # imported when a command needs them: `flowsteer --help` shal
     from flowsteer.rewards.combine import RewardSet
     from flowsteer.rl.config import Config
     from flowsteer.rl.config.schema import EvaluationConfig
-    from flowsteer.rollout.lifting.pipeline import FlowPipeline
+    from flowsteer.rollout.lifting.protocol import Pipeline
 
 _PANEL = "Model"
 
@@ -29,6 +29,15 @@ ModelOption = Annotated[
     str | None,
     typer.Option(
         "--model", "-m", help="Folder or hub id in diffusers' layout; default `embedded`.", rich_help_panel=_PANEL
+    ),
+]
+AdapterOption = Annotated[
+    str | None,
+    typer.Option(
+        "--adapter",
+        help="Pipeline written by hand in place of the lifted one: an entry point of the group `flowsteer.pipelines`, "
+        "`package.module:Name` or `path/to/file.py:Name`.",
+        rich_help_panel=_PANEL,
     ),
 ]
 LoRAOption = Annotated[
@@ -87,6 +96,7 @@ class Chosen:
     """What the options ask for, before anything is loaded."""
 
     model: str
+    adapter: str | None
     weights: Path | None  # folder of an exported LoRA
     dtype: str
     device: str
@@ -101,17 +111,19 @@ class Chosen:
 
         return (self.config.evaluation if self.config else None) or EvaluationConfig()
 
-    def load(self) -> FlowPipeline:
+    def load(self) -> Pipeline:
         """The pipeline with the weights."""
+        from flowsteer.rl.adapters import load_pipeline
         from flowsteer.rl.build import DTYPES
-        from flowsteer.rl.export import load_lora
+        from flowsteer.rl.export import load_into, load_lora
         from flowsteer.rollout.lifting.pipeline import FlowPipeline
 
-        pipeline = FlowPipeline.load(
-            self.model, dtype=DTYPES[self.dtype], device=self.device, call_kwargs=self.call, **self.size
-        )
-        if self.weights is not None:
+        given = {"dtype": DTYPES[self.dtype], "device": self.device, "call": self.call, **self.size}
+        pipeline = load_pipeline(self.model, adapter=self.adapter, **given)
+        if self.weights is not None and isinstance(pipeline, FlowPipeline):
             load_lora(pipeline.pipe, self.weights)
+        elif self.weights is not None:
+            load_into(pipeline.denoisers, self.weights)
         return pipeline
 
     def rewards(self, names: list[str] | None, options: list[str] | None = None) -> RewardSet:
@@ -142,6 +154,7 @@ def choose(
     *,
     run: Path | None = None,
     model: str | None = None,
+    adapter: str | None = None,
     lora: Path | None = None,
     height: int | None = None,
     width: int | None = None,
@@ -160,18 +173,19 @@ def choose(
     from flowsteer.rl.config.schema import ModelConfig
     from flowsteer.rollout.lifting.pipeline import EMBEDDED
 
-    if run is not None and (model is not None or lora is not None):
-        raise ValueError("--run brings its own model and weights; leave out --model and --lora, or --run")
+    if run is not None and (model is not None or lora is not None or adapter is not None):
+        raise ValueError("--run brings its own model and weights; leave out --model, --adapter and --lora, or --run")
     config = read_run(run) if run is not None else None
     weights = _folder_of(lora) if run is None else run / "export"
     if weights is not None:
         _check_weights(weights, config)
-    section = config.model if config is not None else ModelConfig(path=model or EMBEDDED)
+    section = config.model if config is not None else ModelConfig(path=model or EMBEDDED, adapter=adapter)
     size = {"height": height or section.height, "width": width or section.width}
     if device == "auto":
         device = str(torch.accelerator.current_accelerator() or "cpu") if torch.accelerator.is_available() else "cpu"
     return Chosen(
         model=section.path,
+        adapter=section.adapter,
         weights=weights,
         dtype=dtype or section.dtype,
         device=device,
@@ -224,7 +238,7 @@ def _folder_of(lora: Path | None) -> Path | None:
 def _check_weights(folder: Path, config: Config | None) -> None:
     from flowsteer.rl.export import LORA_FILE
 
-    if (folder / LORA_FILE).is_file():
+    if (folder / LORA_FILE).is_file() or (config is not None and config.model.adapter and folder.is_dir()):
         return
     if config is not None and config.model.lora is None:
         raise ValueError(

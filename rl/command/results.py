@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from flowsteer.rl.command.options import (
+    AdapterOption,
     CallOption,
     DeviceOption,
     DTypeOption,
@@ -47,6 +48,7 @@ def evaluate(
     ] = None,
     run: RunOption = None,
     model: ModelOption = None,
+    adapter: AdapterOption = None,
     lora: LoRAOption = None,
     height: HeightOption = None,
     width: WidthOption = None,
@@ -83,7 +85,17 @@ def evaluate(
         if output.suffix == ".png":
             raise ValueError(f"{output} is to be a JSON file; the pictures are written beside it as PNG")
         refuse_existing(output, output.with_suffix(".png"))
-    chosen = choose(run=run, model=model, lora=lora, height=height, width=width, call=call, dtype=dtype, device=device)
+    chosen = choose(
+        run=run,
+        model=model,
+        adapter=adapter,
+        lora=lora,
+        height=height,
+        width=width,
+        call=call,
+        dtype=dtype,
+        device=device,
+    )
     texts = read_prompts(prompts or chosen.evaluation.prompts)
     with closing(chosen.rewards(reward, option)) as rewards, console.status("loading") as status:
         warn_of_single_images(rewards, num_seeds=num_seeds, key="--num-seeds")
@@ -140,6 +152,11 @@ def export(
     from flowsteer.rl.export import convert_lora, merge
 
     settings = read_run(run).model
+    if layout == "pipeline" and settings.adapter is not None:
+        raise ValueError(
+            f"the run's pipeline is the adapter {settings.adapter}, not one that diffusers loads; write its LoRA with --format "
+            f"peft, or take the weights in {run / 'export'}"
+        )
     if layout == "pipeline":
         made = merge(settings.path, run / "export", folder, dtype=DTYPES[dtype or settings.dtype])
         console.print(Text(f"pipeline: {made}"), soft_wrap=True)
@@ -152,6 +169,7 @@ def sample(
     prompts: Annotated[list[str], typer.Argument(help="One or more prompts, each in quotes.")],
     run: RunOption = None,
     model: ModelOption = None,
+    adapter: AdapterOption = None,
     lora: LoRAOption = None,
     height: HeightOption = None,
     width: WidthOption = None,
@@ -177,7 +195,17 @@ def sample(
     refuse_existing(output)
     if output.suffix.lower() != ".png":
         raise ValueError(f"{output} must end in .png")
-    chosen = choose(run=run, model=model, lora=lora, height=height, width=width, call=call, dtype=dtype, device=device)
+    chosen = choose(
+        run=run,
+        model=model,
+        adapter=adapter,
+        lora=lora,
+        height=height,
+        width=width,
+        call=call,
+        dtype=dtype,
+        device=device,
+    )
     pipeline = chosen.load()
     steps = num_inference_steps or chosen.evaluation.num_inference_steps
     guidance = chosen.evaluation.guidance_scale if guidance_scale is None else guidance_scale

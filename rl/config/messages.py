@@ -6,37 +6,41 @@ import difflib
 from typing import Any
 
 from flowsteer.rl.config.schema import Config
+from flowsteer.rl.plugins import DOOR, installed_names
 
 
-def explain(fault: Any) -> str:
-    """One line about a fault that pydantic found."""
+def explain(fault: Any, config: type[Config] = Config) -> str:
+    """One line about a fault that pydantic found in ``config``."""
+    schema = config.model_json_schema()
     location = [str(part) for part in fault["loc"]]
-    key, tag, allowed = _place(location)
+    key, tag, allowed = _place(location, schema)
     if fault["type"] == "extra_forbidden":
         near = difflib.get_close_matches(location[-1], allowed, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else f"allowed here: {', '.join(allowed)}"
         return f"{key}: unknown key{f' for name={tag}' if tag else ''}; {hint}"
     if fault["type"] in ("union_tag_invalid", "union_tag_not_found"):
-        names = ", ".join(_tags(location))
-        given = fault["ctx"].get("tag")
-        return f"{key}.name: {f'unknown name {given!r}' if given else 'this key is required'}; allowed: {names}"
+        names, given = _tags(location, schema), fault["ctx"].get("tag")
+        advice = ""
+        if location == ["algorithm"]:
+            names, advice = [*names, *installed_names()], f". {DOOR.advice()}" if given else ""
+        what = f"unknown name {given!r}" if given else "this key is required"
+        return f"{key}.name: {what}; allowed: {', '.join(names)}{advice}"
     if fault["type"] == "missing":
         return f"{key}: this key is required"
     given = f"the text {fault['input']!r}" if isinstance(fault["input"], str) else repr(fault["input"])
     if fault["type"] in ("model_type", "model_attributes_type"):
-        keys = ", ".join(_place([*location, "?"])[2])
+        keys = ", ".join(_place([*location, "?"], schema)[2])
         return f"{key}: this is a section, got {given}; set its keys, as {key}.KEY=VALUE: {keys}"
     if fault["type"] == "dict_type":
         return f"{key}: maps names to values, got {given}; write {{NAME: VALUE}}"
     return f"{key}: {fault['msg'].removeprefix('Value error, ')}, got {fault['input']!r}"
 
 
-def _place(location: list[str]) -> tuple[str, str | None, list[str]]:
+def _place(location: list[str], schema: dict[str, Any]) -> tuple[str, str | None, list[str]]:
     """The key as a user writes it, the ``name`` of the variant that its section is, and the section's keys.
 
     Found by walking the JSON schema: pydantic's location also holds the names of variants.
     """
-    schema = Config.model_json_schema()
     nodes, key, tag = [schema], [], None
     for place, part in enumerate(location):
         variants = _variants(nodes, schema)
@@ -57,9 +61,8 @@ def _place(location: list[str]) -> tuple[str, str | None, list[str]]:
     return ".".join(key), tag, sorted(settable)
 
 
-def _tags(location: list[str]) -> list[str]:
+def _tags(location: list[str], schema: dict[str, Any]) -> list[str]:
     """The names of the variants that a section can be."""
-    schema = Config.model_json_schema()
     nodes = [schema]
     for part in location:
         nodes = [node["properties"][part] for node in _variants(nodes, schema) if part in node.get("properties", {})]

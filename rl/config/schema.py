@@ -7,7 +7,8 @@ the nearest one; nothing that a user set is dropped.
 from __future__ import annotations
 
 import logging
-from typing import Annotated, Any, Literal
+from functools import cache
+from typing import Annotated, Any, Literal, Union, get_args
 
 from pydantic import (
     BaseModel,
@@ -18,10 +19,13 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    create_model,
     model_validator,
 )
 
 from flowsteer.rl.algorithms import ALGORITHMS, AnyAlgorithm
+from flowsteer.rl.plugins import find_algorithm, is_foreign
+from flowsteer.rl.types import Algorithm
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +69,9 @@ class ModelConfig(Section):
 
     path: str = "embedded"
     """A folder or hub id in diffusers' layout; ``embedded`` is the tiny pipeline that is shipped with the package."""
+    adapter: str | None = None
+    """A pipeline written by hand in place of the lifted one: an entry point of the group ``flowsteer.pipelines``,
+    ``package.module:Name`` or ``path/to/file.py:Name`` (rollout/lifting/protocol.py)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the frozen weights. float16 is left out: its gradients vanish without a loss scale that a resumed run would need."""
     height: PositiveInt | None = None
@@ -366,7 +373,8 @@ class Config(Section):
             return data
         algorithm, rollout = _by_name(data["algorithm"]), data.get("rollout", {})
         name = algorithm.get("name") if isinstance(algorithm, dict) else getattr(algorithm, "name", None)
-        known = {own.model_fields["name"].default: own.learns_from for own in ALGORITHMS}
+        choices = get_args(cls.model_fields["algorithm"].annotation)
+        known = {own.model_fields["name"].default: own.learns_from for own in choices}
         if not isinstance(name, str) or name not in known:
             return data
         plan = {"name": _DEFAULT_PLANS[known[name]]}
@@ -380,3 +388,32 @@ class Config(Section):
     def num_updates(self) -> int:
         """Optimiser updates of the whole run."""
         return self.num_steps * self.algorithm.updates_per_rollout
+
+
+def config_for(data: Any) -> type[Config]:
+    """The class that a mapping is to be validated with: one that knows the algorithm, if that is a plug-in.
+
+    Raises:
+        ValueError: the plug-in is not there, or is no algorithm.
+        ImportError: the plug-in's module cannot be imported.
+    """
+    section = _by_name(data.get("algorithm")) if isinstance(data, dict) else None
+    name = section.get("name") if isinstance(section, dict) else None
+    return _with_algorithm(name, find_algorithm(name)) if isinstance(name, str) and is_foreign(name) else Config
+
+
+@cache  # a configuration equals one that was saved and read again only if both have the same class
+def _with_algorithm(name: str, algorithm: type[Algorithm]) -> type[Config]:
+    """`Config`, whose algorithm may also be this one, under the name that the configuration gives it."""
+    given: Any = Literal[name]
+    named = create_model(
+        algorithm.__name__,
+        __base__=algorithm,
+        __module__=algorithm.__module__,
+        __doc__=algorithm.__doc__,
+        name=(given, name),
+    )
+    section: Any = Annotated[Union[(*ALGORITHMS, named)], Field(discriminator="name"), BeforeValidator(_by_name)]
+    return create_model(
+        "Config", __base__=Config, __module__=__name__, __doc__=Config.__doc__, algorithm=(section, ...)
+    )

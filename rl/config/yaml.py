@@ -13,7 +13,7 @@ import yaml
 from pydantic import ValidationError
 
 from flowsteer.rl.config.messages import explain
-from flowsteer.rl.config.schema import Config
+from flowsteer.rl.config.schema import Config, config_for
 
 
 class _Loader(yaml.SafeLoader):
@@ -61,11 +61,15 @@ def parse_overrides(overrides: Sequence[str], onto: dict[str, Any] | None = None
 
 
 def parse_config(data: dict[str, Any], source: str = "the configuration") -> Config:
-    """Validate a mapping. Raises ValueError with one line per fault."""
+    """Validate a mapping. Raises ValueError with one line per fault, ImportError for a plug-in that cannot be imported."""
     try:
-        return Config.model_validate(data)
+        cls = config_for(data)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
+    try:
+        return cls.model_validate(data)
     except ValidationError as error:
-        faults = "\n".join(f"  {explain(fault)}" for fault in error.errors())
+        faults = "\n".join(f"  {explain(fault, cls)}" for fault in error.errors())
         raise ValueError(f"{source} is not a configuration that flowsteer can run:\n{faults}") from None
 
 

@@ -13,9 +13,31 @@ from torch import Tensor, nn
 from flowsteer.rollout.lifting.conditioning import Conditioning
 from flowsteer.rollout.lifting.step import LiftedStep
 
+ARGUMENTS = ("path", "dtype", "device", "height", "width", "call")
+"""What an adapter is called with, see `Pipeline`."""
+METHODS = ("route", "prepare", "begin", "decode")
+"""What an adapter has besides ``denoisers``."""
+
 
 class Pipeline(Protocol):
-    """What sampling and learning ask of a model. ``FlowPipeline`` is one; a hand-written adapter may stand in."""
+    """What sampling and learning ask of a model. ``FlowPipeline`` is one; a hand-written adapter may stand in.
+
+    A configuration names an adapter by ``model.adapter``. It is a class, or a function that makes the object, and is called
+    with keyword arguments, all of which come from the section ``model``:
+
+    - ``path``, a text: where the weights are; what it means is the adapter's own affair.
+    - ``dtype``, a ``torch.dtype``: of the frozen weights.
+    - ``device``, a ``torch.device`` or a text.
+    - ``height`` and ``width``, in pixels, or None for its own.
+    - ``call``, a dict: further arguments. It raises ValueError for those that it does not know.
+
+    The conditioning is a `Conditioning`: ``schedule`` has the noise levels, ``values`` the tensors that `begin` and
+    `decode` need, and ``layout`` says which of them have rows, as ``{"embeds": Rows(dim=0, blocks=1)}``; ``items`` may stay
+    empty. `prepare` gives one row per prompt in the order of the prompts, and the same for a prompt in any company.
+
+    Networks are called through `route`'s ``call`` once that was given, and directly before. `begin` must depend on its
+    arguments alone: steps are evaluated again, by themselves and in any order. `flowsteer check-model --adapter` finds out.
+    """
 
     @property
     def denoisers(self) -> dict[str, nn.Module]:
@@ -33,13 +55,9 @@ class Pipeline(Protocol):
         ...
 
     def begin(self, latents: Tensor, index: int, conditioning: Conditioning) -> LiftedStep:
-        """A denoising step from latents [B, *X], for any index in any order: ``LiftedStep(velocity)``, or with what the loop
-        does to the next latents.
+        """A denoising step from latents [B, *X], for any index in any order, its velocity differentiable:
+        ``LiftedStep(velocity)``, or ``LiftedStep(velocity, finish)`` where the loop does something to the next latents.
         """
-        ...
-
-    def velocity(self, latents: Tensor, index: int, conditioning: Conditioning) -> Tensor:
-        """The velocity of `begin`, [B, *X] -> [B, *X], differentiable."""
         ...
 
     def decode(self, latents: Tensor, conditioning: Conditioning) -> Tensor:

@@ -141,7 +141,7 @@ def _levels(schedule: Schedule) -> Finding:
 
 def _live(pipeline: Pipeline, latents: Tensor, rows: list[Conditioning]) -> Finding:
     """Different prompts must give different velocities, or parity and learning would both be void."""
-    first, second = (pipeline.velocity(latents[:1], 0, row) for row in rows[:2])
+    first, second = (pipeline.begin(latents[:1], 0, row).velocity for row in rows[:2])
     scale, difference = first.float().std().item(), _difference(first, second)
     ok = scale > 0 and difference > 0 and bool(torch.isfinite(first).all())
     return Finding(
@@ -155,9 +155,9 @@ def _pure(pipeline: Pipeline, latents: Tensor, conditioning: Conditioning) -> Fi
     visited, velocities, changed = forward or _visited(pipeline, latents, conditioning)
     worst = 0.0
     for index in reversed(range(len(visited))):
-        again = pipeline.velocity(visited[index], index, conditioning)
+        again = pipeline.begin(visited[index], index, conditioning).velocity
         worst = max(worst, _difference(again, velocities[index]))
-    twice = _difference(*(pipeline.velocity(visited[0], 0, conditioning) for _ in range(2)))
+    twice = _difference(*(pipeline.begin(visited[0], 0, conditioning).velocity for _ in range(2)))
     if worst == 0 and twice == 0:
         return Finding(
             name="purity", ok=True, detail=f"{len(visited)} steps by themselves equal the steps in order, bit for bit"
@@ -210,8 +210,8 @@ def _rows(pipeline: Pipeline, latents: Tensor, conditioning: Conditioning) -> Fi
     """Rows taken out of a batch, in another order, must have the velocities that they had in it."""
     order = [len(conditioning) - 1, 0]
     index = min(1, conditioning.schedule.num_steps - 1)
-    whole = pipeline.velocity(latents, index, conditioning)
-    part = pipeline.velocity(latents[order], index, conditioning.take(order))
+    whole = pipeline.begin(latents, index, conditioning).velocity
+    part = pipeline.begin(latents[order], index, conditioning.take(order)).velocity
     difference = _difference(whole[order], part) / max(whole.float().std().item(), 1e-12)
     allowed = ROW_TOLERANCE.get(whole.dtype, 1e-2)
     detail = f"rows {order} by themselves differ by {difference:.2g} of the velocity's std (allowed {allowed:g})"

@@ -198,7 +198,7 @@ class TestRegistry:
         from importlib.metadata import EntryPoint
 
         points = [EntryPoint("twice", target, GROUP) for target in ("one:A", "two:B", "one:A")]
-        monkeypatch.setattr("flowsteer.rewards.registry.entry_points", lambda group: points)
+        monkeypatch.setattr("flowsteer.rewards.doors.entry_points", lambda group: points)
         with pytest.raises(ValueError, match="several packages bring a reward 'twice': one:A and two:B"):
             load_reward("twice")
 

@@ -96,7 +96,7 @@ def test_every_command_is_known_here():
     assert {" ".join(path) for path in commands()} == {
         "train", "evaluate", "export", "sample", "score", "check-model", "show-loop", "report", "rewards list",
         "config keys", "rewards certify", "rewards serve", "rewards env list", "rewards env create", "rewards env check",
-        "rewards env remove",
+        "rewards env remove", "algorithms list", "algorithms check",
     }  # fmt: skip
 
 
@@ -466,7 +466,7 @@ def test_report_again(trained):
         (["rewards=[ocr, ocr]"], "rewards: 'ocr' stands there more than once"),
         (
             ["model=embedded"],
-            "model: this is a section, got the text 'embedded'; set its keys, as model.KEY=VALUE: call,",
+            "model: this is a section, got the text 'embedded'; set its keys, as model.KEY=VALUE: adapter, call,",
         ),
         (["rewards.jpeg_compressibility=1.0"], "jpeg_compressibility: this is a section, got 1.0; set its keys"),
         (["rollout.plan=al"], "rollout.plan.name: unknown name 'al'; allowed: all, none, steps, window"),

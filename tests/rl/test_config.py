@@ -145,7 +145,8 @@ def test_an_unknown_key_names_the_nearest(sections, message):
 def test_a_key_that_is_near_to_nothing_lists_all():
     (line,) = faults(model={"xyzzy": 1})
     assert (
-        line == "model.xyzzy: unknown key; allowed here: call, dtype, gradient_checkpointing, height, lora, path, width"
+        line
+        == "model.xyzzy: unknown key; allowed here: adapter, call, dtype, gradient_checkpointing, height, lora, path, width"
     )
 
 
@@ -155,7 +156,12 @@ NAMES = ", ".join(config.model_fields["name"].default for config in ALGORITHMS)
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
-        ({"algorithm": {"name": "ppo"}}, f"algorithm.name: unknown name 'ppo'; allowed: {NAMES}"),
+        (
+            {"algorithm": {"name": "ppo"}},
+            f"algorithm.name: unknown name 'ppo'; allowed: {NAMES}. A new entry point is visible only after its project has "
+            "been installed again (pip install -e .); a class of your own can also be given as package.module:attribute or "
+            "path/to/file.py:attribute",
+        ),
         ({"algorithm": {}}, f"algorithm.name: this key is required; allowed: {NAMES}"),
         (
             {"rollout": {"plan": {"name": "some"}}},

@@ -109,8 +109,8 @@ def test_candidates_of_one_state_have_a_margin_that_is_linear_in_the_mean(weight
 def test_one_pass_of_each_policy_serves_a_pool() -> None:
     run = moved(VARIANTS["step_dpo"])
     sizes = []
-    forward = run.toy.velocity
-    run.toy.velocity = lambda latents, *rest: (sizes.append(len(latents)), forward(latents, *rest))[1]  # type: ignore[method-assign]
+    forward = run.toy.begin
+    run.toy.begin = lambda latents, *rest: (sizes.append(len(latents)), forward(latents, *rest))[1]  # type: ignore[method-assign]
     first_loss(run, SPREAD)
     assert sizes == [1, 1]  # one state, the current policy and the reference; not two candidates each
 
@@ -591,8 +591,8 @@ def test_only_what_the_loss_needs_passes_the_network(overrides: dict[str, Any], 
     run = ToyRun(overrides)
     rollouts = run.rollouts()
     seen = []
-    forward = run.toy.velocity
-    run.toy.velocity = lambda latents, *rest: (seen.append(len(latents)), forward(latents, *rest))[1]  # type: ignore[method-assign]
+    forward = run.toy.begin
+    run.toy.begin = lambda latents, *rest: (seen.append(len(latents)), forward(latents, *rest))[1]  # type: ignore[method-assign]
     for batch in run.algorithm.batches(rollouts, [comparison(SPREAD)] * len(rollouts), 0):
         run.algorithm.loss(run.policy, batch)
     assert seen == sizes

@@ -100,6 +100,7 @@ CASES: dict[str, list[Case]] = {
     "ema_decay": [direct("follow.ema", 0.9, "evaluation.policy", "evaluation.images", "exported", **EVALUATED)],
     "evaluation": [moves(EVALUATED["evaluation"], "files", "evaluation.images")],
     "model.path": [direct("load.path", "OTHER_MODEL")],
+    "model.adapter": [moves(f"{Path(__file__).parents[1] / 'negative.py'}:Negative", "rollout.images")],
     "model.dtype": [moves("bfloat16", "load.dtype", "rollout.latents", "train.latents", "evaluation.latents", **EVALUATED)],
     "model.height": [direct("rollout.pipe.height", 32, "rollout.latents", "train.latents")],
     "model.width": [direct("rollout.pipe.width", 32, "rollout.latents", "train.latents")],

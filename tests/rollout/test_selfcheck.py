@@ -111,9 +111,6 @@ class Adapter:
         step = self.inner.begin(latents, index, conditioning)
         return LiftedStep(scale * step.velocity, step.finish)
 
-    def velocity(self, latents, index, conditioning):
-        return self.begin(latents, index, conditioning).velocity
-
 
 def test_an_adapter_is_held_to_the_same():
     report = check(Adapter(zoo.shared("flux")))

@@ -28,6 +28,7 @@ from variants import VARIANTS
 
 from flowsteer.rl.algorithms.flow_grpo import FlowGRPO
 from flowsteer.rl.build import build_algorithm, build_plan, build_worker
+from flowsteer.rl.check.checks import START
 from flowsteer.rl.config import parse_config
 from flowsteer.rl.evaluate import evaluate
 from flowsteer.rl.export import LORA_FILE, export_lora, load_lora, merge
@@ -212,18 +213,6 @@ def test_a_moved_policy_is_seen_and_its_own_rollouts_have_ratio_one(model: str, 
         assert metrics["kl"] > 0
         loss.backward()  # the passes under the reference left the graph whole
     assert any(parameter.grad is not None for parameter in case.policy.parameters().values())
-
-
-# What every algorithm's metrics are when the policy is the one that drew, the old one and the reference at once.
-START = {
-    "ratio": 1.0,
-    "ratio_deviation": 0.0,
-    "clip_fraction": 0.0,
-    "kl": 0.0,
-    "old_distance": 0.0,
-    "margin": 0.0,  # of preferences: the loss is log 2
-    "group_weight": 0.5,  # of DGPO's groups
-}
 
 
 def drawn_and_learned(case: Case, name: str, *, guided: bool) -> tuple[list[Rollout], Any]:

@@ -1,0 +1,216 @@
+"""Algorithms from outside: named by module, file or entry point, checked, and refused if they are none."""
+
+from __future__ import annotations
+
+import json
+import re
+from importlib.metadata import EntryPoint
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from flowsteer.rl.algorithms.flow_grpo import FlowGRPO
+from flowsteer.rl.check.checks import Trial
+from flowsteer.rl.check.page import check_algorithm, parse_settings, trials_of
+from flowsteer.rl.command.main import app
+from flowsteer.rl.config import check_config, load_config, parse_config, save_config
+from flowsteer.rl.plugins import BUILT_IN, find_algorithm, list_algorithms
+
+SOURCE = '''"""Plain: REINFORCE over denoising steps (a paper)."""
+import torch
+from pydantic import PositiveFloat
+from flowsteer.rl.algorithms.forward import ForwardAlgorithm
+from flowsteer.rl.algorithms.losses import Terms
+from flowsteer.rl.algorithms.transitions import TransitionAlgorithm, TransitionTerms
+
+class Plain(TransitionAlgorithm):
+    """Its settings."""
+    strength: PositiveFloat = 1.0
+    """Multiplies the loss."""
+    def per_sample(self, step: TransitionTerms) -> Terms:
+        return Terms(loss=-self.strength * step.advantage * step.log_prob, metrics={})
+
+class Swapped(Plain):
+    def per_sample(self, step):
+        loss = super().per_sample(step).loss
+        return Terms(loss=-loss.mean(), metrics={"kl": torch.ones(len(loss))})
+
+class Crashes(Plain):
+    def per_sample(self, step):
+        return step.likelihood
+
+class Random(Plain):
+    def per_sample(self, step):
+        loss = super().per_sample(step).loss
+        return Terms(loss=loss * torch.rand(len(loss)), metrics={})
+
+class Matching(ForwardAlgorithm):
+    def per_sample(self, terms):
+        return Terms(loss=terms.advantage * terms.error(), metrics={})
+
+class NoLoss(TransitionAlgorithm): ...
+
+class NoLogits(Matching):
+    on_pairs = True
+
+def function(): ...
+'''
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "mine.py").write_text(SOURCE)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def config(algorithm: Any, **changes: Any) -> Any:
+    return parse_config({"num_steps": 1, "rewards": "jpeg_compressibility", "algorithm": algorithm, **changes})
+
+
+def page_of(name: str, *settings: str) -> dict[str, str]:
+    (trial,) = trials_of(name, parse_settings(settings)).values()
+    return {line.check: line.status for line in check_algorithm(name, trial).lines}
+
+
+def test_a_file_names_one_and_the_saved_configuration_names_it_again(tmp_path: Path) -> None:
+    made = config({"name": "./mine.py:Plain", "strength": 2})
+    assert made.algorithm.strength == 2
+    assert made.algorithm.label == "./mine.py:Plain"
+    assert made.rollout.plan.name == "all"  # it learns from transitions
+    assert config("mine.py:Matching").rollout.plan.name == "none"
+    save_config(made, tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == made
+    assert parse_config(json.loads(made.model_dump_json())) == made
+    assert load_config(tmp_path / "config.yaml", ["algorithm.strength=3"]) != made
+
+
+def test_a_module_names_one_and_a_built_in_one_goes_through_the_same_door() -> None:
+    made = config({"name": "flowsteer.rl.algorithms.flow_grpo:FlowGRPO", "clip_range": 0.5})
+    assert isinstance(made.algorithm, FlowGRPO)
+    assert find_algorithm("flow_grpo") is FlowGRPO
+    assert type(config({"name": "flow_grpo"})).__mro__[1].__name__ == "Section"  # no class of its own
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "message"),
+    [
+        ({"name": "./mine.py:Plain", "strenght": 1}, "algorithm.strenght: unknown key for name=./mine.py:Plain; did you mean "),
+        ({"name": "./mine.py:Plain", "strength": 0}, "algorithm.strength: Input should be greater than 0, got 0"),
+        ("./mine.py", "'./mine.py' does not say which class of the file is the algorithm; write ./mine.py:Plain or"),
+        ("./no.py:Plain", "algorithm './no.py:Plain': there is no file "),
+        ("./mine.py:Plane", "algorithm './mine.py:Plane': mine.py has no 'Plane'; did you mean Plain"),
+        ("nowhere.at_all:X", "algorithm 'nowhere.at_all:X': there is no module 'nowhere' among the installed packages or"),
+        ("mine.py:function", "algorithm 'mine.py:function' is a function; it must be a class, a subclass of flowsteer.rl"),
+        ("pathlib:Path", "algorithm 'pathlib:Path': the class Path is no algorithm; an algorithm is a subclass of flowste"),
+        ("mine.py:TransitionAlgorithm", "the class TransitionAlgorithm is the base of a family; an algorithm is a subclass"),
+        ("mine.py:NoLoss", "the class NoLoss learns from single samples and needs a method per_sample(self, terms)"),
+        ("mine.py:NoLogits", "the class NoLogits compares pairs (on_pairs = True) and needs a method logits(self, terms)"),
+    ],
+)  # fmt: skip
+def test_what_is_refused(algorithm: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        config(algorithm)
+
+
+def test_other_faults_are_still_told_beside_a_foreign_algorithm() -> None:
+    with pytest.raises(ValueError, match=r"rollout.group_sise: unknown key; did you mean 'group_size'\?"):
+        config("mine.py:Plain", rollout={"group_sise": 2})
+
+
+def test_a_foreign_algorithm_has_demands_like_a_built_in_one() -> None:
+    with pytest.raises(ValueError, match=r"algorithm.name=mine.py:Plain learns from stochastic transitions, but"):
+        check_config(config("mine.py:Plain", rollout={"plan": "none"}), 1)
+
+
+def test_entry_points_are_listed_with_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    group = "flowsteer.algorithms"
+    points = [
+        EntryPoint("plain", "mine:Plain", group),
+        EntryPoint("no_loss", "mine:NoLoss", group),
+        EntryPoint("gone", "nowhere:X", group),
+        EntryPoint("awm", "mine:Plain", group),
+    ]
+    monkeypatch.setattr("flowsteer.rewards.doors.entry_points", lambda group: points)
+    monkeypatch.syspath_prepend(Path.cwd())
+    entries = list_algorithms()
+    assert [entry.name for entry in entries[: len(BUILT_IN)]] == list(BUILT_IN)
+    assert all("arXiv" in entry.about or entry.name == "weighted_sft" for entry in entries[: len(BUILT_IN)])
+    assert all(entry.distribution == "flowsteer" for entry in entries[: len(BUILT_IN)])
+    assert [(entry.name, entry.about) for entry in entries[len(BUILT_IN) :]] == [
+        ("awm", "hidden by the built-in awm: name it mine:Plain"),
+        ("gone", "cannot be used: ModuleNotFoundError: No module named 'nowhere'"),
+        ("no_loss", "cannot be used: ValueError: algorithm 'no_loss': the class NoLoss learns from single samples and needs a "
+                    "method per_sample(self, terms)"),
+        ("plain", "Plain: REINFORCE over denoising steps (a paper)."),
+    ]  # fmt: skip
+    assert config({"name": "plain", "strength": 2}).algorithm.strength == 2
+    with pytest.raises(
+        ValueError, match=r"allowed: .*weighted_sft, gone, no_loss, plain\. A new entry point is visible"
+    ):
+        config("plane")
+
+
+@pytest.mark.parametrize("name", ["./mine.py:Plain", "./mine.py:Matching"])
+def test_a_right_one_passes(name: str) -> None:
+    found = page_of(name)
+    assert found.pop("start") == found.pop("distances") == "not applicable"  # no metrics, no anchors
+    assert set(found.values()) == {"passed"}
+
+
+@pytest.mark.parametrize(
+    ("name", "failed"),
+    [
+        ("./mine.py:Swapped", {"start", "first update", "no weight", "learns"}),
+        ("./mine.py:Random", {"repeatable", "no weight"}),
+    ],
+)
+def test_a_wrong_one_fails_where_it_is_wrong(name: str, failed: set[str]) -> None:
+    assert {check for check, status in page_of(name).items() if status == "failed"} == failed
+
+
+def test_what_it_raises_is_a_failure_of_the_check() -> None:
+    (trial,) = trials_of("./mine.py:Crashes", {}).values()
+    page = check_algorithm("Crashes", trial)
+    assert not page.ok
+    assert "learns        AttributeError: 'TransitionTerms' object has no attribute 'likelihood'" in page.text()
+
+
+def test_the_command_prints_a_page_and_its_exit_code_is_the_verdict() -> None:
+    done = CliRunner().invoke(app, ["algorithms", "check", "./mine.py:Plain", "algorithm.strength=2"])
+    assert done.exit_code == 0, done.output
+    assert "algorithm './mine.py:Plain': passes all checks" in done.output
+    done = CliRunner().invoke(app, ["algorithms", "check", "./mine.py:Crashes"])
+    assert done.exit_code == 1
+    assert "algorithm './mine.py:Crashes': fails 7 of 10 checks" in done.output
+
+
+def test_a_built_in_one_is_tried_in_all_its_variants() -> None:
+    assert list(trials_of("awm", {})) == ["awm", "awm off-policy"]
+    trials = trials_of("awm", {"algorithm.noise_levels_per_sample": 1, "advantage.ddof": 1})
+    assert all(trial.run().config.algorithm.noise_levels_per_sample == 1 for trial in trials.values())
+    assert all(trial.run().config.advantage.ddof == 1 for trial in trials.values())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["strength=2"], "'strength=2' is not of the form section.key=value, such as algorithm.updates_per_rollout=2"),
+        (
+            ["algorithm.strenght=2"],
+            "algorithm.strenght: unknown key for name=./mine.py:Plain; did you mean 'strength'?",
+        ),
+        (["rollout.group_size=4"], "the toy's own rollout.group_size=8 stays as it is; leave it out"),
+        (["rollout.plan=none"], "algorithm.name=./mine.py:Plain learns from stochastic transitions"),
+    ],
+)
+def test_settings_that_it_cannot_be_tried_with(settings: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        trials_of("./mine.py:Plain", parse_settings(settings))
+
+
+def test_a_trial_finds_the_weights_of_distances_by_what_they_do() -> None:
+    trial = Trial(overrides={"algorithm": {"name": "grpo_guard", "kl_coef": 0.1}})
+    assert trial.coefficients() == [("kl_coef", "reference")]
