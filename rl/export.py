@@ -229,7 +229,7 @@ def merge(model: str, weights: Path, folder: Path, *, dtype: torch.dtype = torch
         ValueError: ``weights`` holds neither, or ``folder`` is not empty.
     """
     from flowsteer.rl.placeholder import fill_absent
-    from flowsteer.rollout.lifting.pipeline import load_diffusers
+    from flowsteer.rollout.lifting.loading import load_diffusers
 
     _refuse_full(folder)
     pipe = load_diffusers(model, dtype=dtype)

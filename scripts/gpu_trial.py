@@ -33,7 +33,8 @@ from flowsteer.rl.config import load_config
 from flowsteer.rl.metrics import Meter
 from flowsteer.rl.scoring import StepScorer
 from flowsteer.rollout.data.prompts import Prompts
-from flowsteer.rollout.lifting.pipeline import FlowPipeline, load_diffusers
+from flowsteer.rollout.lifting.loading import load_diffusers
+from flowsteer.rollout.lifting.pipeline import FlowPipeline
 from flowsteer.rollout.types import Rollout
 
 JPEG = 'rewards={"flowsteer.rewards.scorers.jpeg:JPEGCompressibility": {}}'  # by its place: entry points need an installation

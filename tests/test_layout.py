@@ -254,3 +254,15 @@ def test_the_page_is_a_page():
     assert len(source.splitlines()) <= 50
     acts = re.findall(r"# (\d\. \w+)", source)
     assert acts == ["1. sample", "2. score", "3. compare", "4. improve"]
+
+
+def test_files_and_functions_are_short():
+    """What is longer has more than one subject. A function is counted without its signature, in which commands have options."""
+    one_file_by_design = ROOT / "rewards" / "hosts" / "worker.py"  # run by the interpreters of other environments
+    for path in [*files(), *sorted((ROOT / "scripts").glob("*.py"))]:
+        source = path.read_text(encoding="utf-8")
+        most = 450 if path.parent.name == "scripts" or path == one_file_by_design else 400
+        assert len(source.splitlines()) <= most, path
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                assert (node.end_lineno or 0) - node.body[0].lineno < 80, f"{path}: {node.name}"

@@ -64,7 +64,7 @@ def show_loop(
     import diffusers
 
     from flowsteer.rollout.lifting.lift import show_loop as source_of
-    from flowsteer.rollout.lifting.pipeline import load_diffusers
+    from flowsteer.rollout.lifting.loading import load_diffusers
 
     known = path.isidentifier() and path.endswith("Pipeline")
     cls = getattr(diffusers, path, None) if known else type(load_diffusers(path))
@@ -77,12 +77,20 @@ def config_keys(
     pattern: Annotated[
         str | None, typer.Argument(help="Part of a key, or a whole one with `*`, such as `optimizer.*`; default: all.")
     ] = None,
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="All keys as tables, the page docs/configuration.md.")
+    ] = False,
 ) -> None:
     """Print the keys of a configuration with their types, defaults and meanings.
 
     **Example**: `flowsteer config keys guidance`
     """
-    from flowsteer.rl.config.keys import find_keys
+    from flowsteer.rl.config.keys import as_markdown, find_keys
 
+    if markdown:
+        if pattern is not None:
+            raise ValueError("--markdown writes the page of all keys; leave the pattern out")
+        typer.echo(as_markdown(), nl=False)
+        return
     for key in find_keys(pattern):
         console.print(Text(key.text()), soft_wrap=True)

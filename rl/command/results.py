@@ -114,9 +114,8 @@ def evaluate(
             timeout_s=timeout_s,
             progress=lambda done: status.update(f"{done} images"),
         )
-    summary = result.summary()
     table = Table("score", "mean", "95 % interval", title=f"{len(result.prompts)} prompts x {num_seeds} seeds")
-    for name, (mean, low, high) in summary.items():
+    for name, (mean, low, high) in result.summary().items():
         table.add_row(Text(name), f"{mean:.4f}", f"{low:.4f} to {high:.4f}")
     console.print(table)
     if output is not None:

@@ -37,6 +37,26 @@ class Key:
         return f"{self.path}{of}\n    {self.kind}{ends}" + (f"\n    {self.about}" if self.about else "")
 
 
+def as_markdown() -> str:
+    """The page docs/configuration.md: a table of all keys for each section, in the order of the schema."""
+    lines = [
+        "# All keys of a configuration",
+        "",
+        "Made from the schema by `flowsteer config keys --markdown`. `NAME` stands for a name of yours. A key that only some",
+        "variants of a section have says which. `flowsteer config keys PATTERN` finds a key on the command line.",
+    ]
+    section = None
+    for key in find_keys():
+        own = key.path.rpartition(".")[0]
+        if own != section:
+            section = own
+            lines += ["", f"## {own or 'The run'}", "", "| key | type | default | meaning |", "|---|---|---|---|"]
+        of = f" (`{key.variant}`)" if key.variant else ""
+        cells = [f"`{key.path}`{of}", key.kind, f"`{key.default}`" if key.default else "required", key.about]
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def find_keys(pattern: str | None = None) -> list[Key]:
     """The keys whose path contains the pattern, or matches it where it has a ``*``; without one all of them.
 

@@ -7,8 +7,7 @@ the nearest one; nothing that a user set is dropped.
 from __future__ import annotations
 
 import logging
-from functools import cache
-from typing import Annotated, Any, Literal, Union, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
     BaseModel,
@@ -19,13 +18,10 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
-    create_model,
     model_validator,
 )
 
-from flowsteer.rl.algorithms import ALGORITHMS, AnyAlgorithm
-from flowsteer.rl.plugins import find_algorithm, is_foreign
-from flowsteer.rl.types import Algorithm
+from flowsteer.rl.algorithms import AnyAlgorithm
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +32,7 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
 
-def _by_name(given: Any) -> Any:
+def by_name(given: Any) -> Any:
     """A text stands for the section of that name: ``all`` for ``{name: all}``."""
     return {"name": given} if isinstance(given, str) else given
 
@@ -193,9 +189,9 @@ class RolloutConfig(Section):
     """Samples of each prompt, which are compared with one another."""
     batch_size: PositiveInt = 64
     """Samples in one network pass, in sampling and in training: kernels that depend on the shape then agree."""
-    plan: Annotated[PlanConfig, BeforeValidator(_by_name)] = NonePlan()
+    plan: Annotated[PlanConfig, BeforeValidator(by_name)] = NonePlan()
     """Which steps are stochastic; by default ``all`` for algorithms that learn from transitions, ``none`` for others."""
-    kernel: Annotated[KernelConfig, BeforeValidator(_by_name)] = KernelConfig()
+    kernel: Annotated[KernelConfig, BeforeValidator(by_name)] = KernelConfig()
     solver: Literal["euler", "dpmpp_2m"] = "euler"
     """Of the deterministic steps; the second-order one is for those after the last stochastic step."""
     shared_noise: bool = False
@@ -357,7 +353,7 @@ class Config(Section):
     rewards: Annotated[dict[str, RewardConfig], Field(min_length=1), BeforeValidator(_by_names)]
     """By name: one of `flowsteer rewards list`, ``package.module:attribute``, or ``path/to/file.py:attribute``."""
     advantage: AdvantageConfig = AdvantageConfig()
-    algorithm: Annotated[AnyAlgorithm, BeforeValidator(_by_name)]
+    algorithm: Annotated[AnyAlgorithm, BeforeValidator(by_name)]
     """What is learned from the comparisons (`docs/algorithms.md`)."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Of the averaged weights that are evaluated and exported; 0 evaluates the current ones."""
@@ -371,7 +367,7 @@ class Config(Section):
         """The default of ``rollout.plan`` follows the algorithm."""
         if not isinstance(data, dict) or "algorithm" not in data:
             return data
-        algorithm, rollout = _by_name(data["algorithm"]), data.get("rollout", {})
+        algorithm, rollout = by_name(data["algorithm"]), data.get("rollout", {})
         name = algorithm.get("name") if isinstance(algorithm, dict) else getattr(algorithm, "name", None)
         choices = get_args(cls.model_fields["algorithm"].annotation)
         known = {own.model_fields["name"].default: own.learns_from for own in choices}
@@ -388,32 +384,3 @@ class Config(Section):
     def num_updates(self) -> int:
         """Optimiser updates of the whole run."""
         return self.num_steps * self.algorithm.updates_per_rollout
-
-
-def config_for(data: Any) -> type[Config]:
-    """The class that a mapping is to be validated with: one that knows the algorithm, if that is a plug-in.
-
-    Raises:
-        ValueError: the plug-in is not there, or is no algorithm.
-        ImportError: the plug-in's module cannot be imported.
-    """
-    section = _by_name(data.get("algorithm")) if isinstance(data, dict) else None
-    name = section.get("name") if isinstance(section, dict) else None
-    return _with_algorithm(name, find_algorithm(name)) if isinstance(name, str) and is_foreign(name) else Config
-
-
-@cache  # a configuration equals one that was saved and read again only if both have the same class
-def _with_algorithm(name: str, algorithm: type[Algorithm]) -> type[Config]:
-    """`Config`, whose algorithm may also be this one, under the name that the configuration gives it."""
-    given: Any = Literal[name]
-    named = create_model(
-        algorithm.__name__,
-        __base__=algorithm,
-        __module__=algorithm.__module__,
-        __doc__=algorithm.__doc__,
-        name=(given, name),
-    )
-    section: Any = Annotated[Union[(*ALGORITHMS, named)], Field(discriminator="name"), BeforeValidator(_by_name)]
-    return create_model(
-        "Config", __base__=Config, __module__=__name__, __doc__=Config.__doc__, algorithm=(section, ...)
-    )

@@ -12,8 +12,9 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from flowsteer.rl.config.foreign import config_for
 from flowsteer.rl.config.messages import explain
-from flowsteer.rl.config.schema import Config, config_for
+from flowsteer.rl.config.schema import Config
 
 
 class _Loader(yaml.SafeLoader):

@@ -287,7 +287,7 @@ def loading_snippet(config: dict[str, Any], folder: Path, evaluations: Sequence[
     load = f"DiffusionPipeline.from_pretrained({_public(model)!r}{dtype})"
     source = f"{torch_import}from diffusers import DiffusionPipeline"
     if model == "embedded":
-        load, source = "load_diffusers('embedded')", "from flowsteer.rollout.lifting.pipeline import load_diffusers"
+        load, source = "load_diffusers('embedded')", "from flowsteer.rollout.lifting.loading import load_diffusers"
     weights = f"pipe.load_lora_weights({f'{name}/export'!r})"
     if (folder / "export" / SECOND).exists():
         weights += f"\npipe.load_lora_weights({f'{name}/export/{SECOND}'!r}, load_into_{SECOND}=True)"

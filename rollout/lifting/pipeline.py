@@ -15,14 +15,10 @@ from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import diffusers
 import torch
-import transformers
 from diffusers import DiffusionPipeline
-from huggingface_hub.errors import HFValidationError
 from torch import Tensor, nn
 
 from flowsteer.rollout.lifting.arguments import CallArguments, Settings
@@ -35,13 +31,13 @@ from flowsteer.rollout.lifting.conditioning import (
     find_layout,
 )
 from flowsteer.rollout.lifting.lift import LiftError, lift
+from flowsteer.rollout.lifting.loading import EMBEDDED, load_diffusers
 from flowsteer.rollout.lifting.protocol import Pipeline
 from flowsteer.rollout.lifting.schedules import read_schedule, steppable
 from flowsteer.rollout.lifting.step import LiftedStep
 
 logger = logging.getLogger(__name__)
 
-EMBEDDED = "embedded"
 EMBEDDED_LENGTH = 12  # tokens of a prompt
 ADAPTER_ADVICE = "write an adapter for it (flowsteer.rollout.lifting.protocol.Pipeline)"
 _NEUTRAL_PROMPT = "a photo"
@@ -381,55 +377,10 @@ def finish(generator: Body, next_latents: Tensor) -> dict[str, Any]:
     raise LiftError("the pipeline steps twice in one iteration; only one step can be trained")
 
 
-def load_diffusers(
-    path: str, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
-) -> DiffusionPipeline:
-    """A diffusers pipeline from a folder, a hub id, or "embedded", the tiny one that comes with this package.
-
-    Components that ``model_index.json`` leaves out or lists as [null, null] are None, so that Stable Diffusion 3
-    without T5 loads. Raises ValueError where there is no such pipeline.
-    """
-    folder = str(Path(__file__).parents[1] / EMBEDDED) if path == EMBEDDED else path
-    try:
-        if not Path(folder).is_dir():
-            folder = str(DiffusionPipeline.download(folder))  # its progress is worth seeing, that of loading is not
-        index: Any = DiffusionPipeline.load_config(folder)
-    except (OSError, HFValidationError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(
-            f"there is no diffusers pipeline {path!r}: give a folder with a model_index.json, the id of a repository on the "
-            f"hub, or {EMBEDDED!r} ({type(error).__name__}: {reason})"
-        ) from error
-    cls = getattr(diffusers, index["_class_name"], None)  # None: a class that comes with the checkpoint
-    expected = cls._get_signature_keys(cls)[0] if cls is not None else ()
-    absent = {name: None for name in expected if (index.get(name) or [None])[0] is None}
-    with _without_progress_bars():
-        return DiffusionPipeline.from_pretrained(folder, dtype=dtype, **absent).to(device)
-
-
-@contextmanager
-def _without_progress_bars() -> Iterator[None]:
-    """No bars of diffusers and transformers while parts are loaded; afterwards as before."""
-    shown = [
-        library
-        for library in (diffusers.utils.logging, transformers.utils.logging)
-        if library.is_progress_bar_enabled()
-    ]
-    for library in shown:
-        library.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for library in shown:
-            library.enable_progress_bar()
-
-
 __all__ = [
-    "EMBEDDED",
     "Conditioning",
     "FlowPipeline",
     "LiftError",
     "Pipeline",
     "UnlikeConditioning",
-    "load_diffusers",
 ]

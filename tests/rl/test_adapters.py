@@ -19,7 +19,8 @@ from flowsteer.rollout.lifting.pipeline import FlowPipeline
 SOURCE = '''
 import torch
 from torch import nn
-from flowsteer.rollout.lifting.pipeline import load_diffusers, FlowPipeline
+from flowsteer.rollout.lifting.loading import load_diffusers
+from flowsteer.rollout.lifting.pipeline import FlowPipeline
 from flowsteer.rollout.lifting.step import LiftedStep
 
 class Wrapped:

@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 from flowsteer.rl.command.main import app
 from flowsteer.rl.export import LORA_FILE, convert_lora, export_lora, folded, load_lora, lora_state, merge
 from flowsteer.rl.policy import Policy
-from flowsteer.rollout.lifting.pipeline import load_diffusers
+from flowsteer.rollout.lifting.loading import load_diffusers
 
 RANK = 4
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")

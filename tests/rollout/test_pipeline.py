@@ -24,7 +24,8 @@ from flowsteer.rollout.lifting.conditioning import (
     UnlikeConditioning,
     find_layout,
 )
-from flowsteer.rollout.lifting.pipeline import FlowPipeline, load_diffusers
+from flowsteer.rollout.lifting.loading import load_diffusers
+from flowsteer.rollout.lifting.pipeline import FlowPipeline
 from flowsteer.rollout.lifting.schedules import read_schedule, steppable
 
 FAMILIES = list(zoo.ZOO)

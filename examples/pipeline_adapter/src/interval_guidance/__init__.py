@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from flowsteer.rollout.lifting.conditioning import Conditioning, Rows
-from flowsteer.rollout.lifting.pipeline import load_diffusers
+from flowsteer.rollout.lifting.loading import load_diffusers
 from flowsteer.rollout.lifting.step import LiftedStep
 from flowsteer.rollout.types import Schedule
 
