@@ -33,7 +33,7 @@ from flowsteer.rl.evaluate import evaluate
 from flowsteer.rl.export import LORA_FILE, export_lora, load_lora, merge
 from flowsteer.rl.policy import Policy
 from flowsteer.rl.train import train
-from flowsteer.rl.types import Comparison
+from flowsteer.rl.types import Comparison, Facts
 from flowsteer.rollout import kernels
 from flowsteer.rollout.pipeline import FlowPipeline
 from flowsteer.rollout.plan import all_steps, fixed_steps, no_steps, window
@@ -123,14 +123,18 @@ def comparison(size: int) -> Comparison:
 
 def flow_grpo(kernel: str, weight: str, rollout: Rollout) -> FlowGRPO:
     assert rollout.trajectory is not None
-    return FlowGRPO(
+    facts = Facts(
         kernel=kernel,
         log_prob_weight=weight,  # type: ignore[arg-type]
+        num_inference_steps=4,
         num_transitions=len(rollout.trajectory.indices),
+        group_size=len(rollout),
+        advantage_clip=None,
         seed=0,
-        clip_range=1e-4,
-        kl_coef=1.0,
+        common_indices=False,
+        gather=lambda values: values,
     )
+    return FlowGRPO(clip_range=1e-4, kl_coef=1.0).bind(facts)
 
 
 def losses(case: Case, algorithm: Any, *rollouts: Rollout) -> list[tuple[Tensor, dict[str, float]]]:
