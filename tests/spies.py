@@ -121,7 +121,7 @@ def _watch_models(trace: Trace, patch: pytest.MonkeyPatch) -> None:
                 trace.here(f"pipe.{name}", value)
         return original(self, prompts, **settings)
 
-    def velocity(original: Any, self: Any, latents: Tensor, index: int, conditioning: Any) -> Tensor:
+    def begin(original: Any, self: Any, latents: Tensor, index: int, conditioning: Any) -> Any:
         trace.here("latents", (str(latents.dtype), tuple(latents.shape)))
         trace.here("index", index)
         tensors = [value for value in conditioning.values.values() if isinstance(value, Tensor)]
@@ -152,7 +152,7 @@ def _watch_models(trace: Trace, patch: pytest.MonkeyPatch) -> None:
     _wrap(patch, pipeline, "load_diffusers", load)
     _wrap(patch, selfcheck, "check", check)
     _wrap(patch, pipeline.FlowPipeline, "prepare", prepare)
-    _wrap(patch, pipeline.FlowPipeline, "velocity", velocity)
+    _wrap(patch, pipeline.FlowPipeline, "begin", begin)
     _wrap(patch, Policy, "__init__", made)
     _wrap(patch, Policy, "follow", follow)
 

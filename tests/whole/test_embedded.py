@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 import torch
 from diffusers.models.attention_processor import JointAttnProcessor2_0
 from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import StableDiffusion3Pipeline
+from embedded_networks import learn_merges
 from typer.testing import CliRunner
 
 from flowsteer.rewards.scorers.world import TASKS, all_captions, reserved_captions, train_captions
@@ -182,7 +184,7 @@ def test_one_weighted_zero_token_is_as_many_zero_tokens(pipeline, num_zero_token
 
 def test_byte_pairs_are_merged_by_how_often_they_occur() -> None:
     # "a b" occurs 5 + 2 times, "b c</w>" 5 times
-    merges = script.learn_merges(script.Counter({"abc": 5, "abd": 2}))
+    merges = learn_merges(Counter({"abc": 5, "abd": 2}))
     assert merges == [("a", "b"), ("ab", "c</w>"), ("ab", "d</w>")]
 
 
