@@ -29,6 +29,7 @@ import gc
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -50,13 +51,29 @@ PARTS = ("selfcheck", "exact", "seeds", "resume", "memory", "speed", "quickstart
 PUBLISHED_PARAMETERS = 2_243_171_520  # of the denoiser
 ZERO_AT_START = {"flow_grpo": ("ratio_deviation", "kl"), "diffusion_nft": ("kl", "old_distance")}
 ZERO_AGAIN = {"flow_grpo": ("ratio_deviation",), "diffusion_nft": ("old_distance",)}  # on samples drawn after an update
-PEAK_BF16 = (  # dense, FLOP/s, from NVIDIA's data sheets; the first that the device's name contains
-    ("H100 PCIe", 756e12), ("H100 NVL", 835e12), ("H100", 989.4e12), ("H200", 989.4e12), ("H800", 989.4e12),
-    ("B200", 2250e12), ("A100", 312e12), ("A800", 312e12), ("L40S", 362e12), ("L40", 181e12), ("L4", 121e12),
-    ("RTX 4090", 165.2e12),
+PEAK_BF16 = (  # dense, FLOP/s, from NVIDIA's data sheets; the first whose words all stand in the device's name
+    ("H100 PCIe", 756e12), ("H100 NVL", 835e12), ("H100", 989.4e12), ("H200 NVL", 835e12), ("H200", 989.4e12),
+    ("H800 PCIe", 756e12), ("H800", 989.4e12), ("GB200", 2500e12), ("B200", 2250e12), ("A100", 312e12),
+    ("A800", 312e12), ("L40S", 362e12), ("L40", 181e12), ("L4", 121e12), ("RTX 4090 Laptop", None),
+    ("RTX 4090 D", None), ("RTX 4090", 165.2e12),
 )  # fmt: skip
 
 Line = dict[str, Any]
+
+
+def peak_flops(device: str) -> float | None:
+    """A device's peak in bfloat16 by its name, in FLOP/s; None if it is not known. Words count whole: "GH200" is no "H200"."""
+    words = set(re.findall(r"[A-Z0-9]+", device.upper()))
+    return next((rate for known, rate in PEAK_BF16 if words >= {*known.upper().split()}), None)
+
+
+def strict(value: Any) -> Any:
+    """A figure as JSON can hold it: NaN and infinity, which a failing claim may have, by their names."""
+    if isinstance(value, dict):
+        return {key: strict(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [strict(each) for each in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def trained(size: str, cpu: bool, name: str, checkpointing: bool, known: dict[Any, Any], root: Path) -> Iterator[Line]:
@@ -90,8 +107,7 @@ def trained(size: str, cpu: bool, name: str, checkpointing: bool, known: dict[An
     batch, steps = trial.config.rollout.batch_size, trial.config.rollout.num_inference_steps
     passes = trial.counted
     right = passes["rollout"] == {False: len(rollouts) * steps} and passes["update"][True] == trial.engine.accumulation
-    device = torch.cuda.get_device_name() if trial.on_gpu else "cpu"
-    ceiling = next((rate for part, rate in PEAK_BF16 if part in device), None)
+    ceiling = peak_flops(torch.cuda.get_device_name()) if trial.on_gpu else None
     for act in ("rollout", "update"):
         work = batch * (flops["forward"] * passes[act][False] + flops["with_backward"] * passes[act][True])
         work += images * flops["decode"] * (act == "rollout")
@@ -218,7 +234,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         for line in claims(given.size, cpu, given.parts, Path(folder)):
             failed += not line["ok"]
-            print(json.dumps(line), flush=True)
+            print(json.dumps(strict(line), allow_nan=False), flush=True)
     return int(failed > 0)
 
 

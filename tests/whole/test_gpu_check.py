@@ -10,17 +10,18 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import gpu_check
 import pytest
 import torch
-from gpu_check import PEAK_BF16, PUBLISHED_PARAMETERS, claims
+from gpu_check import PUBLISHED_PARAMETERS, claims, main, peak_flops
 from gpu_trial import CLIP_WIDTHS, TRANSFORMER, Trial, make_pipeline, nbytes
 
 ROOT = Path(str(files("flowsteer.rl"))).resolve().parent
 BOTH = {("flow_grpo", False), ("flow_grpo", True), ("diffusion_nft", False), ("diffusion_nft", True)}
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **variables}
     command = [sys.executable, "scripts/gpu_check.py", *arguments]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400, check=False)
 
@@ -110,6 +111,37 @@ def test_a_claim_that_fails_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert errors[0]["error"] == "OutOfMemoryError: no memory left"
 
 
+@pytest.mark.parametrize("figure", [float("nan"), float("inf"), -float("inf")])
+def test_a_failing_claim_is_json_and_exit_code_1(
+    figure: float, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A loss that is no number is what such a check is there to show: its line has to be read by any JSON reader."""
+    found = [{"claim": "exact", "ok": False, "kl": figure}, {"claim": "quickstart", "ok": True, "loss": [1.0, figure]}]
+    monkeypatch.setattr(gpu_check, "claims", lambda *_: iter(found))
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--size", "tiny"])
+    assert main() == 1
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    lines = [json.loads(line, parse_constant=refuse) for line in capsys.readouterr().out.splitlines()]
+    assert lines == [
+        {"claim": "exact", "ok": False, "kl": str(figure)},
+        {"claim": "quickstart", "ok": True, "loss": [1.0, str(figure)]},
+    ]
+
+
+def test_no_reward_extra_is_needed(tmp_path: Path) -> None:
+    """Where none of these packages can be imported, in the children too, the claims are the same."""
+    missing = ("cv2", "rapidocr", "onnxruntime", "trl", "tensorboard")
+    blocked = f"import sys\nsys.modules.update(dict.fromkeys({missing}))\n"
+    (tmp_path / "sitecustomize.py").write_text(blocked)  # every Python process reads it at its start
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    done = run("--size", "tiny", "--parts", "selfcheck", "quickstart", PYTHONPATH=path)
+    assert done.returncode == 0, done.stdout + done.stderr[-4000:]
+    assert [json.loads(line)["ok"] for line in done.stdout.splitlines()] == [True, True]
+
+
 def test_parts_are_chosen_and_the_full_size_wants_a_gpu() -> None:
     done = run("--size", "tiny", "--parts", "selfcheck")
     assert [json.loads(line)["claim"] for line in done.stdout.splitlines()] == ["selfcheck"]
@@ -136,8 +168,14 @@ def test_the_full_size_is_the_published_one() -> None:
         ("NVIDIA A100-SXM4-80GB", 312e12),
         ("NVIDIA L40S", 362e12),
         ("NVIDIA L4", 121e12),
+        ("NVIDIA H200", 989.4e12),
+        ("NVIDIA H200 NVL", 835e12),
+        ("NVIDIA GH200 480GB", None),
+        ("NVIDIA GB200", 2500e12),
+        ("NVIDIA GeForce RTX 4090", 165.2e12),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
         ("Some other device", None),
     ],
 )
 def test_peaks_go_by_name(name: str, peak: float | None) -> None:
-    assert next((rate for part, rate in PEAK_BF16 if part in name), None) == peak
+    assert peak_flops(name) == peak
