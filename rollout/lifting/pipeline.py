@@ -12,17 +12,13 @@ from __future__ import annotations
 import copy
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import diffusers
 import torch
-import transformers
 from diffusers import DiffusionPipeline
-from huggingface_hub.errors import HFValidationError
 from torch import Tensor, nn
 
 from flowsteer.rollout.lifting.arguments import CallArguments, Settings
@@ -34,26 +30,18 @@ from flowsteer.rollout.lifting.conditioning import (
     UnlikeConditioning,
     find_layout,
 )
-from flowsteer.rollout.lifting.lift import LiftError, lift
+from flowsteer.rollout.lifting.lift import ADAPTER_ADVICE, LiftError, lift
+from flowsteer.rollout.lifting.load import EMBEDDED, load_diffusers
 from flowsteer.rollout.lifting.protocol import Pipeline
 from flowsteer.rollout.lifting.schedules import read_schedule, steppable
-from flowsteer.rollout.lifting.step import LiftedStep
+from flowsteer.rollout.lifting.step import Body, LiftedStep, finish, run_to_step
 
 logger = logging.getLogger(__name__)
 
-EMBEDDED = "embedded"
 EMBEDDED_LENGTH = 12  # tokens of a prompt
-ADAPTER_ADVICE = "write an adapter for it (flowsteer.rollout.lifting.protocol.Pipeline)"
 _NEUTRAL_PROMPT = "a photo"
 
 Call = Callable[..., Any]
-Body = Generator[tuple[tuple, dict[str, Any]], "StepOutput", dict[str, Any]]  # yields scheduler.step's arguments
-
-
-class StepOutput(NamedTuple):
-    """What the lifted body gets back from its ``yield``: ``scheduler.step(...)[0]`` or ``.prev_sample``."""
-
-    prev_sample: Tensor
 
 
 class _Denoiser:
@@ -356,72 +344,6 @@ def fixed_randomness(device: torch.device) -> Iterator[None]:
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(0)
         yield
-
-
-def run_to_step(generator: Body, name: str, index: int) -> Tensor:
-    """Run a lifted body up to its step: the model output that the scheduler would have got."""
-    try:
-        args, kwargs = next(generator)
-    except StopIteration:
-        raise ValueError(f"{name} takes no step at denoising index {index}; {ADAPTER_ADVICE}") from None
-    except UnboundLocalError as error:
-        raise ValueError(
-            f"the loop of {name} needs a local that an earlier iteration has set ({error}), so no step can be evaluated "
-            f"by itself; {ADAPTER_ADVICE}"
-        ) from error
-    return args[0] if args else kwargs["model_output"]
-
-
-def finish(generator: Body, next_latents: Tensor) -> dict[str, Any]:
-    """Answer a suspended body's step and let it run out: its locals."""
-    try:
-        generator.send(StepOutput(next_latents))
-    except StopIteration as stop:
-        return stop.value
-    raise LiftError("the pipeline steps twice in one iteration; only one step can be trained")
-
-
-def load_diffusers(
-    path: str, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
-) -> DiffusionPipeline:
-    """A diffusers pipeline from a folder, a hub id, or "embedded", the tiny one that comes with this package.
-
-    Components that ``model_index.json`` leaves out or lists as [null, null] are None, so that Stable Diffusion 3
-    without T5 loads. Raises ValueError where there is no such pipeline.
-    """
-    folder = str(Path(__file__).parents[1] / EMBEDDED) if path == EMBEDDED else path
-    try:
-        if not Path(folder).is_dir():
-            folder = str(DiffusionPipeline.download(folder))  # its progress is worth seeing, that of loading is not
-        index: Any = DiffusionPipeline.load_config(folder)
-    except (OSError, HFValidationError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(
-            f"there is no diffusers pipeline {path!r}: give a folder with a model_index.json, the id of a repository on the "
-            f"hub, or {EMBEDDED!r} ({type(error).__name__}: {reason})"
-        ) from error
-    cls = getattr(diffusers, index["_class_name"], None)  # None: a class that comes with the checkpoint
-    expected = cls._get_signature_keys(cls)[0] if cls is not None else ()
-    absent = {name: None for name in expected if (index.get(name) or [None])[0] is None}
-    with _without_progress_bars():
-        return DiffusionPipeline.from_pretrained(folder, dtype=dtype, **absent).to(device)
-
-
-@contextmanager
-def _without_progress_bars() -> Iterator[None]:
-    """No bars of diffusers and transformers while parts are loaded; afterwards as before."""
-    shown = [
-        library
-        for library in (diffusers.utils.logging, transformers.utils.logging)
-        if library.is_progress_bar_enabled()
-    ]
-    for library in shown:
-        library.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for library in shown:
-            library.enable_progress_bar()
 
 
 __all__ = [

@@ -1,0 +1,59 @@
+"""Diffusers pipelines from a folder, the hub, or this package."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from diffusers import DiffusionPipeline
+from huggingface_hub.errors import HFValidationError
+
+EMBEDDED = "embedded"
+
+
+def load_diffusers(
+    path: str, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> DiffusionPipeline:
+    """A diffusers pipeline from a folder, a hub id, or "embedded", the tiny one that comes with this package.
+
+    Components that ``model_index.json`` leaves out or lists as [null, null] are None, so that Stable Diffusion 3
+    without T5 loads. Raises ValueError where there is no such pipeline.
+    """
+    folder = str(Path(__file__).parents[1] / EMBEDDED) if path == EMBEDDED else path
+    try:
+        if not Path(folder).is_dir():
+            folder = str(DiffusionPipeline.download(folder))  # its progress is worth seeing, that of loading is not
+        index: Any = DiffusionPipeline.load_config(folder)
+    except (OSError, HFValidationError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"there is no diffusers pipeline {path!r}: give a folder with a model_index.json, the id of a repository on the "
+            f"hub, or {EMBEDDED!r} ({type(error).__name__}: {reason})"
+        ) from error
+    cls = getattr(diffusers, index["_class_name"], None)  # None: a class that comes with the checkpoint
+    expected = cls._get_signature_keys(cls)[0] if cls is not None else ()
+    absent = {name: None for name in expected if (index.get(name) or [None])[0] is None}
+    with _without_progress_bars():
+        return DiffusionPipeline.from_pretrained(folder, dtype=dtype, **absent).to(device)
+
+
+@contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    """No bars of diffusers and transformers while parts are loaded; afterwards as before."""
+    shown = [
+        library
+        for library in (diffusers.utils.logging, transformers.utils.logging)
+        if library.is_progress_bar_enabled()
+    ]
+    for library in shown:
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library in shown:
+            library.enable_progress_bar()
