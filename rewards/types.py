@@ -52,6 +52,10 @@ class Scores:
 
     A failed score is missing, never zero. ``total`` is NaN exactly where ``missing`` is true, so that using a missing
     score by mistake cannot go unnoticed.
+
+    Example: three samples of which the second could not be scored have ``total = tensor([0.8, nan, 0.3])``,
+    ``parts = {"ocr": tensor([0.8, nan, 0.3])}`` and
+    ``failures = {1: "reward 'ocr' gave no score (None)"}``; ``missing`` is ``tensor([False, True, False])``.
     """
 
     total: Tensor  # [B] float32, NaN where missing

@@ -10,7 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Protocol, cast
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -18,7 +18,9 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from flowsteer.rl.engine.zero import kept
-from flowsteer.rollout.lifting.pipeline import Pipeline
+from flowsteer.rollout.lifting.conditioning import Conditioning
+from flowsteer.rollout.lifting.protocol import Pipeline
+from flowsteer.rollout.types import ConditioningRows
 
 CURRENT = "current"
 
@@ -73,9 +75,10 @@ class Policy:
         """The parameters that hold the best policy while it is active."""
         return list(self._variants.parameters(self.best).values())
 
-    def velocity(self, latents: Tensor, index: int, conditioning: Any) -> Tensor:
+    def velocity(self, latents: Tensor, index: int, conditioning: ConditioningRows) -> Tensor:
         """The active policy's prediction at a denoising index, [B, *X] -> [B, *X]."""
-        return self.pipeline.begin(latents, index, conditioning).velocity
+        prepared = cast(Conditioning, conditioning)  # the rows of a rollout are those that its pipeline prepared
+        return self.pipeline.begin(latents, index, prepared).velocity
 
     @contextmanager
     def using(self, name: str) -> Iterator[None]:

@@ -8,14 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol, Self
+from typing import ClassVar, Generic, Literal, NamedTuple, Protocol, Self, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, PositiveInt, PrivateAttr
 from torch import Tensor
 
 from flowsteer.rollout.steps.kernels import LogProbWeight
-from flowsteer.rollout.types import Rollout, Schedule
+from flowsteer.rollout.types import ConditioningRows, Rollout, Schedule
 
 
 class Mean(NamedTuple):
@@ -134,7 +134,7 @@ def changed(section: BaseModel) -> set[str]:
 class PolicyView(Protocol):
     """What an algorithm may ask of the policy."""
 
-    def velocity(self, latents: Tensor, index: int, conditioning: Any) -> Tensor:
+    def velocity(self, latents: Tensor, index: int, conditioning: ConditioningRows) -> Tensor:
         """The active policy's prediction, [B, *X] -> [B, *X]; differentiable for the current policy."""
         ...
 
@@ -143,7 +143,10 @@ class PolicyView(Protocol):
         ...
 
 
-class Algorithm(BaseModel):
+LossTerm = TypeVar("LossTerm")  # what one loss is computed on: one transition, or one noise level, of a rollout batch
+
+
+class Algorithm(BaseModel, Generic[LossTerm]):
     """An algorithm is its validated settings and a loss per sample: `batches` says on what, `loss` says how much.
 
     What is shared stands in the two families, `TransitionAlgorithm` and `ForwardAlgorithm`; a subclass declares its settings
@@ -231,11 +234,11 @@ class Algorithm(BaseModel):
         """How many losses one rollout batch gives."""
         raise NotImplementedError
 
-    def batches(self, rollouts: Sequence[Rollout], comparisons: Sequence[Comparison], step: int) -> Iterator[Any]:
+    def batches(self, rollouts: Sequence[Rollout], comparisons: Sequence[Comparison], step: int) -> Iterator[LossTerm]:
         """The step's loss terms, in the order of the rollouts: those of the first update come first."""
         raise NotImplementedError
 
-    def loss(self, policy: PolicyView, batch: Any) -> tuple[Tensor, Metrics]:
+    def loss(self, policy: PolicyView, batch: LossTerm) -> tuple[Tensor, Metrics]:
         """The weighted mean loss of one term, a scalar, and what to report of it."""
         raise NotImplementedError
 

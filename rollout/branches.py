@@ -15,12 +15,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from flowsteer.rollout.lifting.pipeline import Pipeline
+from flowsteer.rollout.lifting.conditioning import Conditioning
+from flowsteer.rollout.lifting.protocol import Pipeline
 from flowsteer.rollout.sample import Transition, distinct, trajectory_of
 from flowsteer.rollout.steps import kernels
 from flowsteer.rollout.steps.kernels import LogProbWeight
@@ -72,7 +73,7 @@ class Branch:
 @torch.no_grad()
 def sample_branches(
     pipeline: Pipeline,
-    conditioning: Any,
+    conditioning: Conditioning,
     branching: Branching,
     *,
     seeds: Tensor,
@@ -120,7 +121,12 @@ def sample_branches(
 
 
 def _finished(
-    pipeline: Pipeline, conditioning: Any, branching: Branching, trajectory: Trajectory, solver: str, before: History
+    pipeline: Pipeline,
+    conditioning: Conditioning,
+    branching: Branching,
+    trajectory: Trajectory,
+    solver: str,
+    before: History,
 ) -> Iterator[Branch]:
     """The pool of a transition, finished in every way that is asked for."""
     schedule, (index,), candidates = conditioning.schedule, trajectory.indices, trajectory.next_latents[:, 0]

@@ -6,12 +6,13 @@ Letters: B samples, S states, P distinct rows, X latent shape of one sample.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from flowsteer.rollout.lifting.pipeline import Pipeline
+from flowsteer.rollout.lifting.conditioning import Conditioning
+from flowsteer.rollout.lifting.protocol import Pipeline
 from flowsteer.rollout.steps import kernels
 from flowsteer.rollout.steps.noise import initial_noise, stream_noise
 from flowsteer.rollout.steps.solvers import SOLVERS, remember
@@ -21,7 +22,7 @@ from flowsteer.rollout.types import SharedStates, Trajectory
 @torch.no_grad()
 def sample(
     pipeline: Pipeline,
-    conditioning: Any,
+    conditioning: Conditioning,
     *,
     seeds: Tensor,
     noise_levels: Sequence[float],

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, Self
 
 from torch import Tensor
 
@@ -47,14 +47,38 @@ class Schedule:
         return replace(self, sigma=self.sigma[ends], alpha=self.alpha[ends], timesteps=self.timesteps[visited])
 
 
+class ConditioningRows(Protocol):
+    """What a pipeline prepared for B prompts, a row for each; `flowsteer.rollout.lifting.conditioning.Conditioning` is one.
+
+    Who stores it or trains on it needs no more than this. What else is in a row is for the pipeline that prepared it.
+    """
+
+    @property
+    def schedule(self) -> Schedule:
+        """The noise levels, the same for all rows."""
+        ...
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """X."""
+        ...
+
+    def take(self, index: Sequence[int] | Tensor, /) -> Self:
+        """The rows ``index``, in that order; rows may repeat."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class SharedStates:
     """States that several samples leave: a pool of candidates, or a group that parts from its anchor.
 
     One network pass over the S states serves all B samples, in sampling and in training.
+
+    Example: two prompts with a group of three samples each have ``conditioning`` of S = 2 rows and
+    ``state = tensor([0, 0, 0, 1, 1, 1])``.
     """
 
-    conditioning: Any  # rollout.pipeline.Conditioning, S rows
+    conditioning: ConditioningRows  # S rows
     state: Tensor  # [B] int64, the state that each sample left
 
 
@@ -63,6 +87,11 @@ class Trajectory:
     """The stochastic transitions of a rollout batch, each self-contained.
 
     All samples of a batch share their denoising indices, so one network call serves one transition of the whole batch.
+
+    Example: six samples of shape [4, 8, 8] whose denoising steps 1 and 2 were stochastic with eta = 0.7 have
+    ``indices = (1, 2)``, ``noise_levels = (0.7, 0.7)``, ``latents`` and ``next_latents`` of [6, 2, 4, 8, 8] and ``log_prob``
+    of [6, 2]. ``next_latents[:, 0]`` is what step 1 drew from ``latents[:, 0]``. If the six left two shared states at a
+    single step, ``latents`` are [2, 1, 4, 8, 8] and ``next_latents`` [6, 1, 4, 8, 8].
     """
 
     indices: tuple[int, ...]  # K denoising indices, increasing
@@ -95,6 +124,11 @@ class Rollout:
 
     A batch is the unit of everything that follows: the improving passes use the same samples in the same order, so that
     every network call has the shape it had when the samples were drawn.
+
+    Example: the first batch of a step, two samples each of two prompts, has
+    ``prompts = ("a cat", "a cat", "two dogs", "two dogs")``, ``group = tensor([0, 0, 1, 1])``,
+    ``sample = tensor([0, 1, 2, 3])``, four different ``seeds``, and for a picture of 64 x 64 pixels ``latents`` of
+    [4, 16, 8, 8] and ``images`` of [4, 3, 64, 64]. With ``columns = {"count": (1, 1, 2, 2)}`` a reward gets ``count``, too.
     """
 
     prompts: tuple[str, ...]  # B
@@ -102,7 +136,7 @@ class Rollout:
     group: Tensor  # [B] int64, the same number for samples of one prompt in one training step
     sample: Tensor  # [B] int64, the sample's place in the whole training step, on whichever process it was drawn
     seeds: Tensor  # [B] int64, the seed of each sample's own generator
-    conditioning: Any  # rollout.pipeline.Conditioning, B rows
+    conditioning: ConditioningRows  # B rows
     latents: Tensor  # [B, *X], final
     images: Tensor  # [B, 3, H, W] or [B, T, 3, H, W] float32 in [0, 1], on the CPU
     trajectory: Trajectory | None
@@ -130,4 +164,4 @@ def expand_to(value: Tensor, like: Tensor) -> Tensor:
     return value.view(-1, *([1] * (like.dim() - 1)))
 
 
-__all__ = ["Rollout", "Schedule", "SharedStates", "Trajectory", "expand_to", "flat_mean"]
+__all__ = ["ConditioningRows", "Rollout", "Schedule", "SharedStates", "Trajectory", "expand_to", "flat_mean"]

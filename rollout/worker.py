@@ -11,7 +11,8 @@ from torch import Tensor
 
 from flowsteer.rollout.branches import Branching, sample_branches
 from flowsteer.rollout.data.prompts import Batch, Prompts, step_batches
-from flowsteer.rollout.lifting.pipeline import Pipeline
+from flowsteer.rollout.lifting.conditioning import Conditioning
+from flowsteer.rollout.lifting.protocol import Pipeline
 from flowsteer.rollout.sample import sample
 from flowsteer.rollout.steps.kernels import LogProbWeight
 from flowsteer.rollout.steps.noise import mix
@@ -159,7 +160,7 @@ class RolloutWorker:
             )
 
     def _sample(
-        self, conditioning: Any, batch: Batch, step: int, noise_levels: tuple[float, ...]
+        self, conditioning: Conditioning, batch: Batch, step: int, noise_levels: tuple[float, ...]
     ) -> tuple[Tensor, Trajectory | None]:
         last = max((index for index, level in enumerate(noise_levels) if level > 0), default=-1)
         return sample(
@@ -172,7 +173,7 @@ class RolloutWorker:
             **self.settings,
         )
 
-    def _prepare(self, texts: tuple[str, ...], guidance_scale: float) -> Any:
+    def _prepare(self, texts: tuple[str, ...], guidance_scale: float) -> Conditioning:
         """Conditioning, a row for each text."""
         distinct = list(dict.fromkeys(texts))
         return self.pipeline.prepare(

@@ -5,6 +5,9 @@ reward is the judge. Reserved captions were drawn neither in pre-training nor in
 
     python scripts/compare_with_diffusers.py runs/quickstart
 
+writes into the run's folder: `results.json`, the table, and `pictures/`, a sheet of pairs with captions and marks. The report
+shows both.
+
 Letters: P captions, S noise seeds of each.
 """
 
@@ -22,7 +25,7 @@ import torch
 import typer
 from diffusers import StableDiffusion3Pipeline
 from diffusers.utils import logging as diffusers_logging
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -111,20 +114,22 @@ def main(
         "95 % interval",
         title=f"drawn by plain diffusers, {steps} denoising steps",
     )
-    rows, gains, sheets = [], {}, {}
+    rows, gains, pages = [], {}, {}
     for kind, captions in kinds.items():
         captions = captions[:: max(1, len(captions) // limit)][:limit]
-        hits = {}
+        hits, firsts = {}, {}
         for name, (pipe, guidance) in models.items():
             pictures = [
                 draw(pipe, captions, seed, guidance=guidance, steps=steps, title=f"{kind}, {name}")
                 for seed in range(num_seeds)
             ]
             hits[name] = np.stack([strict(p, captions) for p in pictures], axis=1)  # [P, S]
-            sheets[kind, name] = pictures[0]
+            firsts[name] = pictures[0]
             mean, half = interval(hits[name])
             rows.append([kind, name, f"{mean:.3f}", f"{mean - half:.3f} to {mean + half:.3f}"])
             table.add_row(*rows[-1])
+        marks = [hits[name][:, 0] for name in ("before", "after")]
+        pages[kind] = draw_pairs(captions, firsts["before"], firsts["after"], *marks)
         for other in ("before", "before, guidance 3"):
             mean, half = interval(hits["after"] - hits[other])
             gains[kind, other] = (mean, half)
@@ -141,24 +146,71 @@ def main(
     columns = ["captions", "model", "strict accuracy", "95 % interval"]
     results = {"Strict accuracy, drawn by plain diffusers": {"columns": columns, "rows": rows, "note": note}}
     (run / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
-    picture = run / "pictures" / "before (upper) and after (lower), reserved captions, same seeds.png"
+    picture = run / "pictures" / "reserved captions before and after, same seeds, marked by the composition reward.png"
     picture.parent.mkdir(exist_ok=True)
-    sheet(sheets["reserved captions", "before"], sheets["reserved captions", "after"]).save(picture)
+    pages["reserved captions"].save(picture)
     gain, half = gains["reserved captions", "before"]
     console.print(f"gain on reserved captions without guidance: {gain:+.3f} (95 % interval above {gain - half:+.3f})")
 
 
-def sheet(before: np.ndarray, after: np.ndarray, columns: int = 12, lines: int = 4, scale: int = 2) -> Image.Image:
-    """Pairs of pictures, evenly chosen: before in the upper line, after in the lower, a gap below each pair."""
-    chosen = np.linspace(0, len(before) - 1, columns * lines).astype(int)
-    side, gap = before.shape[1] * scale, 2
-    page = np.full((lines * (2 * (side + gap) + 3 * gap), columns * (side + gap), 3), 255, dtype=np.uint8)
+PAIRS = 20  # on a sheet
+COLUMNS = 4  # pairs in a row
+SCALE = 3  # a pixel of a picture is drawn as so many squared
+GAP = 8  # pixels
+LINE = 16  # pixels, the height of a line of text
+RIGHT, WRONG, INK = "#1a7f37", "#cf222e", "#1f2328"  # colours of the tick, the cross and the text
+
+
+def draw_pairs(
+    captions: list[str], before: np.ndarray, after: np.ndarray, right_before: np.ndarray, right_after: np.ndarray
+) -> Image.Image:
+    """A sheet of pairs, at most 20, evenly chosen: before, after, a tick or a cross under each, the caption below.
+
+    Args:
+        captions: P texts.
+        before: uint8 [P, H, W, 3].
+        after: uint8 [P, H, W, 3].
+        right_before: [P], 1 if the picture shows exactly what its caption says, else 0.
+        right_after: [P], the same of the pictures after.
+    """
+    chosen = np.linspace(0, len(captions) - 1, min(PAIRS, len(captions))).astype(int)
+    height, width = (SCALE * side for side in before.shape[1:3])
+    cell_width, cell_height = 2 * width + 3 * GAP, height + 3 * LINE + 3 * GAP
+    lines = math.ceil(len(chosen) / COLUMNS)
+    page = Image.new("RGB", (COLUMNS * cell_width + GAP, lines * cell_height + GAP), "white")
+    pen, font = ImageDraw.Draw(page), ImageFont.load_default(size=12)
     for place, row in enumerate(chosen):
-        top, left = (place // columns) * (2 * (side + gap) + 3 * gap), (place % columns) * (side + gap)
-        for offset, pictures in ((0, before), (side + gap, after)):
-            large = pictures[row].repeat(scale, axis=0).repeat(scale, axis=1)
-            page[top + offset : top + offset + side, left : left + side] = large
-    return Image.fromarray(page)
+        top, left = GAP + place // COLUMNS * cell_height, GAP + place % COLUMNS * cell_width
+        sides = (("before", before, right_before), ("after", after, right_after))
+        for side, (word, pictures, right) in enumerate(sides):
+            x = left + side * (width + GAP)
+            page.paste(Image.fromarray(pictures[row]).resize((width, height), Image.Resampling.NEAREST), (x, top))
+            pen.rectangle((x, top, x + width - 1, top + height - 1), outline="#d0d7de")
+            draw_mark(pen, x, top + height + 4, right=bool(right[row]))
+            pen.text((x + 16, top + height + 2), word, fill=INK, font=font)
+        for line, text in enumerate(wrap(captions[row], font, 2 * width + GAP)[:2]):
+            pen.text((left, top + height + (line + 1) * LINE + 2), text, fill=INK, font=font)
+    return page
+
+
+def draw_mark(pen: ImageDraw.ImageDraw, x: int, y: int, *, right: bool) -> None:
+    """A green tick or a red cross, ten pixels wide, with its upper left corner at (x, y)."""
+    if right:
+        pen.line([(x + 1, y + 5), (x + 4, y + 9), (x + 10, y + 1)], fill=RIGHT, width=2)
+    else:
+        pen.line([(x + 1, y + 1), (x + 9, y + 9)], fill=WRONG, width=2)
+        pen.line([(x + 1, y + 9), (x + 9, y + 1)], fill=WRONG, width=2)
+
+
+def wrap(text: str, font: Any, width: int) -> list[str]:
+    """Lines of at most ``width`` pixels; a longer word has a line of its own."""
+    lines: list[str] = []
+    for word in text.split():
+        if lines and font.getlength(f"{lines[-1]} {word}") <= width:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(word)
+    return lines
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
@@ -33,6 +33,7 @@ from flowsteer.rl.config import load_config
 from flowsteer.rl.metrics import Meter
 from flowsteer.rl.scoring import StepScorer
 from flowsteer.rollout.data.prompts import Prompts
+from flowsteer.rollout.lifting.conditioning import Conditioning
 from flowsteer.rollout.lifting.loading import load_diffusers
 from flowsteer.rollout.lifting.pipeline import FlowPipeline
 from flowsteer.rollout.types import Rollout
@@ -187,7 +188,7 @@ class Trial:
     def flops(self, rollout: Rollout) -> dict[str, float]:
         """Of one sample's pass without a gradient, pass with backward, and decoding. Leaves gradients: ask it last."""
         self.network.disable_gradient_checkpointing()
-        latents, row = rollout.latents[:1], rollout.conditioning.take([0])
+        latents, row = rollout.latents[:1], cast(Conditioning, rollout.conditioning.take([0]))
 
         def count(work: Callable[[], object]) -> float:
             # plain matrix products: the counter does not know every device's fused attention

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from flowsteer.rl.algorithms.pairs import best_and_worst, preference_loss
 from flowsteer.rl.types import Algorithm, Comparison, Facts, Metrics, PolicyView, Setting, schedule_of
 from flowsteer.rollout.steps.kernels import denoised
 from flowsteer.rollout.steps.noise import mix, stream_noise
-from flowsteer.rollout.types import Rollout, Schedule, flat_mean
+from flowsteer.rollout.types import ConditioningRows, Rollout, Schedule, flat_mean
 
 _NOISE_STREAM = 1 << 20  # apart from the sampler's streams, which are denoising indices
 
@@ -74,7 +74,7 @@ class ForwardBatch:
         return schedule_of(self.rollout)
 
     @property
-    def conditioning(self) -> Any:
+    def conditioning(self) -> ConditioningRows:
         """R rows."""
         return self.rollout.conditioning if self.rows is None else self.rollout.conditioning.take(self.rows)
 
@@ -157,7 +157,7 @@ class NoiseLevels:
         return np.random.default_rng(mix(self.seed, step, *([] if sample is None or self.common else [sample])))
 
 
-class ForwardAlgorithm(Algorithm):
+class ForwardAlgorithm(Algorithm[ForwardBatch]):
     """The base of the family. `per_sample`, or for preferences `logits`, is what a subclass adds to its settings."""
 
     learns_from: ClassVar[Literal["transitions", "final latents"]] = "final latents"

@@ -63,7 +63,41 @@ class TransitionTerms:
         return kernels.kl(self.current, self.old)
 
 
-class TransitionAlgorithm(Algorithm):
+@dataclass(frozen=True, kw_only=True)
+class TransitionBatch:
+    """One stochastic step of one rollout batch."""
+
+    rollout: Rollout
+    comparison: Comparison
+    transition: int  # k, the place in the trajectory
+
+    rows: Tensor | None = None  # [R] int64, the rollout's samples that take part; None: all, R = B
+
+    @property
+    def trajectory(self) -> Trajectory:
+        """The rollout's trajectory, which a configuration for these algorithms guarantees."""
+        assert self.rollout.trajectory is not None
+        return self.rollout.trajectory
+
+    @property
+    def index(self) -> int:
+        """The denoising index."""
+        return self.trajectory.indices[self.transition]
+
+    @property
+    def next_latents(self) -> Tensor:
+        """[R, *X]."""
+        latents = self.trajectory.next_latents[:, self.transition]
+        return latents if self.rows is None else latents[self.rows]
+
+    @property
+    def old_log_prob(self) -> Tensor:
+        """[R], under the policy that drew it."""
+        log_prob = self.trajectory.log_prob[:, self.transition]
+        return log_prob if self.rows is None else log_prob[self.rows]
+
+
+class TransitionAlgorithm(Algorithm[TransitionBatch]):
     """The base of the family. `per_sample`, or for preferences `logits`, is what a subclass adds to its settings."""
 
     learns_from: ClassVar[Literal["transitions", "final latents"]] = "transitions"
@@ -147,40 +181,6 @@ class TransitionAlgorithm(Algorithm):
             length=float(sigma[batch.index] - sigma[batch.index + 1]),
             log_prob_weight=self.facts.log_prob_weight,
         )
-
-
-@dataclass(frozen=True, kw_only=True)
-class TransitionBatch:
-    """One stochastic step of one rollout batch."""
-
-    rollout: Rollout
-    comparison: Comparison
-    transition: int  # k, the place in the trajectory
-
-    rows: Tensor | None = None  # [R] int64, the rollout's samples that take part; None: all, R = B
-
-    @property
-    def trajectory(self) -> Trajectory:
-        """The rollout's trajectory, which a configuration for these algorithms guarantees."""
-        assert self.rollout.trajectory is not None
-        return self.rollout.trajectory
-
-    @property
-    def index(self) -> int:
-        """The denoising index."""
-        return self.trajectory.indices[self.transition]
-
-    @property
-    def next_latents(self) -> Tensor:
-        """[R, *X]."""
-        latents = self.trajectory.next_latents[:, self.transition]
-        return latents if self.rows is None else latents[self.rows]
-
-    @property
-    def old_log_prob(self) -> Tensor:
-        """[R], under the policy that drew it."""
-        log_prob = self.trajectory.log_prob[:, self.transition]
-        return log_prob if self.rows is None else log_prob[self.rows]
 
 
 def transition_batches(

@@ -77,20 +77,19 @@ def config_keys(
     pattern: Annotated[
         str | None, typer.Argument(help="Part of a key, or a whole one with `*`, such as `optimizer.*`; default: all.")
     ] = None,
-    markdown: Annotated[
-        bool, typer.Option("--markdown", help="All keys as tables, the page docs/configuration.md.")
+    as_markdown: Annotated[
+        bool, typer.Option("--markdown", help="A page of tables, as in `docs/configuration.md`.")
     ] = False,
 ) -> None:
     """Print the keys of a configuration with their types, defaults and meanings.
 
     **Example**: `flowsteer config keys guidance`
     """
-    from flowsteer.rl.config.keys import as_markdown, find_keys
+    from flowsteer.rl.config.keys import find_keys
+    from flowsteer.rl.config.reference import markdown
 
-    if markdown:
-        if pattern is not None:
-            raise ValueError("--markdown writes the page of all keys; leave the pattern out")
-        typer.echo(as_markdown(), nl=False)
+    if as_markdown:
+        typer.echo(markdown(find_keys(pattern)), nl=False)
         return
     for key in find_keys(pattern):
         console.print(Text(key.text()), soft_wrap=True)

@@ -15,6 +15,7 @@ from pydantic.fields import FieldInfo
 from flowsteer.rl.config import Config
 
 NAME = "NAME"  # stands for the names that a user chooses, such as a reward's
+OF_ITS_KEYS = "those of its keys"  # the default of a section without variants
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,26 +36,6 @@ class Key:
         of = f" (with name: {self.variant})" if self.variant else ""
         ends = f", default {self.default}" if self.default else ", required"
         return f"{self.path}{of}\n    {self.kind}{ends}" + (f"\n    {self.about}" if self.about else "")
-
-
-def as_markdown() -> str:
-    """The page docs/configuration.md: a table of all keys for each section, in the order of the schema."""
-    lines = [
-        "# All keys of a configuration",
-        "",
-        "Made from the schema by `flowsteer config keys --markdown`. `NAME` stands for a name of yours. A key that only some",
-        "variants of a section have says which. `flowsteer config keys PATTERN` finds a key on the command line.",
-    ]
-    section = None
-    for key in find_keys():
-        own = key.path.rpartition(".")[0]
-        if own != section:
-            section = own
-            lines += ["", f"## {own or 'The run'}", "", "| key | type | default | meaning |", "|---|---|---|---|"]
-        of = f" (`{key.variant}`)" if key.variant else ""
-        cells = [f"`{key.path}`{of}", key.kind, f"`{key.default}`" if key.default else "required", key.about]
-        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    return "\n".join(lines) + "\n"
 
 
 def find_keys(pattern: str | None = None) -> list[Key]:
@@ -115,7 +96,7 @@ def _default(field: FieldInfo) -> str:
     value = field.default
     if isinstance(value, BaseModel):
         name = value.model_dump().get("name")
-        return f"name: {name}" if name else "those of its keys"
+        return f"name: {name}" if name else OF_ITS_KEYS
     return value if isinstance(value, str) and value else json.dumps(value)
 
 

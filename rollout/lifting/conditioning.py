@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flowsteer.rollout.lifting.lift import ADAPTER_ADVICE
 from flowsteer.rollout.types import Schedule
 
 
@@ -157,7 +158,7 @@ def find_layout(two: Any, three: Any, name: str) -> Layout | None:
         return None  # an object with a state of its own, such as a scheduler, stands for all rows
     raise ValueError(
         f"the pipeline's local {name} is {_describe(two)} for two prompts and {_describe(three)} for three: no dimension "
-        "of it counts the prompts; write an adapter for this pipeline (flowsteer.rollout.lifting.protocol.Pipeline)"
+        f"of it counts the prompts; {ADAPTER_ADVICE}"
     )
 
 

@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
+ADAPTER_ADVICE = "write an adapter for it and name it as `model.adapter` (an example: examples/pipeline_adapter)"
 _CALLBACKS = ("callback", "callback_on_step_end")  # never given by us, so None
 
 
@@ -195,17 +196,18 @@ def _denoising_loop(cls: type, definition: ast.FunctionDef) -> ast.For:
     loops = [node for node in ast.walk(definition) if isinstance(node, (ast.For, ast.While)) and _has_step(node)]
     inner = [loop for loop in loops if not any(other is not loop and other in ast.walk(loop) for other in loops)]
     lines = ", ".join(f"line {loop.lineno} ({ast.unparse(loop).splitlines()[0]})" for loop in loops)
-    advice = "write an adapter for it (flowsteer.rollout.lifting.protocol.Pipeline)"
     if not loops:
         helpers = [name for name in _methods_with_a_step(cls) if name != "__call__"]
         where = f"; it steps in {', '.join(helpers)}" if helpers else ""
-        raise LiftError(f"{cls.__name__}.__call__ has no loop around scheduler.step{where}; {advice}")
+        raise LiftError(f"{cls.__name__}.__call__ has no loop around scheduler.step{where}; {ADAPTER_ADVICE}")
     if len(inner) > 1:
-        raise LiftError(f"{cls.__name__}.__call__ has {len(inner)} denoising loops: {lines}; one is needed; {advice}")
+        raise LiftError(
+            f"{cls.__name__}.__call__ has {len(inner)} denoising loops: {lines}; one is needed; {ADAPTER_ADVICE}"
+        )
     if len(loops) > 1:
-        raise LiftError(f"{cls.__name__}.__call__ has its denoising loop inside another: {lines}; {advice}")
+        raise LiftError(f"{cls.__name__}.__call__ has its denoising loop inside another: {lines}; {ADAPTER_ADVICE}")
     if not isinstance(inner[0], ast.For):
-        raise LiftError(f"{cls.__name__}.__call__ denoises in a while loop: {lines}; {advice}")
+        raise LiftError(f"{cls.__name__}.__call__ denoises in a while loop: {lines}; {ADAPTER_ADVICE}")
     return inner[0]
 
 

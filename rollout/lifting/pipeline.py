@@ -12,10 +12,10 @@ from __future__ import annotations
 import copy
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -30,26 +30,18 @@ from flowsteer.rollout.lifting.conditioning import (
     UnlikeConditioning,
     find_layout,
 )
-from flowsteer.rollout.lifting.lift import LiftError, lift
+from flowsteer.rollout.lifting.lift import ADAPTER_ADVICE, LiftError, lift
 from flowsteer.rollout.lifting.loading import EMBEDDED, load_diffusers
 from flowsteer.rollout.lifting.protocol import Pipeline
 from flowsteer.rollout.lifting.schedules import read_schedule, steppable
-from flowsteer.rollout.lifting.step import LiftedStep
+from flowsteer.rollout.lifting.step import Body, LiftedStep, finish, run_to_step
 
 logger = logging.getLogger(__name__)
 
 EMBEDDED_LENGTH = 12  # tokens of a prompt
-ADAPTER_ADVICE = "write an adapter for it (flowsteer.rollout.lifting.protocol.Pipeline)"
 _NEUTRAL_PROMPT = "a photo"
 
 Call = Callable[..., Any]
-Body = Generator[tuple[tuple, dict[str, Any]], "StepOutput", dict[str, Any]]  # yields scheduler.step's arguments
-
-
-class StepOutput(NamedTuple):
-    """What the lifted body gets back from its ``yield``: ``scheduler.step(...)[0]`` or ``.prev_sample``."""
-
-    prev_sample: Tensor
 
 
 class _Denoiser:
@@ -352,29 +344,6 @@ def fixed_randomness(device: torch.device) -> Iterator[None]:
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(0)
         yield
-
-
-def run_to_step(generator: Body, name: str, index: int) -> Tensor:
-    """Run a lifted body up to its step: the model output that the scheduler would have got."""
-    try:
-        args, kwargs = next(generator)
-    except StopIteration:
-        raise ValueError(f"{name} takes no step at denoising index {index}; {ADAPTER_ADVICE}") from None
-    except UnboundLocalError as error:
-        raise ValueError(
-            f"the loop of {name} needs a local that an earlier iteration has set ({error}), so no step can be evaluated "
-            f"by itself; {ADAPTER_ADVICE}"
-        ) from error
-    return args[0] if args else kwargs["model_output"]
-
-
-def finish(generator: Body, next_latents: Tensor) -> dict[str, Any]:
-    """Answer a suspended body's step and let it run out: its locals."""
-    try:
-        generator.send(StepOutput(next_latents))
-    except StopIteration as stop:
-        return stop.value
-    raise LiftError("the pipeline steps twice in one iteration; only one step can be trained")
 
 
 __all__ = [

@@ -19,8 +19,9 @@ from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from flowsteer.rollout.lifting.conditioning import Attribute, Conditioning, Key, UnlikeConditioning, same
-from flowsteer.rollout.lifting.pipeline import FlowPipeline, StepOutput, finish, fixed_randomness, run_to_step
+from flowsteer.rollout.lifting.pipeline import FlowPipeline, fixed_randomness
 from flowsteer.rollout.lifting.protocol import Pipeline
+from flowsteer.rollout.lifting.step import StepOutput, finish, run_to_step
 from flowsteer.rollout.steps.solvers import euler
 from flowsteer.rollout.types import Schedule
 

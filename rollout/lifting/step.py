@@ -5,10 +5,20 @@ Letters: B samples, X latent shape of one sample.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Generator
+from typing import Any, NamedTuple
 
 from torch import Tensor
+
+from flowsteer.rollout.lifting.lift import ADAPTER_ADVICE, LiftError
+
+Body = Generator[tuple[tuple, dict[str, Any]], "StepOutput", dict[str, Any]]  # yields scheduler.step's arguments
+
+
+class StepOutput(NamedTuple):
+    """What the lifted body gets back from its ``yield``: ``scheduler.step(...)[0]`` or ``.prev_sample``."""
+
+    prev_sample: Tensor
 
 
 class LiftedStep:
@@ -24,7 +34,7 @@ class LiftedStep:
         finish: from the next latents [B, *X] to those that enter the next step; None where the pipeline does nothing.
     """
 
-    def __init__(self, velocity: Tensor, finish: Callable[[Tensor], Any] | None = None) -> None:
+    def __init__(self, velocity: Tensor, finish: Callable[[Tensor], Tensor] | None = None) -> None:
         self.velocity = velocity
         self._finish = finish
         self._finished = False
@@ -39,3 +49,26 @@ class LiftedStep:
             raise ValueError("this step is finished; begin another one")
         self._finished = True
         return next_latents if self._finish is None else self._finish(next_latents)
+
+
+def run_to_step(generator: Body, name: str, index: int) -> Tensor:
+    """Run a lifted body up to its step: the model output that the scheduler would have got."""
+    try:
+        args, kwargs = next(generator)
+    except StopIteration:
+        raise ValueError(f"{name} takes no step at denoising index {index}; {ADAPTER_ADVICE}") from None
+    except UnboundLocalError as error:
+        raise ValueError(
+            f"the loop of {name} needs a local that an earlier iteration has set ({error}), so no step can be evaluated "
+            f"by itself; {ADAPTER_ADVICE}"
+        ) from error
+    return args[0] if args else kwargs["model_output"]
+
+
+def finish(generator: Body, next_latents: Tensor) -> dict[str, Any]:
+    """Answer a suspended body's step and let it run out: its locals."""
+    try:
+        generator.send(StepOutput(next_latents))
+    except StopIteration as stop:
+        return stop.value
+    raise LiftError("the pipeline steps twice in one iteration; only one step can be trained")

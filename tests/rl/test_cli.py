@@ -25,6 +25,7 @@ from PIL import Image
 from flowsteer.rl.command.main import app, main
 from flowsteer.rl.config import load_config
 from flowsteer.rl.config.keys import find_keys
+from flowsteer.rl.config.reference import markdown
 from flowsteer.rl.metrics import read_metrics
 
 SIZE = ["--height", "16", "--width", "16", "--call", "max_sequence_length=32", "--device", "cpu"]
@@ -136,6 +137,30 @@ def test_config_keys():
     assert "section with name: all | none | steps | window, default name: none" in command("config", "keys", "plan").out
     assert "did you mean optimizer.learning_rate or " in refusal("config", "keys", "learning_rte")
     assert "flowsteer config keys" in command("train", "--help").out
+
+
+def test_the_page_of_all_keys_is_up_to_date():
+    page = Path(__file__).resolve().parents[2] / "docs" / "configuration.md"
+    assert page.read_text(encoding="utf-8") == markdown(find_keys()), (
+        "the schema has changed: flowsteer config keys --markdown > docs/configuration.md"
+    )
+
+
+def test_config_keys_as_markdown():
+    """Each key is one row, in the table of its section or variant."""
+    text = command("config", "keys", "--markdown").out
+    assert text == markdown(find_keys())
+    assert sum(line.startswith("| `") for line in text.splitlines()) == len(find_keys())
+    headings = [line for line in text.splitlines() if line.startswith("## ")]
+    assert len(headings) == len(set(headings))
+    _, run = text.split("## The run")
+    assert "| `ema_decay` |" in run.split("## ")[0]
+    assert "## `algorithm` with `name: awm`\n" in text
+    assert "| `rollout.plan` | section with name: all or none or steps or window | `name: none` |" in text
+    part = command("config", "keys", "warmup", "--markdown").out
+    assert [line for line in part.splitlines() if line.startswith("| `")] == [
+        "| `optimizer.warmup_updates` | integer >= 0 | `0` | Updates in which the learning rate rises from 0. |"
+    ]
 
 
 def flat_keys(tree: dict[str, object], prefix: str = "") -> list[str]:

@@ -21,7 +21,6 @@ from flowsteer.rl.config import (
     save_config,
     shipped_configs,
 )
-from flowsteer.rl.config.keys import as_markdown
 from flowsteer.rl.config.schema import NonePlan, RolloutConfig, WindowPlan
 
 
@@ -475,8 +474,3 @@ def test_the_quick_start_runs_on_its_processes():
     script = (Path(__file__).resolve().parents[2] / "scripts" / "quickstart.sh").read_text(encoding="utf-8")
     processes, name = re.search(r"--nproc_per_node (\d+) .* train (\w+)", script).groups()
     check_config(load_config(name), int(processes))
-
-
-def test_the_page_of_all_keys_is_up_to_date():
-    page = (Path(__file__).resolve().parents[2] / "docs" / "configuration.md").read_text(encoding="utf-8")
-    assert page == as_markdown(), "run: flowsteer config keys --markdown > docs/configuration.md"

@@ -14,7 +14,7 @@ import pytest
 import zoo
 
 from flowsteer.rollout.lifting.lift import LiftError, lift, show_loop
-from flowsteer.rollout.lifting.pipeline import StepOutput, finish
+from flowsteer.rollout.lifting.step import StepOutput, finish
 
 
 class Scheduler:

@@ -8,7 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 from benchmark import rollout_once
+from compare_with_diffusers import draw_pairs
+from PIL import Image
 
 from flowsteer.rl.config import load_config
 from flowsteer.rl.start import start
@@ -36,8 +39,32 @@ def test_a_run_is_compared_by_plain_diffusers(tmp_path: Path) -> None:
     assert "gain on reserved captions without guidance" in text
     (table,) = json.loads((run / "results.json").read_text()).values()
     assert len(table["rows"]) == 2 * (3 + 2)  # reserved and trained captions: three models, two differences
+    (sheet,) = (run / "pictures").glob("*.png")
+    assert Image.open(sheet).size == (4 * (2 * 96 + 3 * 8) + 8, 2 * (96 + 3 * 16 + 3 * 8) + 8), "8 captions, 4 a row"
     script("-m", "flowsteer.rl.command", "report", run)
     assert "drawn by plain diffusers" in (run / "report.html").read_text()
+
+
+def test_pairs_have_a_caption_and_marks():
+    """Under each picture a green tick or a red cross, by the reward; below both the caption, in as many lines as it takes."""
+    plain = np.full((3, 32, 32, 3), 128, np.uint8)
+    captions = [
+        "a circle",
+        "a red circle",
+        "a very long caption that does not fit into one line below two small pictures",
+    ]
+    page = np.asarray(draw_pairs(captions, plain, plain, np.array([0, 1, 1]), np.array([1, 0, 1])))
+    rows = slice(8 + 96 + 4, 8 + 96 + 16)  # those of the marks
+    for caption, marks in enumerate(["wr", "rw", "rr"]):
+        for side, mark in enumerate(marks):
+            left = 8 + caption * (2 * 96 + 3 * 8) + side * (96 + 8)
+            found = {tuple(pixel) for pixel in page[rows, left : left + 12].reshape(-1, 3).tolist()}
+            assert ((26, 127, 55) in found, (207, 34, 46) in found) == (mark == "r", mark == "w")
+    first, second = (page[8 + 96 + line * 16 + 4 : 8 + 96 + (line + 1) * 16] for line in (1, 2))
+    of_third = slice(8 + 2 * (2 * 96 + 3 * 8), None)
+    assert first[:, :200].min() < 100, "the first caption is one line"
+    assert second[:, :200].min() == 255
+    assert second[:, of_third].min() < 100, "the third has two lines"
 
 
 def test_the_comparison_imports_nothing_of_training() -> None:
