@@ -5,6 +5,10 @@ from __future__ import annotations
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: networks of this size only lose by threads
+if "ATEN_CPU_CAPABILITY" in os.environ:
+    # An older processor is imitated. torch's attention asks oneDNN, which looks at the real one: "pack_vnni2 is only supported
+    # when avx512 is supported" is raised in bfloat16 on a processor with AMX.
+    os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX2")
 
 import copy
 from collections.abc import Callable

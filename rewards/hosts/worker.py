@@ -3,30 +3,30 @@
     python worker.py run TARGET --fd 5              # started by flowsteer.rewards.hosts.child.WorkerReward
     python worker.py serve TARGET --port 8700       # asked by flowsteer.rewards.hosts.remote.HTTPReward
 
-Run by its path with the python of another environment, so this one file needs the standard library alone (Python 3.8 to
-3.13) and imports nothing of ours. TARGET is ``module:attribute`` or ``path/to/file.py:attribute``: a class, whose arguments
-are the JSON object ``--options``, or a function. It is called as every reward, ``(images, prompts, **columns)``, one call
-at a time. ``images`` is a numpy array, uint8 [B, H, W, 3] or [B, T, H, W, 3]; where numpy is not installed a memoryview of
-that shape. It answers B numbers or None, or a mapping of such parts, of which "score" is the one that counts. Optional
-attributes of the scorer: ``fingerprint`` (what else decides its scores: weights' hash, preprocessing), ``version``,
-``groupwise``, ``video``, ``uses_prompt``.
+The python of another environment runs this file by its path, so it needs the standard library alone (Python 3.8 to 3.13).
+TARGET is ``module:attribute`` or ``path/to/file.py:attribute``: a function, or a class that is made with the JSON object
+``--options``. The scorer is called as every reward is, ``(images, prompts, **columns)``, one call at a time. ``images`` is
+a numpy array, uint8 [B, H, W, 3] or [B, T, H, W, 3]; without numpy a memoryview of that shape. It returns B numbers or None,
+or a mapping of such parts, one of them called "score". Optional attributes of the scorer: ``fingerprint`` (what else decides
+its scores: a hash of the weights, preprocessing), ``version``, ``groupwise``, ``video``, ``uses_prompt``.
 
-The protocol is described in ``wire.py``. Over HTTP: GET /v1/hello and POST /v1/score with the frame as the body, answered
-by JSON, both with ``Authorization: Bearer TOKEN``; there is no encryption, so beyond this machine put it behind a tunnel.
+The protocol is described in ``wire.py``. Over HTTP: GET /v1/hello and POST /v1/score, whose body is the frame, answered in
+JSON, with ``Authorization: Bearer TOKEN``. Nothing is encrypted: use a tunnel beyond this machine.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import hashlib
 import hmac
-import importlib
 import importlib.util
 import inspect
 import json
 import math
 import os
+import pathlib
 import platform
 import select
 import signal
@@ -41,10 +41,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib import metadata
 from typing import Any
 
-try:
+numpy: Any = None
+with contextlib.suppress(ImportError):
     import numpy
-except ImportError:
-    numpy = None
 
 PROTO_RANGE = (1, 1)  # lowest and highest that this file speaks
 MAGIC = b"FSR1"
@@ -56,6 +55,7 @@ LAYOUTS = {4: "NHWC", 5: "NTHWC"}
 PACKAGES = ("torch", "torchvision", "transformers", "numpy", "pillow")  # whose versions change scores
 TOKEN_VARIABLE = "FLOWSTEER_REWARD_TOKEN"
 HTTP_IDLE_S = 60  # a peer that sends nothing for so long is dropped
+WAITING_CONNECTIONS = 128  # as many processes of a run may ask at once
 
 
 class Refused(Exception):
@@ -97,8 +97,8 @@ def _read(read_into: Callable[[memoryview], int | None], size: int) -> bytearray
 
 
 def to_json(answer: Mapping[str, Any]) -> bytes:
-    """As ASCII: lone surrogates in a text pass, and NaN does not."""
-    return json.dumps(answer, allow_nan=False).encode()
+    """As sorted ASCII: lone surrogates in a text pass, and NaN does not."""
+    return json.dumps(answer, allow_nan=False, sort_keys=True).encode()
 
 
 class Answerer:
@@ -119,9 +119,7 @@ class Answerer:
             **package_versions(),
             **(getattr(scorer, "fingerprint", None) or {}),
         }
-        # before the platform is added: a server that moves to another machine is still the same scorer
-        text = json.dumps(fingerprint, allow_nan=False, sort_keys=True)
-        self.identity = hashlib.sha256(text.encode()).hexdigest()
+        self.identity = hashlib.sha256(to_json(fingerprint)).hexdigest()  # without the platform: a server may move
         self.hello = {
             "op": "hello",
             "proto": PROTO_RANGE,
@@ -182,11 +180,7 @@ def what_hides(place: str, error: ModuleNotFoundError) -> str | None:
     """Why a part of a package is not found: a folder without ``__init__.py`` that has the package's name; else None."""
     package = place.partition(".")[0]
     found = sys.modules.get(package)
-    if (
-        found is None
-        or getattr(found, "__file__", None) is not None
-        or (error.name or "").rpartition(".")[0] != package
-    ):
+    if found is None or getattr(found, "__file__", None) or (error.name or "").rpartition(".")[0] != package:
         return None
     folders = ", ".join(dict.fromkeys(map(str, found.__path__)))
     return (
@@ -207,24 +201,18 @@ def check_takes_images(target: str, scorer: Any) -> None:
 
 def source_hash(found: Any) -> str | None:
     """The hash of the file that the scorer is written in, which stands for a version."""
-    try:
+    path = None
+    with contextlib.suppress(TypeError):  # a built-in, or an object
         path = inspect.getsourcefile(found)
-    except TypeError:  # built-in, or an object
-        path = None
-    if path is None:
-        return None
-    with open(path, "rb") as file:
-        return "sha256:" + hashlib.sha256(file.read()).hexdigest()
+    return path and "sha256:" + hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest()
 
 
 def package_versions() -> dict[str, str]:
     """Of what besides the scorer's own code decides its scores. Not Python's patch version, which decides none."""
     versions = {"python": "{}.{}".format(*sys.version_info)}
     for package in PACKAGES:
-        try:
+        with contextlib.suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
     return versions
 
 
@@ -278,8 +266,7 @@ def read_parts(given: Any, size: int) -> tuple[dict[str, list[float | None]], di
                 raise ValueError(f"the scorer gave {value!r} for image {row}, expected a number or None")
             number = None if value is None else float(value)
             if number is not None and not math.isfinite(number):
-                errors[str(row)] = f"{name} is {number}"
-                number = None
+                number, errors[str(row)] = None, f"{name} is {number}"
             parts[name].append(number)
     return parts, errors
 
@@ -297,10 +284,8 @@ def run(answerer: Answerer, connection: socket.socket) -> None:
 
 
 def end_with_parent(connection: socket.socket) -> None:
-    """End this process group as soon as the other end of the socket is gone, also in the middle of a batch.
-
-    Not Linux's parent-death signal: it goes off when the *thread* that started us ends, and spares the scorer's children.
-    """
+    """End this process group as soon as the other end of the socket is gone, even in the middle of a batch."""
+    # not Linux's parent-death signal: it is sent when the *thread* that started us ends, and not to the scorer's children
     poll = select.poll()
     poll.register(connection, 0)  # only what is always reported: hang-up and errors
     poll.poll()
@@ -308,20 +293,14 @@ def end_with_parent(connection: socket.socket) -> None:
 
 
 def outlive_signals() -> None:
-    """Pass over the signals by which a scheduler ends all processes of a job: the trainer still needs its step's scores.
+    """Ignore the signals by which a scheduler ends all processes of a job: the trainer still needs its step's scores.
 
-    `end_with_parent` ends this process. What the scorer starts keeps its defaults (hence a handler, not SIG_IGN, which is
-    inherited): multiprocessing ends its processes with SIGTERM, and waits for them.
+    `end_with_parent` ends this process. The scorer's children keep the default handlers, since multiprocessing ends them with
+    SIGTERM: hence a handler here and not SIG_IGN, which children inherit.
     """
     for number in (signal.SIGTERM, signal.SIGINT):
         before = signal.signal(number, lambda *_: None)
         os.register_at_fork(after_in_child=functools.partial(signal.signal, number, before))
-
-
-class Server(ThreadingHTTPServer):
-    """A thread for each connection; as many may wait as a large run has processes."""
-
-    request_queue_size = 128
 
 
 def make_handler(answerer: Answerer, token: str) -> type:
@@ -336,9 +315,9 @@ def make_handler(answerer: Answerer, token: str) -> type:
                 self.reply(200, answerer.hello)
 
         def do_POST(self) -> None:
-            if not self.allowed("/v1/score"):
-                return
             length = self.headers.get("Content-Length", "")
+            if not self.allowed("/v1/score"):
+                return None
             if not length.isdecimal() or len(length) > 18:
                 return self.refuse(411, "Content-Length must say how long the frame is")
             if int(length) > PREFIX.size + MAX_HEADER_BYTES + answerer.max_body_bytes:
@@ -351,7 +330,7 @@ def make_handler(answerer: Answerer, token: str) -> type:
                 return None
             except Refused as error:
                 return self.refuse(400, str(error))
-            self.reply(200, answer)
+            return self.reply(200, answer)
 
         def allowed(self, path: str) -> bool:
             """The token comes first: a stranger learns nothing, and nothing that it sends is read."""
@@ -380,11 +359,7 @@ def make_handler(answerer: Answerer, token: str) -> type:
 
 def read_token(path: str | None) -> str:
     """From a file or the environment. Raises ValueError where it is empty."""
-    if path is not None:
-        with open(path, encoding="utf-8") as file:
-            token = file.read().strip()
-    else:
-        token = os.environ.get(TOKEN_VARIABLE, "").strip()
+    token = (os.environ.get(TOKEN_VARIABLE, "") if path is None else pathlib.Path(path).read_text("utf-8")).strip()
     if not token:
         raise ValueError(f"a server needs a token: write one into a file (--token-file) or into {TOKEN_VARIABLE}")
     return token
@@ -413,9 +388,10 @@ def main() -> None:
         threading.Thread(target=end_with_parent, args=[connection], daemon=True).start()
         run(Answerer(args.target, args.options, args.max_body_bytes), connection)
     else:
-        token = read_token(args.token_file)
-        handler = make_handler(Answerer(args.target, args.options, args.max_body_bytes), token)
-        server = Server((args.host, args.port), handler)
+        token = read_token(args.token_file)  # before the weights are loaded
+        answerer = Answerer(args.target, args.options, args.max_body_bytes)
+        server = ThreadingHTTPServer((args.host, args.port), make_handler(answerer, token))
+        server.socket.listen(WAITING_CONNECTIONS)
         print("listening on http://{}:{}".format(*server.server_address[:2]), file=sys.stderr, flush=True)
         server.serve_forever()
 
