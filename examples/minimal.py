@@ -12,7 +12,6 @@ Letters: B samples of a batch.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,9 +21,10 @@ import torch
 from flowsteer.rewards.combine import RewardSet
 from flowsteer.rl.algorithms import FlowGRPO
 from flowsteer.rl.compare import compare
-from flowsteer.rl.engine.base import prepare
+from flowsteer.rl.engine.base import Engine, prepare
 from flowsteer.rl.engine.optimizer import OptimizerSettings
 from flowsteer.rl.engine.processes import Processes
+from flowsteer.rl.metrics import Meter
 from flowsteer.rl.policy import Policy
 from flowsteer.rl.scoring import StepScorer
 from flowsteer.rl.types import Facts
@@ -35,6 +35,7 @@ from flowsteer.rollout.worker import RolloutWorker
 
 PROMPTS = Prompts(texts=("a red circle", "a blue square", "a green triangle", "a yellow circle"))
 STEPS, GROUP, SEED = 6, 8, 0
+LORA = (16, 32, ["to_q", "to_k", "to_v", "to_out.0"])  # rank, alpha, the layers that get an adapter
 KERNEL, WEIGHT = "cps", "variance"  # how stochastic steps draw, and the convention of their log densities
 BATCH, BATCHES = 2 * GROUP, len(PROMPTS) // 2  # two whole groups pass the network together
 
@@ -45,30 +46,25 @@ def redness(images: np.ndarray, prompts: Sequence[str], **columns: Sequence[Any]
     return (pixels[..., 0] - pixels[..., 1:].mean(-1)).mean((1, 2)).tolist()
 
 
-def main() -> None:
-    """Sample, score, compare, improve; once."""
-    processes = Processes(cpu=False, timeout_s=600)
+def load(processes: Processes) -> tuple[FlowGRPO, Policy, Engine, RolloutWorker]:
+    """The parts of a run: what to learn by, what learns, what updates it, and what draws pictures with it."""
     pipeline = FlowPipeline.load("embedded", device=processes.device)
     plan = fixed_steps(STEPS, 0.7, [0, 1, 2])  # the first three of six steps are stochastic
 
     # the algorithm: its settings, and what it has to know of the run
-    algorithm = FlowGRPO(clip_range=0.2, kl_coef=0.01, updates_per_rollout=1).bind(
-        Facts(
-            kernel=KERNEL,
-            log_prob_weight=WEIGHT,
-            num_inference_steps=STEPS,
-            num_transitions=plan.num_transitions,
-            group_size=GROUP,
-            advantage_clip=5.0,
-            seed=SEED,
-            common_indices=False,
-            gather=processes.gather,
-        )
+    facts = Facts(
+        kernel=KERNEL,
+        log_prob_weight=WEIGHT,
+        num_inference_steps=STEPS,
+        num_transitions=plan.num_transitions,
+        group_size=GROUP,
+        advantage_clip=5.0,
+        seed=SEED,
+        common_indices=False,
+        gather=processes.gather,
     )
-
-    policy = Policy(
-        pipeline, lora=(16, 32, ["to_q", "to_k", "to_v", "to_out.0"]), variants=algorithm.variants, seed=SEED
-    )
+    algorithm = FlowGRPO(clip_range=0.2, kl_coef=0.01, updates_per_rollout=1).bind(facts)
+    policy = Policy(pipeline, lora=LORA, variants=algorithm.variants, seed=SEED)
     optimizer = OptimizerSettings(
         learning_rate=1e-3,
         schedule="constant",
@@ -109,6 +105,12 @@ def main() -> None:
         dtype=torch.float32,
         device=processes.device,
     )
+    return algorithm, policy, engine, worker
+
+
+def main() -> None:
+    """Sample, score, compare, improve; once."""
+    algorithm, policy, engine, worker = load(Processes(cpu=False, timeout_s=600))
     scorer = StepScorer(RewardSet([("redness", redness, 1.0)]))
 
     # 1. sample and 2. score: each finished batch is scored while the next is drawn
@@ -125,21 +127,16 @@ def main() -> None:
     # 4. improve: the losses of all stochastic steps make one update
     def measured() -> dict[str, float]:
         """Means over all samples and their stochastic steps, under the current policy."""
-        sums: dict[str, float] = defaultdict(float)
-        counts: dict[str, float] = defaultdict(float)
+        meter = Meter()
         for batch in algorithm.batches(rollouts, comparisons, 0):
             with torch.no_grad():
-                _, metrics = algorithm.loss(policy, batch)
-            for name, (total, count) in metrics.items():
-                sums[name] += float(total)
-                counts[name] += count
-        return {name: sums[name] / counts[name] for name in sums}
+                meter.add(algorithm.loss(policy, batch)[1])
+        return meter.finish(engine)
 
     before = measured()
     updates = []
     for batch in algorithm.batches(rollouts, comparisons, 0):
-        loss, _ = algorithm.loss(policy, batch)
-        updates.append(engine.backward(loss))
+        updates.append(engine.backward(algorithm.loss(policy, batch)[0]))
     (update,) = [made for made in updates if made is not None]  # the other passes accumulate
     after = measured()
     print(f"one update of {len(updates)} passes, gradient norm {update.grad_norm:.4f}")

@@ -28,13 +28,14 @@ class Meter:
     """Collects one training step's numbers on this process."""
 
     def __init__(self) -> None:
-        self._metrics: dict[str, Any] = {}
+        self._metrics: dict[str, Mean | Max | Last] = {}
         self._seconds: dict[str, float] = {}
 
     def add(self, metrics: Metrics) -> None:
         """Add what a loss term or an update reports."""
         for name, value in metrics.items():
-            self._metrics[name] = self._metrics[name].plus(value) if name in self._metrics else value
+            known = self._metrics.get(name)
+            self._metrics[name] = value if known is None else known.plus(value)  # pyright: ignore[reportArgumentType]
 
     def add_update(self, update: UpdateInfo | None) -> None:
         """Note an optimiser update; None is a pass in between."""

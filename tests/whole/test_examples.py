@@ -35,3 +35,4 @@ def test_the_example_needs_no_builder() -> None:
     source = (ROOT / "examples" / "minimal.py").read_text(encoding="utf-8")
     assert "rl.build" not in source
     assert "rl.config" not in source
+    assert len(source.splitlines()) <= 150
