@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 import zoo
 from conftest import Make
 from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
+from exports import CLOSE, RANK, TARGETS, tuned, write
 from inprocess import finished, fresh_process
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
@@ -19,32 +18,11 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from flowsteer.rl.command.main import app
-from flowsteer.rl.export import LORA_FILE, convert_lora, export_lora, folded, load_lora, lora_state, merge
+from flowsteer.rl.export import LORA_FILE, convert_lora, folded, load_lora, lora_state, merge
 from flowsteer.rl.policy import Policy
 from flowsteer.rollout.lifting.loading import load_diffusers
 
-RANK = 4
-TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 FORMATS = ("diffusers", "peft", "kohya")
-# alpha / rank = 3 rounds every element of lora_B once (6e-8 of it), and W + B A rounds otherwise than W x + B (A x): some
-# 1e-6 after the blocks, on outputs of size 1. A LoRA at another strength differs by more than 1e-2.
-CLOSE = 1e-4
-
-
-def tuned(model: str, alpha: int) -> Policy:
-    """A policy whose adapter does something."""
-    policy = Policy(zoo.lifted(model), lora=(RANK, alpha, TARGETS), variants=frozenset(), seed=0)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in policy.parameters().values():
-            parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
-    return policy
-
-
-def write(policy: Policy, folder: Path) -> Path:
-    """The export of a run with this policy."""
-    engine = SimpleNamespace(whole=lambda parameters: contextlib.nullcontext(), is_main=True, wait=lambda: None)
-    return export_lora(policy, engine, folder).parent  # type: ignore[arg-type]
 
 
 def velocity(pipe: DiffusionPipeline, model: str) -> Tensor:
