@@ -167,7 +167,7 @@ def test_rewards_that_are_not_there(tmp_path, make_config):
         ({"algorithm": {"name": "diffusion_nft", "noise_levels_per_sample": 2}}, "set 'rollout.plan={name: none}'"),
         (
             {"algorithm": {"name": "diffusion_nft"}, "rollout.plan": {"name": "none"}},
-            "noise_levels_per_sample=9, but 3 noise levels are there to train at",
+            "noise_levels_per_sample=9 is more than the 3 that can be trained",
         ),
         (
             {
