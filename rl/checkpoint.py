@@ -27,6 +27,12 @@ _FREE_TO_CHANGE = {
     "advantage.min_scored",
     "model.path", "prompts.train",  # where they lie; what they hold is compared by `Checkpoints.restore`
 }  # fmt: skip
+_WHAT_IT_IS = {  # of what a checkpoint belongs to, in a user's words
+    "num_processes": "the number of processes",
+    "zero_stage": "engine.zero_stage",
+    "model": "the model of model.path",
+    "prompts": "the content of prompts.train",
+}
 _FREE_OF_A_HOST = {  # a reward may move and be given more time; which one it is, its fingerprint says
     "url", "python", "token_file", "start_timeout_s", "deadline_s", "deadline_per_image_s", "max_restarts", "max_body_bytes",
 }  # fmt: skip
@@ -101,9 +107,10 @@ class Checkpoints:
         then, now = _flat({key: about.get(key) for key in self._belongs_to}), _flat(self._belongs_to)
         for key in sorted(then.keys() | now.keys()):
             if then.get(key) != now.get(key):
+                what = _WHAT_IT_IS.get(key, key)
                 raise ValueError(
-                    f"{folder} was written with {key.replace('_', ' ')} {then.get(key)}, this run has {now.get(key)}; "
-                    "resume with what the run was started with, or start a new one in another output folder"
+                    f"{what} has changed since {folder} was written ({then.get(key)} then, {now.get(key)} now); resume with "
+                    "what the run was started with, or start a new one in another output folder"
                 )
         self.engine.restore(folder)
         return int(about["step"])

@@ -130,6 +130,11 @@ def open_folder(config: Config, folder: Path, checked: Checked, loaded: Loaded, 
         keep=config.keep,
     )
     first = checkpoints.restore() if resume else 0
+    if first > config.num_steps:
+        raise ValueError(
+            f"the run in {folder} has done {first} training steps already, more than num_steps={config.num_steps}; set it to "
+            f"{first} or more, or start a new run with output=FOLDER"
+        )
     origin = origin_of(first, checkpoints, config, resume=resume)
     screen = Screen(quiet=quiet or not engine.is_main, start=first, num_steps=config.num_steps)
     scorer = StepScorer(rewards, timeout_s=config.engine.timeout_s / 2)

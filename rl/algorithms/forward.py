@@ -137,8 +137,9 @@ class NoiseLevels:
             )
         if count > end - first:
             raise ValueError(
-                f"algorithm.noise_levels_per_sample={count} is more than the {end - first} that can be trained (indices {first} "
-                f"to {end - 1} of {num_inference_steps}); set it to {end - first} or less, or raise rollout.num_inference_steps"
+                f"algorithm.noise_levels_per_sample={count} is more than the {end - first} that can be trained (indices "
+                f"{first} to {end - 1} of {num_inference_steps}); set it to {end - first} or less, or raise "
+                "rollout.num_inference_steps"
             )
         self.count, self.first, self.end, self.seed, self.common = count, first, end, seed, common
 

@@ -235,6 +235,13 @@ def test_other_settings_are_named(again, tmp_path, make_config):
     assert "engine.zero_stage: None then, 2 now" in message
 
 
+def test_fewer_steps_than_are_done(tmp_path, make_config):
+    config = make_config(tmp_path / "run", num_steps=2)
+    finished(config)
+    message = refused(tmp_path, config | {"num_steps": 1}, resume=True)
+    assert "has done 2 training steps already, more than num_steps=1" in message
+
+
 def test_a_damaged_configuration_is_named(again, tmp_path, make_config):
     (again / "config.json").write_text('{"num_st')
     assert "config.json is damaged" in refused(tmp_path, make_config(again), resume=True)
@@ -243,10 +250,10 @@ def test_a_damaged_configuration_is_named(again, tmp_path, make_config):
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("num_processes", 2, "was written with num processes 2, this run has 1"),
-        ("zero_stage", 2, "was written with zero stage 2, this run has None"),
-        ("model", "feedc0ffee", "was written with model feedc0ffee, this run has"),
-        ("format", 99, "was written with format 99, this run has"),
+        ("num_processes", 2, "the number of processes has changed since"),
+        ("zero_stage", 2, "(2 then, None now)"),
+        ("model", "feedc0ffee", "(feedc0ffee then, "),
+        ("format", 99, "format has changed since"),
     ],
 )
 def test_checkpoints_of_another_kind(again, tmp_path, make_config, key, value, message):
@@ -266,7 +273,7 @@ def test_a_checkpoint_of_another_model(tmp_path, make_config, tiny_sd3):
     weights = load_file(file)
     weights["proj_out.weight"] = weights["proj_out.weight"] + 1e-3
     save_file(weights, file, metadata={"format": "pt"})
-    assert "was written with model" in refused(tmp_path, config | {"num_steps": 2}, resume=True)
+    assert "the model of model.path has changed" in refused(tmp_path, config | {"num_steps": 2}, resume=True)
 
 
 # --- the model

@@ -158,7 +158,7 @@ def test_what_does_not_belong_to_the_run_is_refused(make_config: Make, tmp_path:
     other = tmp_path / "other.txt"  # another place may hold the same prompts, but not others
     other.write_text("a red circle\na house")
     moved = config | {"prompts": {"train": str(other)}}
-    assert "was written with prompts" in refusal(moved, resume=True)
+    assert "the content of prompts.train has changed since" in refusal(moved, resume=True)
     after = (tmp_path / "run" / "metrics.jsonl").read_bytes(), (tmp_path / "run" / "config.json").read_bytes()
     assert before == after
 
