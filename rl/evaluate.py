@@ -6,6 +6,7 @@ Letters: P prompts, S noise seeds of each.
 from __future__ import annotations
 
 import itertools
+import json
 import logging
 import math
 from collections.abc import Callable, Sequence
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from flowsteer.rewards.combine import RewardSet
 from flowsteer.rewards.hosts.inprocess import Scorer, collect
+from flowsteer.rewards.pixels import to_uint8
 from flowsteer.rewards.types import Scores
 from flowsteer.rl.intervals import Estimate, estimate, mean_and_interval
 from flowsteer.rl.metrics import all_names
@@ -180,4 +182,15 @@ def save_grid(images: Tensor, path: Path, *, columns: int = 12) -> None:
     image_grid([first_frames], scale=max(1, 128 // first_frames.shape[-1]), columns=columns).save(path)
 
 
-__all__ = ["Evaluation", "evaluate", "image_grid", "mean_and_interval", "save_grid"]
+def save_files(images: Tensor, prompts: Sequence[str], folder: Path) -> None:
+    """Write each picture as a PNG and a ``metadata.jsonl`` with their prompts into a new folder; of videos the first frames."""
+    folder.mkdir()
+    lines = []
+    for number, (picture, prompt) in enumerate(zip(to_uint8(images[:, 0] if images.dim() == 5 else images), prompts)):
+        name = f"{number:04d}.png"
+        Image.fromarray(picture).save(folder / name)
+        lines.append(json.dumps({"file_name": name, "prompt": prompt}) + "\n")
+    (folder / "metadata.jsonl").write_text("".join(lines), encoding="utf-8")
+
+
+__all__ = ["Evaluation", "evaluate", "image_grid", "mean_and_interval", "save_files", "save_grid"]

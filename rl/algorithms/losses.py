@@ -34,7 +34,19 @@ def weighted(
     """The mean of (loss + weighted distances to the anchors) [R] times weight [R]; and the metrics as means over the samples.
 
     ``distances`` [R] and their weights ``anchors`` go by the name of the other policy; those of weight 0 do not count.
+    Raises TypeError or ValueError if ``terms``, which may be a plug-in's, are not `Terms` with one number per sample.
     """
+    if not isinstance(terms, Terms):
+        raise TypeError(
+            f"per_sample must return Terms(loss=..., metrics={{...}}) of flowsteer.rl.algorithms.losses, got a "
+            f"{type(terms).__name__}"
+        )
+    for name, value in {"loss": terms.loss, **terms.metrics}.items():
+        if value.shape != weight.shape:
+            raise ValueError(
+                f"per_sample must give one number per sample: {name} has the shape {tuple(value.shape)}, expected "
+                f"{tuple(weight.shape)}"
+            )
     held = {name: distances[name] for name, coefficient in anchors.items() if coefficient}
     pull = sum(anchors[name] * distance for name, distance in held.items())
     loss = ((terms.loss + pull) * weight).mean()

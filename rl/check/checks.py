@@ -181,7 +181,10 @@ def equal_scores_teach_nothing(trial: Trial) -> str:
     stays_near_old = "old" in trial.run().algorithm.compares_with
     if stays_near_old and largest[0.0] <= 1e-6:  # a difference of two equal errors, in float32
         return "the gradient of groups with equal scores is 0 at the old policy, which the loss stays near to"
-    raise CheckFailed(f"the gradient of groups with equal scores is as large as {largest[0.05]:.2g}; it must be 0")
+    raise CheckFailed(
+        f"the gradient of groups with equal scores is as large as {largest[0.05]:.2g}; it must be 0: a pull towards another "
+        "policy belongs into `anchors`, not into the loss"
+    )
 
 
 def _gradient_of_ties(trial: Trial, displacement: float) -> float:

@@ -54,7 +54,9 @@ def _options(
 
 
 for command in (training.train, results.evaluate, results.export, results.sample, results.score):
-    app.command()(command)
+    # an unknown option of `train` is most likely a setting with dashes: `train` itself says so
+    unknown = {"ignore_unknown_options": True} if command is training.train else {}
+    app.command(context_settings=unknown)(command)
 app.command("check-model")(models.check_model)
 app.command("show-loop")(models.show_loop)
 app.command()(results.report)

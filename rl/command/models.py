@@ -91,5 +91,5 @@ def config_keys(
     if as_markdown:
         typer.echo(markdown(find_keys(pattern)), nl=False)
         return
-    for key in find_keys(pattern):
+    for key in find_keys(pattern, installed=True):
         console.print(Text(key.text()), soft_wrap=True)

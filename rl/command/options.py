@@ -97,7 +97,7 @@ class Chosen:
 
     model: str
     adapter: str | None
-    weights: Path | None  # folder of an exported LoRA
+    weights: Path | None  # folder of an exported LoRA, or of a run's exported networks
     dtype: str
     device: str
     size: dict[str, int]
@@ -115,12 +115,12 @@ class Chosen:
         """The pipeline with the weights."""
         from flowsteer.rl.adapters import load_pipeline
         from flowsteer.rl.build import DTYPES
-        from flowsteer.rl.export import load_into, load_lora
+        from flowsteer.rl.export import LORA_FILE, load_into, load_lora
         from flowsteer.rollout.lifting.pipeline import FlowPipeline
 
         given = {"dtype": DTYPES[self.dtype], "device": self.device, "call": self.call, **self.size}
         pipeline = load_pipeline(self.model, adapter=self.adapter, **given)
-        if self.weights is not None and isinstance(pipeline, FlowPipeline):
+        if self.weights is not None and isinstance(pipeline, FlowPipeline) and (self.weights / LORA_FILE).is_file():
             load_lora(pipeline.pipe, self.weights)
         elif self.weights is not None:
             load_into(pipeline.denoisers, self.weights)
@@ -238,11 +238,6 @@ def _folder_of(lora: Path | None) -> Path | None:
 def _check_weights(folder: Path, config: Config | None) -> None:
     from flowsteer.rl.export import LORA_FILE
 
-    if (folder / LORA_FILE).is_file() or (config is not None and config.model.adapter and folder.is_dir()):
-        return
-    if config is not None and config.model.lora is None:
-        raise ValueError(
-            f"the run of {folder} trained all weights: write its pipeline with `flowsteer export {folder.parent} FOLDER`, "
-            "then use --model FOLDER"
-        )
-    raise ValueError(f"{folder} holds no {LORA_FILE}; a run writes it when it ends")
+    full = config is not None and (config.model.adapter is not None or config.model.lora is None)
+    if not (folder / LORA_FILE).is_file() and not (full and folder.is_dir()):
+        raise ValueError(f"{folder} holds no {'weights' if full else LORA_FILE}; a run writes it when it ends")

@@ -131,7 +131,7 @@ def export(
         typer.Option(
             "--format",
             help="`pipeline`: all weights, with the LoRA fused in. The others: the LoRA alone, for `load_lora_weights` of "
-            "diffusers, for `PeftModel`, or with kohya's keys.",
+            "diffusers, for `PeftModel`, or with kohya's keys for ComfyUI and WebUI (diffusers reads those for few models).",
         ),
     ] = "pipeline",
     dtype: Annotated[
@@ -151,10 +151,13 @@ def export(
     from flowsteer.rl.export import convert_lora, merge
 
     settings = read_run(run).model
+    if layout != "pipeline" and settings.lora is None:
+        raise ValueError(f"the run in {run} trained all weights, so it has no LoRA; they are in {run / 'export'}")
     if layout == "pipeline" and settings.adapter is not None:
+        how = "are in" if settings.lora is None else "can be written with --format peft, and are in"
         raise ValueError(
-            f"the run's pipeline is the adapter {settings.adapter}, not one that diffusers loads; write its LoRA with --format "
-            f"peft, or take the weights in {run / 'export'}"
+            f"the run's pipeline is the adapter {settings.adapter}, which diffusers cannot load as a whole; its weights {how} "
+            f"{run / 'export'}"
         )
     if layout == "pipeline":
         made = merge(settings.path, run / "export", folder, dtype=DTYPES[dtype or settings.dtype])
@@ -175,7 +178,15 @@ def sample(
     call: CallOption = None,
     dtype: DTypeOption = None,
     device: DeviceOption = "auto",
-    output: Annotated[Path, typer.Option("--output", "-o", help="PNG file to write.")] = Path("samples.png"),
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            help="A sheet of all pictures, small ones enlarged (NAME.png), or a folder that gets each picture as a file of its "
+            "own size, with a metadata.jsonl that `score` and `rewards certify` read.",
+        ),
+    ] = Path("samples.png"),
     num_seeds: SeedsOption = 4,
     num_inference_steps: StepsOption = None,
     guidance_scale: GuidanceOption = None,
@@ -183,17 +194,17 @@ def sample(
 ) -> None:
     """Draw pictures, a line of seeds per prompt; of a video the first frame.
 
-    **Example**: `flowsteer sample "a red circle left of a blue square" --run runs/first -o picture.png`
+    **Example**: `flowsteer sample "a red circle left of a blue square" --run runs/first -o pictures/`
     """
     import torch
 
     from flowsteer.rl.build import DTYPES
-    from flowsteer.rl.evaluate import save_grid
+    from flowsteer.rl.evaluate import save_files, save_grid
     from flowsteer.rollout.sample import sample as draw
 
     refuse_existing(output)
-    if output.suffix.lower() != ".png":
-        raise ValueError(f"{output} must end in .png")
+    if output.suffix.lower() not in ("", ".png"):
+        raise ValueError(f"{output} must end in .png, or be the name of a folder")
     chosen = choose(
         run=run,
         model=model,
@@ -227,7 +238,10 @@ def sample(
                 device=chosen.device,
             )
             pictures.append(pipeline.decode(latents, conditioning).float().cpu())
-    save_grid(torch.cat(pictures), output, columns=num_seeds)
+    if output.suffix:
+        save_grid(torch.cat(pictures), output, columns=num_seeds)
+    else:
+        save_files(torch.cat(pictures), [prompt for prompt in prompts for _ in range(num_seeds)], output)
     console.print(Text(f"{len(prompts) * num_seeds} pictures: {output}"), soft_wrap=True)
 
 

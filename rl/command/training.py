@@ -42,6 +42,12 @@ def train(
     from flowsteer.rl.start import start
     from flowsteer.rl.train import train as train_run
 
+    unknown = next((given for given in (config, *(overrides or [])) if given.startswith("-")), None)
+    if unknown is not None:
+        raise ValueError(
+            f"there is no option {unknown.partition('=')[0]}; settings are given without dashes, such as num_steps=20, and "
+            "`flowsteer train --help` lists the options"
+        )
     run = start(load_config(config, overrides or []), resume=resume, quiet=quiet)
     try:
         train_run(run)

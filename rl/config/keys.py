@@ -6,6 +6,7 @@ import difflib
 import fnmatch
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -13,6 +14,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from flowsteer.rl.config import Config
+from flowsteer.rl.plugins import find_algorithm, installed_names
 
 NAME = "NAME"  # stands for the names that a user chooses, such as a reward's
 OF_ITS_KEYS = "those of its keys"  # the default of a section without variants
@@ -38,12 +40,14 @@ class Key:
         return f"{self.path}{of}\n    {self.kind}{ends}" + (f"\n    {self.about}" if self.about else "")
 
 
-def find_keys(pattern: str | None = None) -> list[Key]:
+def find_keys(pattern: str | None = None, *, installed: bool = False) -> list[Key]:
     """The keys whose path contains the pattern, or matches it where it has a ``*``; without one all of them.
 
-    Raises ValueError, with the nearest keys, where none does.
+    ``installed``: those of the algorithms of other packages, too. Raises ValueError, with the nearest keys, if none matches.
     """
     keys = list(_keys_of(Config, "", ""))
+    if installed:
+        keys += [key for name in installed_names() for key in _keys_of_plugin(name)]
     if pattern is None:
         return keys
     wanted = pattern if "*" in pattern else f"*{pattern}*"
@@ -54,6 +58,12 @@ def find_keys(pattern: str | None = None) -> list[Key]:
         hint = f"; did you mean {' or '.join(last[name] for name in near)}?" if near else ""
         raise ValueError(f"no key of the configuration matches {pattern!r}{hint} `flowsteer config keys` lists all")
     return found
+
+
+def _keys_of_plugin(name: str) -> Iterator[Key]:
+    """The keys of an installed algorithm; none of one that cannot be used, which `flowsteer algorithms list` says."""
+    with suppress(Exception):
+        yield from _keys_of(find_algorithm(name), "algorithm.", name)
 
 
 def _keys_of(section: type[BaseModel], prefix: str, variant: str) -> Iterator[Key]:

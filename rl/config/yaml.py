@@ -46,7 +46,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises ValueError for a file that is missing or not a mapping, an override without ``=``, and every key or value that
     the configuration does not allow, all of them in one message, each with its nearest allowed key.
     """
-    return parse_config(parse_overrides(overrides, _read(path)), source=str(path))
+    source = f"{path} with the settings of the command line" if overrides else str(path)
+    return parse_config(parse_overrides(overrides, _read(path)), source=source)
 
 
 def parse_overrides(overrides: Sequence[str], onto: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -71,7 +72,7 @@ def parse_config(data: dict[str, Any], source: str = "the configuration") -> Con
         return cls.model_validate(data)
     except ValidationError as error:
         faults = "\n".join(f"  {explain(fault, cls)}" for fault in error.errors())
-        raise ValueError(f"{source} is not a configuration that flowsteer can run:\n{faults}") from None
+        raise ValueError(f"flowsteer cannot run {source}:\n{faults}") from None
 
 
 def save_config(config: Config, path: str | Path) -> None:
@@ -95,6 +96,8 @@ def _read(path: str | Path) -> dict[str, Any]:
         source = file.read_bytes()
     elif shipped in shipped_configs():
         source = resources.files("flowsteer.configs").joinpath(shipped).read_bytes()
+    elif (file / "config.yaml").is_file():
+        raise ValueError(f"{name} is the folder of a run; give {file / 'config.yaml'}")
     else:
         raise ValueError(
             f"there is no configuration {name!r}; give a YAML file, or one of {', '.join(shipped_configs())}"

@@ -266,7 +266,8 @@ def compared_pictures(evaluations: Sequence[Evaluated]) -> Pictures | None:
 def loading_snippet(config: dict[str, Any], folder: Path, evaluations: Sequence[Evaluated]) -> str:
     """Python that draws with the result in diffusers."""
     settings = {"height": None, "width": None, "call": {}, "dtype": "float32", **config["model"]}
-    model, name = settings["path"], folder.resolve().name
+    model, output = settings["path"], Path(config.get("output", folder))
+    name = output.name if output.is_absolute() else output.as_posix()  # no paths of a machine: the page may travel
     section = config.get("evaluation") or config["rollout"]
     prompt = evaluations[-1].prompts[0] if evaluations else "a prompt"
     arguments = {key: section.get(key) for key in ("num_inference_steps", "guidance_scale", "negative_prompt")}
@@ -274,8 +275,7 @@ def loading_snippet(config: dict[str, Any], folder: Path, evaluations: Sequence[
     if model == "embedded":
         arguments = {**arguments, "max_sequence_length": EMBEDDED_LENGTH, **settings["call"]}
     call = ", ".join(f"{key}={value!r}" for key, value in arguments.items() if value is not None)
-    # some pipelines call guidance otherwise, or give frames: then this line wants a change
-    picture = f"image = pipe({prompt!r}, {call}).images[0]"
+    picture = f"image = pipe({prompt!r}, {call}).images[0]"  # some pipelines name guidance otherwise, or give frames
     dtype = "" if settings["dtype"] == "float32" else f", dtype=torch.{settings['dtype']}"
     torch_import = "import torch\n" if dtype else ""
     if config["model"]["lora"] is None:
@@ -287,7 +287,9 @@ def loading_snippet(config: dict[str, Any], folder: Path, evaluations: Sequence[
     load = f"DiffusionPipeline.from_pretrained({_public(model)!r}{dtype})"
     source = f"{torch_import}from diffusers import DiffusionPipeline"
     if model == "embedded":
-        load, source = "load_diffusers('embedded')", "from flowsteer.rollout.lifting.loading import load_diffusers"
+        place = "str(files('flowsteer.rollout') / 'embedded')"
+        load = f"DiffusionPipeline.from_pretrained({place}, text_encoder_3=None, tokenizer_3=None)"
+        source = "from importlib.resources import files\n\nfrom diffusers import DiffusionPipeline"
     weights = f"pipe.load_lora_weights({f'{name}/export'!r})"
     if (folder / "export" / SECOND).exists():
         weights += f"\npipe.load_lora_weights({f'{name}/export/{SECOND}'!r}, load_into_{SECOND}=True)"

@@ -19,7 +19,7 @@ import pytest
 import typer
 import yaml
 import zoo
-from inprocess import fresh_process
+from inprocess import finished, fresh_process
 from PIL import Image
 
 from flowsteer.rl.command.main import app, main
@@ -354,6 +354,41 @@ def test_sample(trained, tmp_path):
     assert "must end in .png" in refusal("sample", "a cat", "--run", folder, "-o", tmp_path / "new.gif")
 
 
+def test_sample_writes_files_that_can_be_scored(trained, tmp_path):
+    folder, _ = trained
+    files = tmp_path / "files"
+    done = command("sample", "a cat", "a dog", "--run", folder, "--num-seeds", 2, "-o", files)
+    assert done.code == 0, done.err
+    lines = [json.loads(line) for line in (files / "metadata.jsonl").read_text().splitlines()]
+    assert [(line["file_name"], line["prompt"]) for line in lines] == [
+        ("0000.png", "a cat"),
+        ("0001.png", "a cat"),
+        ("0002.png", "a dog"),
+        ("0003.png", "a dog"),
+    ]
+    assert Image.open(files / "0000.png").size == (16, 16)
+    done = command("score", "--metadata", files / "metadata.jsonl", "-r", "jpeg_compressibility")
+    assert done.code == 0, done.err
+    assert "0003.png" in done.out
+    assert "files exists already" in refusal("sample", "a cat", "--run", folder, "-o", files)
+
+
+def test_a_run_that_trained_all_weights_is_sampled_from(tmp_path, make_config):
+    run = tmp_path / "run"
+    finished(make_config(run, num_steps=1, **{"model.lora": None, "optimizer": {"learning_rate": 0.01}}))
+    assert command("sample", "a cat", "--run", run, "-o", tmp_path / "run_pictures").code == 0
+    assert command("export", run, tmp_path / "tuned").code == 0
+    for name, model in (
+        ("tuned", tmp_path / "tuned"),
+        ("base", json.loads((run / "config.json").read_text())["model"]["path"]),
+    ):
+        assert command("sample", "a cat", "--model", model, *SIZE, "-o", tmp_path / f"{name}_pictures").code == 0
+    drawn, tuned, base = (pixels(tmp_path / f"{name}_pictures" / "0000.png") for name in ("run", "tuned", "base"))
+    assert np.array_equal(drawn, tuned)
+    assert not np.array_equal(drawn, base)
+    assert "trained all weights, so it has no LoRA" in refusal("export", run, tmp_path / "lora", "--format", "kohya")
+
+
 def test_score(tmp_path):
     flat, noise = tmp_path / "flat.png", tmp_path / "noise.png"
     Image.new("RGB", (64, 64), "white").save(flat)
@@ -501,6 +536,18 @@ def test_report_again(trained):
 def test_a_mistake_is_one_message(run_file, tmp_path, overrides, message):
     assert message in refusal("train", run_file, f"output={tmp_path / 'run'}", *overrides)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_setting_with_dashes_and_a_run_s_folder_are_told(run_file, trained):
+    for mistake in ("--num_steps=4", "--resme"):
+        message = refusal("train", run_file, mistake)
+        assert message.startswith(f"there is no option {mistake.partition('=')[0]}; settings are given without dashes")
+    assert refusal("train", "--resme", run_file).startswith("there is no option --resme")
+    folder, _ = trained
+    assert refusal("train", folder) == f"{folder} is the folder of a run; give {folder / 'config.yaml'}"
+    assert refusal("train", run_file, "num_stps=4").startswith(
+        f"flowsteer cannot run {run_file} with the settings of the command line:\n  num_stps: unknown key"
+    )
 
 
 def test_mistakes_before_that():

@@ -37,7 +37,7 @@ def whole(**sections: Any) -> dict[str, Any]:
 
 def faults(**sections: Any) -> list[str]:
     """The lines of the message, without its first."""
-    with pytest.raises(ValueError, match="is not a configuration that flowsteer can run") as caught:
+    with pytest.raises(ValueError, match="flowsteer cannot run the configuration:") as caught:
         parse_config(whole(**sections))
     return [line.strip() for line in str(caught.value).splitlines()[1:]]
 

@@ -16,6 +16,7 @@ from flowsteer.rl.check.checks import Trial
 from flowsteer.rl.check.page import check_algorithm, parse_settings, trials_of
 from flowsteer.rl.command.main import app
 from flowsteer.rl.config import check_config, load_config, parse_config, save_config
+from flowsteer.rl.config.keys import find_keys
 from flowsteer.rl.plugins import BUILT_IN, find_algorithm, list_algorithms
 
 SOURCE = '''"""Plain: REINFORCE over denoising steps (a paper)."""
@@ -35,7 +36,19 @@ class Plain(TransitionAlgorithm):
 class Swapped(Plain):
     def per_sample(self, step):
         loss = super().per_sample(step).loss
-        return Terms(loss=-loss.mean(), metrics={"kl": torch.ones(len(loss))})
+        return Terms(loss=-loss, metrics={"kl": torch.ones(len(loss))})
+
+class Bare(Plain):
+    def per_sample(self, step):
+        return super().per_sample(step).loss
+
+class OneNumber(Plain):
+    def per_sample(self, step):
+        return Terms(loss=super().per_sample(step).loss.mean())
+
+class Pulls(Plain):
+    def per_sample(self, step):
+        return Terms(loss=super().per_sample(step).loss + step.log_prob**2)
 
 class Crashes(Plain):
     def per_sample(self, step):
@@ -163,12 +176,38 @@ def test_a_right_one_passes(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "failed"),
     [
-        ("./mine.py:Swapped", {"start", "first update", "no weight", "learns"}),
+        ("./mine.py:Swapped", {"start", "first update", "learns"}),
         ("./mine.py:Random", {"repeatable", "no weight"}),
     ],
 )
 def test_a_wrong_one_fails_where_it_is_wrong(name: str, failed: set[str]) -> None:
     assert {check for check, status in page_of(name).items() if status == "failed"} == failed
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("Bare", "per_sample must return Terms(loss=..., metrics={...}) of flowsteer.rl.algorithms.losses, got a Tensor"),
+        ("OneNumber", "per_sample must give one number per sample: loss has the shape (), expected (8,)"),
+        ("Pulls", "a pull towards another policy belongs into `anchors`, not into the loss"),
+    ],
+)  # fmt: skip
+def test_a_common_mistake_is_told_with_what_to_do(name: str, message: str) -> None:
+    (trial,) = trials_of(f"./mine.py:{name}", {}).values()
+    assert message in check_algorithm(name, trial).text()
+
+
+def test_its_keys_are_listed_once_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    points = [
+        EntryPoint("plain", "mine:Plain", "flowsteer.algorithms"),
+        EntryPoint("gone", "nowhere:X", "flowsteer.algorithms"),
+    ]
+    monkeypatch.setattr("flowsteer.rewards.doors.entry_points", lambda group: points)
+    monkeypatch.syspath_prepend(Path.cwd())
+    (key,) = find_keys("strength", installed=True)
+    assert (key.path, key.variant, key.about) == ("algorithm.strength", "plain", "Multiplies the loss.")
+    with pytest.raises(ValueError, match="no key of the configuration matches"):
+        find_keys("strength")
 
 
 def test_what_it_raises_is_a_failure_of_the_check() -> None:

@@ -15,15 +15,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from inprocess import finished
 from PIL import Image
 
 from flowsteer.rl.evaluate import image_grid, save_grid
+from flowsteer.rl.export import merge
 from flowsteer.rl.report import curves
 from flowsteer.rl.report.page import (
     changed_prompts,
     compared_pictures,
     cut_grids,
     difference,
+    loading_snippet,
     number,
     read_evaluations,
     write_report,
@@ -452,3 +455,34 @@ def test_broken_files_are_named(tmp_path: Path, name: str, content: str, message
 
     with pytest.raises(ValueError, match=message):
         write_report(folder)
+
+
+@pytest.mark.parametrize("lora", [{"rank": 4, "alpha": 8}, None])
+def test_the_python_on_the_page_draws_with_the_result(
+    lora: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a reader would: copied into Python, in the folder in which the run was started."""
+    monkeypatch.chdir(tmp_path)
+    settings = {"num_steps": 1, "output": "runs/first", "rewards": "jpeg_compressibility", "trackers": []}
+    rollout = {"prompts_per_step": 2, "group_size": 2, "batch_size": 4, "num_inference_steps": 2}
+    finished(
+        {
+            **settings,
+            "model": {"lora": lora},
+            "rollout": rollout,
+            "algorithm": {"name": "diffusion_nft", "noise_levels_per_sample": 1},
+            "optimizer": {"learning_rate": 0.01},
+            "evaluation": {"num_prompts": 1, "num_seeds": 2, "num_inference_steps": 2},
+        }
+    )
+    config = json.loads(Path("runs/first/config.json").read_text())
+    snippet = loading_snippet(config, Path("runs/first"), read_evaluations(Path("runs/first")))
+    if lora is None:
+        terminal = re.match(r"# once, in a terminal: (flowsteer export .*)\n", snippet)
+        assert terminal
+        _, _, run, folder = terminal[1].split()
+        assert merge("embedded", Path(run) / "export", Path(folder)).is_dir()
+    space: dict[str, Any] = {}
+    exec(snippet, space)
+    assert space["image"].size == (32, 32)
+    assert "flowsteer.rl" not in snippet
