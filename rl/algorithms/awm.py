@@ -35,7 +35,7 @@ class AWM(ForwardAlgorithm):
     weighting: Weighting = "general_huber"
     """How the squared error of the prediction becomes a log likelihood, by the noise level sigma."""
     clip_range: PositiveFloat | None = None
-    """Of the ratio to the old policy, which then draws the rollouts; null is on-policy."""
+    """The ratio to the old policy, which then draws the rollouts, is clipped to 1 plus or minus this; null is on-policy."""
     kl_coef: NonNegativeFloat = 1e-3
     """Weight of the squared distance of the prediction to the reference's."""
     old_coef: NonNegativeFloat = 1.0

@@ -41,7 +41,8 @@ class DGPO(ForwardAlgorithm):
     reference: Literal["reference", "old"] = "reference"
     """What errors are compared with: the start of training, or the old policy."""
     clip_range: PositiveFloat | None = 1e-2
-    """Of exp(d_old - d), the old policy's error over the current one's; null does not clip."""
+    """exp(e_old - e), of the errors of the old and the current policy, is clipped to 1 plus or minus this; null does not
+    clip."""
     kl_coef: NonNegativeFloat = 0.02
     """Weight of the squared distance of the prediction to the reference's."""
     old_decay_slope: NonNegativeFloat = 1e-3

@@ -37,7 +37,8 @@ class FlowGRPO(TransitionAlgorithm):
 
     name: Literal["flow_grpo"] = "flow_grpo"
     clip_range: PositiveFloat = 1e-4
-    """Of the ratio of mean log densities; times the latent's dimensions it is in nats of the joint ratio."""
+    """The ratio is clipped to 1 plus or minus this. Log densities are means over the latent's dimensions, so the values
+    are small."""
     kl_coef: NonNegativeFloat = 0.0
     """Weight of the KL divergence of each step to the reference's."""
     transitions_per_sample: PositiveInt | None = None

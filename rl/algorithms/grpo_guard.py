@@ -30,7 +30,8 @@ class GRPOGuard(TransitionAlgorithm):
 
     name: Literal["grpo_guard"] = "grpo_guard"
     clip_range: PositiveFloat = 2e-6
-    """Of the normalised ratio, whose logarithm is the mean over the latent of noise times shift of the mean."""
+    """The normalised ratio is clipped to 1 plus or minus this. Its logarithm is the mean over the latent of noise times
+    shift of the mean."""
     kl_coef: NonNegativeFloat = 0.0
     """Weight of the KL divergence of each step to the reference's."""
     updates_per_rollout: PositiveInt = 2

@@ -40,7 +40,7 @@ class WeightedSFT(ForwardAlgorithm):
     weights: SampleWeights = "best"
     """Train on the best of each group, on all above its mean by their advantage, or on all by exp(advantage / temperature)."""
     temperature: PositiveFloat = 1.0
-    """Of the exponential weights, in units of the advantage."""
+    """Temperature of the exponential weights, in units of the advantage."""
     refresh_every: PositiveInt | None = 1
     """Training steps after which the policy that draws is the current one again; null: the start of training draws always."""
     kl_coef: NonNegativeFloat = 0.0

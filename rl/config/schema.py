@@ -53,7 +53,7 @@ class LoRAConfig(Section):
     """Low-rank adapters on the denoiser (arXiv 2106.09685)."""
 
     rank: PositiveInt = 32
-    """Of the two factors of each adapter."""
+    """Rank of the two factors of each adapter."""
     alpha: PositiveInt = 64
     """An adapter's output is multiplied by alpha / rank."""
     targets: Annotated[tuple[str, ...], Field(min_length=1)] = ("to_q", "to_k", "to_v", "to_out.0")
@@ -69,7 +69,8 @@ class ModelConfig(Section):
     """A pipeline written by hand in place of the lifted one: an entry point of the group ``flowsteer.pipelines``,
     ``package.module:Name`` or ``path/to/file.py:Name`` (rollout/lifting/protocol.py)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the frozen weights. float16 is left out: its gradients vanish without a loss scale that a resumed run would need."""
+    """Type of the frozen weights. float16 is left out: its gradients vanish without a loss scale, which a resumed run
+    would need."""
     height: PositiveInt | None = None
     """In pixels; null is the pipeline's own."""
     width: PositiveInt | None = None
@@ -99,7 +100,7 @@ class KernelConfig(Section):
     decay: Literal["constant", "linear", "power", "cosine", "exponential"] = "constant"
     """How the noise level falls from step to step; ``linear``, ``power`` and ``cosine`` reach 0 at the last one."""
     decay_rate: PositiveFloat = 1.0
-    """Of ``power`` (the exponent) and ``exponential`` (per step)."""
+    """Rate of the decays ``power`` (the exponent) and ``exponential`` (per step)."""
     keep_budget: bool = False
     """Scale a decaying noise level so that the variances of the steps add up to those of the constant one."""
     log_prob_weight: Literal["gaussian", "variance"] = "gaussian"
@@ -145,11 +146,11 @@ class WindowPlan(Section):
     iterations: PositiveInt = 25
     """Training steps at each place; at the first ones when they decay."""
     min_iterations: PositiveInt = 1
-    """Of ``linear_decay``: training steps at the last place."""
+    """``linear_decay``: training steps at the last place."""
     decay_start: NonNegativeInt = 0
-    """Of ``exponential_decay``: places up to here keep their iterations."""
+    """``exponential_decay``: places up to here keep their iterations."""
     decay_rate: PositiveFloat = 0.1
-    """Of ``exponential_decay``, per place."""
+    """``exponential_decay``: the rate per place."""
     roll_back: bool = True
     """Start again at the first place after the last one; otherwise stay there."""
 
@@ -188,18 +189,18 @@ class RolloutConfig(Section):
     group_size: Annotated[int, Field(ge=2)] = 16
     """Samples of each prompt, which are compared with one another."""
     batch_size: PositiveInt = 64
-    """Samples in one network pass, in sampling and in training: kernels that depend on the shape then agree."""
+    """Samples per network pass, the same in sampling and in training. It must hold whole groups, or divide a group."""
     plan: Annotated[PlanConfig, BeforeValidator(by_name)] = NonePlan()
     """Which steps are stochastic; by default ``all`` for algorithms that learn from transitions, ``none`` for others."""
     kernel: Annotated[KernelConfig, BeforeValidator(by_name)] = KernelConfig()
     solver: Literal["euler", "dpmpp_2m"] = "euler"
-    """Of the deterministic steps; the second-order one is for those after the last stochastic step."""
+    """Solver of the deterministic steps; the second-order one is used after the last stochastic step."""
     shared_noise: bool = False
     """The samples of a group start from the same initial noise; what they have in common is computed once."""
     branching: BranchingConfig | None = None
     """Score every stochastic step by itself, with candidates that part only there; null draws whole trajectories."""
     tail_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Of the denoising steps after the last stochastic one only so many are taken, longer ones (MixGRPO-Flash: 0.4)."""
+    """Only this fraction of the denoising steps after the last stochastic one is taken; each is longer (MixGRPO-Flash: 0.4)."""
     train_guidance_scale: NonNegativeFloat | None = None
     """Guidance in training where the algorithm noises final latents again; null is that of sampling."""
 
@@ -225,9 +226,9 @@ class HostConfig(Section):
     deadline_per_image_s: NonNegativeFloat = 2.0
     """A batch of B images is waited for ``deadline_s + deadline_per_image_s * B`` seconds; then its scores are missing."""
     max_restarts: Annotated[int, Field(ge=0)] = 3
-    """Of a process that died or got stuck, within an hour."""
+    """How often a process that died or got stuck is restarted within an hour."""
     max_body_bytes: PositiveInt = 2**30
-    """Of the pixels of a batch; a server has its own limit."""
+    """Limit for the pixels of a batch, in bytes; a server has its own."""
 
     @model_validator(mode="after")
     def _one_place(self) -> HostConfig:
@@ -268,7 +269,7 @@ class AdvantageConfig(Section):
     deviation: Literal["group", "global", "none"] = "group"
     """What differences to the group's mean are divided by: its own deviation, that of all samples, or nothing."""
     ddof: Literal[0, 1] = 0
-    """Of the deviation, which is that of n - ddof samples; Flow-GRPO's is 0, that of DanceGRPO, MixGRPO and G2RPO 1."""
+    """The standard deviation divides by n - ddof: 0 in Flow-GRPO, 1 in DanceGRPO, MixGRPO and G2RPO."""
     epsilon: NonNegativeFloat = 1e-4
     """Added to the deviation; DanceGRPO, MixGRPO and G2RPO have 1e-8."""
     clip: PositiveFloat | None = 5.0
@@ -291,7 +292,7 @@ class OptimizerConfig(Section):
     warmup_updates: Annotated[int, Field(ge=0)] = 0
     """Updates in which the learning rate rises from 0."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
-    """Of the running means of the gradient and of its square."""
+    """Decay of the running means of the gradient and of its square."""
     weight_decay: NonNegativeFloat = 1e-4
     """Decoupled, times the learning rate."""
     epsilon: PositiveFloat = 1e-8
@@ -336,7 +337,7 @@ class Config(Section):
     output: str = "runs/run"
     """The run's folder, which must be new or empty, or that of the run to resume."""
     seed: Annotated[int, Field(ge=0)] = 0
-    """Of all draws: prompts, noise, windows and new weights."""
+    """Decides all random draws: prompts, noise, windows and new weights."""
     num_steps: PositiveInt
     """Training steps of the whole run."""
     save_every: Annotated[int, Field(ge=0)] = 0
@@ -356,7 +357,7 @@ class Config(Section):
     algorithm: Annotated[AnyAlgorithm, BeforeValidator(by_name)]
     """What is learned from the comparisons (`docs/algorithms.md`)."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Of the averaged weights that are evaluated and exported; 0 evaluates the current ones."""
+    """Decay of the averaged weights, which are evaluated and exported; 0 takes the current weights."""
     optimizer: OptimizerConfig = OptimizerConfig()
     engine: EngineConfig = EngineConfig()
     evaluation: EvaluationConfig | None = EvaluationConfig()
