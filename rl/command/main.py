@@ -22,7 +22,7 @@ from flowsteer.rl.command.rewards import app as rewards_app
 
 app = typer.Typer(
     name="flowsteer",
-    help="Reinforcement-learning fine-tuning of flow and diffusion models, for any diffusers pipeline.",
+    help="Reinforcement-learning fine-tuning of flow and diffusion models, for diffusers pipelines.",
     no_args_is_help=True,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,

@@ -1,4 +1,4 @@
-"""Any diffusers pipeline as three questions: prepare a prompt, the velocity at a step, decode the latents.
+"""A diffusers pipeline as three questions: prepare a prompt, the velocity at a step, decode the latents.
 
 ``FlowPipeline`` runs the pipeline's own code, cut at its denoising loop by ``lift``. It knows nothing about any model:
 guidance, packing, timestep maps and the choice between transformers are the pipeline's. Where a pipeline cannot be lifted,
@@ -69,8 +69,8 @@ class _SilentBar:
 class FlowPipeline:
     """A diffusers pipeline, lifted.
 
-    A safety checker that blacks pictures out (Stable Diffusion 1) is not asked: black is worth something to most rewards, and
-    a policy would learn to be caught. The pipeline itself keeps its checker.
+    A safety checker that blackens pictures (Stable Diffusion 1) is off while sampling here: most rewards score a black
+    picture, so a policy would learn to be caught. The pipeline itself keeps its checker.
 
     Args:
         pipe: the pipeline. An epsilon or v_prediction pipeline gets a DDIM scheduler in place of its own.
@@ -109,7 +109,7 @@ class FlowPipeline:
         self.unchecked: dict[str, Any] = {"safety_checker": None} if checked else {}
         if checked:
             logger.warning(
-                "the safety checker of %s is not asked: its black pictures would be scored", type(pipe).__name__
+                "the safety checker of %s is off in training: its black pictures would be scored", type(pipe).__name__
             )
         at_one = self._view({"_guidance_scale": 1.0})
         self._arguments = CallArguments(
