@@ -15,20 +15,32 @@ import pytest
 import torch
 from gpu_check import PUBLISHED_PARAMETERS, claims, main, peak_flops
 from gpu_trial import CLIP_WIDTHS, TRANSFORMER, Trial, make_pipeline, nbytes
+from inprocess import fresh_process
 
 ROOT = Path(str(files("flowsteer.rl"))).resolve().parent
 BOTH = {("flow_grpo", False), ("flow_grpo", True), ("diffusion_nft", False), ("diffusion_nft", True)}
 
 
-def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **variables}
-    command = [sys.executable, "scripts/gpu_check.py", *arguments]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400, check=False)
+MISSING = ("cv2", "rapidocr", "onnxruntime", "trl", "tensorboard")
 
 
 @pytest.fixture(scope="module")
-def lines() -> list[dict[str, Any]]:
-    done = run("--size", "tiny")
+def lines(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """All claims, where no package of a reward's extra can be imported, in the children too: none is needed."""
+    folder = tmp_path_factory.mktemp("blocked")
+    blocked = f"import sys\nsys.modules.update(dict.fromkeys({MISSING}))\n"
+    (folder / "sitecustomize.py").write_text(blocked)  # every Python process reads it at its start
+    path = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path}
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, *arguments]
+        return subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400, check=False
+        )
+
+    assert "ModuleNotFoundError" in run("-c", "import cv2").stderr
+    done = run("scripts/gpu_check.py", "--size", "tiny")
     assert done.returncode == 0, done.stdout + done.stderr[-4000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
 
@@ -131,23 +143,17 @@ def test_a_failing_claim_is_json_and_exit_code_1(
     ]
 
 
-def test_no_reward_extra_is_needed(tmp_path: Path) -> None:
-    """Where none of these packages can be imported, in the children too, the claims are the same."""
-    missing = ("cv2", "rapidocr", "onnxruntime", "trl", "tensorboard")
-    blocked = f"import sys\nsys.modules.update(dict.fromkeys({missing}))\n"
-    (tmp_path / "sitecustomize.py").write_text(blocked)  # every Python process reads it at its start
-    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
-    done = run("--size", "tiny", "--parts", "selfcheck", "quickstart", PYTHONPATH=path)
-    assert done.returncode == 0, done.stdout + done.stderr[-4000:]
-    assert [json.loads(line)["ok"] for line in done.stdout.splitlines()] == [True, True]
+def test_parts_are_chosen(tmp_path: Path) -> None:
+    with fresh_process():
+        assert [line["claim"] for line in claims("tiny", True, ["selfcheck"], tmp_path)] == ["selfcheck"]
 
 
-def test_parts_are_chosen_and_the_full_size_wants_a_gpu() -> None:
-    done = run("--size", "tiny", "--parts", "selfcheck")
-    assert [json.loads(line)["claim"] for line in done.stdout.splitlines()] == ["selfcheck"]
-    done = run()
-    assert done.returncode == 2
-    assert "--size full needs a CUDA device, and none is used here; use --size tiny" in done.stderr
+def test_the_full_size_wants_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--cpu"])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 2
+    assert "--size full needs a CUDA device, and none is used here; use --size tiny" in capsys.readouterr().err
 
 
 def test_the_full_size_is_the_published_one() -> None:
