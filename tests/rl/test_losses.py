@@ -465,7 +465,7 @@ def test_spread_levels_are_different_and_cover_the_range() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"count": 4, "first": 2, "end": 5}, "noise_levels_per_sample=4, but 3 noise levels"),
+        ({"count": 4, "first": 2, "end": 5}, "noise_levels_per_sample=4 is more than the 3"),
         ({"count": 1, "first": 5, "end": 5}, "noise levels 5 to 4 are not among the 10"),
         ({"count": 1, "first": 0, "end": 11}, "noise levels 0 to 10 are not among the 10"),
     ],
