@@ -55,17 +55,20 @@ def check_columns(rewards: Mapping[str, Mapping[str, Any]], files: Mapping[str, 
         ``check_columns({"my_rewards:Count": {}}, {"prompts.train=own.txt": []})`` raises where ``Count`` requires ``count``.
     """
     for name, options in rewards.items():
-        target = find_target(name)
-        bound = () if inspect.isclass(target) else options  # a function's options are arguments that are given already
-        required = [column for column in required_columns(target) if column not in bound]
         for file, columns in files.items():
-            missing = [column for column in required if column not in columns]
-            if missing:
+            if missing := lacking(name, options, columns):
                 raise ValueError(
                     f"the reward {name!r} requires the column {', '.join(map(repr, missing))}, which {file} lacks (its "
                     f"columns: {', '.join(columns) or 'none'}). Give prompts as a .jsonl file, each line with it: "
                     f"{example_line('prompt', missing)}; or give the argument a default value"
                 )
+
+
+def lacking(name: str, options: Collection[str], columns: Collection[str]) -> list[str]:
+    """The columns that a reward with these options requires, and that are not among those that are given."""
+    target = find_target(name)
+    bound = () if inspect.isclass(target) else options  # a function's options are arguments that are given already
+    return [column for column in required_columns(target) if column not in bound and column not in columns]
 
 
 def example_line(first: str, missing: Collection[str]) -> str:

@@ -18,6 +18,9 @@ import importlib
 import importlib.util
 import os
 import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -47,11 +50,12 @@ class Door:
     def load(self, name: str) -> Any:
         """The object that a name stands for; its module is imported.
 
-        Raises:
-            ValueError: there is no such entry point, module, file or attribute.
-            ImportError: the module that the name stands for cannot be imported.
+        Raises ValueError if there is no such entry point, module, file or attribute, or if its module cannot be imported.
         """
-        return self._import_target(name) if self.is_place(name) else self.entry_point(name).load()
+        if self.is_place(name):
+            return self._import_target(name, name)
+        point = self.entry_point(name)
+        return self._import_target(name, f"{point.module}:{point.attr}")
 
     def target_of(self, name: str) -> str:
         """``package.module:attribute``, or ``path/to/file.py:attribute``. Raises ValueError if there is none."""
@@ -136,15 +140,16 @@ class Door:
         assert spec.loader is not None
         module = sys.modules[module_name] = importlib.util.module_from_spec(spec)
         try:
-            spec.loader.exec_module(module)
+            with blaming(f"{self.noun} {name!r} cannot be imported"):
+                spec.loader.exec_module(module)
         except BaseException:
             del sys.modules[module_name]
             raise
         return module
 
-    def _import_target(self, name: str) -> Any:
+    def _import_target(self, name: str, place: str) -> Any:
         """``path/to/file.py:attribute``, or ``package.module:attribute``: installed packages first, then this folder."""
-        module_name, _, attribute = name.rpartition(":")
+        module_name, _, attribute = place.rpartition(":")
         if module_name.endswith(".py"):
             file = Path(module_name)
             return self._attribute(name, self._import_file(name, file, attribute), file.name, attribute)
@@ -156,10 +161,9 @@ class Door:
         if os.getcwd() not in sys.path and "" not in sys.path:
             sys.path.append(os.getcwd())  # last, so that a file here hides no installed package
         try:
-            target: Any = importlib.import_module(module_name)
+            with blaming(f"{self.noun} {name!r} cannot be imported", but=lambda error: _is_absent(module_name, error)):
+                target: Any = importlib.import_module(module_name)
         except ModuleNotFoundError as error:
-            if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-                raise  # the module is there, and what is missing is something that it imports
             if hidden := what_hides(module_name, error):
                 raise ValueError(f"{self.noun} {name!r}: {hidden}") from error
             raise ValueError(
@@ -177,5 +181,45 @@ class Door:
                 public = [other for other in dir(target) if not other.startswith("_")]
                 near = difflib.get_close_matches(part, public, n=3, cutoff=0.5)
                 hint = f"; did you mean {' or '.join(near)}?" if near else ""
+                if getattr(target, "__file__", "") is None:  # a folder without __init__.py
+                    hint = (
+                        f": it is the folder {next(iter(target.__path__))} here, not an installed package; run from another "
+                        "folder, or set PYTHONSAFEPATH=1"
+                    )
                 raise ValueError(f"{self.noun} {name!r}: {module_name} has no {part!r}{hint}") from error
         return target
+
+
+@contextmanager
+def blaming(what: str, *, but: Callable[[Exception], bool] = lambda error: False) -> Iterator[None]:
+    """Say whose fault an exception in the code of a plug-in is, and where: a ValueError that begins with ``what``.
+
+    Messages that were written for users pass as they are, and so does what ``but`` is true of.
+    """
+    try:
+        yield
+    except Exception as error:
+        if is_for_users(error) or but(error):
+            raise
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        raise ValueError(
+            f"{what}: {type(error).__name__}: {error} ({last.filename}, line {last.lineno}); FLOWSTEER_TRACEBACK=1 shows the "
+            "traceback"
+        ) from error
+
+
+def is_for_users(error: BaseException) -> bool:
+    """Whether a message was written for a user: by our own code, or by the system about a file."""
+    if isinstance(error, OSError):
+        return error.filename is not None
+    frames = list(traceback.walk_tb(error.__traceback__))
+    return isinstance(error, ValueError) and str(frames[-1][0].f_globals.get("__name__")).startswith("flowsteer.")
+
+
+def _is_absent(module_name: str, error: Exception) -> bool:
+    """Whether the module itself is not there, or a package that it is in; else something that it imports is missing."""
+    return (
+        isinstance(error, ModuleNotFoundError)
+        and error.name is not None
+        and f"{module_name}.".startswith(f"{error.name}.")
+    )

@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from flowsteer.rewards.doors import Door
+from flowsteer.rewards.doors import Door, blaming
 from flowsteer.rewards.functions import FunctionReward, bind_options, parameters_of
 from flowsteer.rewards.types import Reward
 
@@ -58,13 +58,14 @@ def load_reward(name: str, **options: Any) -> Reward:
         options: arguments of the reward's constructor; of a function, keyword arguments that it names.
 
     Raises:
-        ValueError: no such reward, no such option, a required option is missing, or the target is not a reward.
-        ImportError: the module that the name stands for cannot be imported.
+        ValueError: no such reward, no such option, a required option is missing, the target is not a reward, or its code
+            raises an exception while it is imported or made.
     """
     target = find_target(name)
     if inspect.isclass(target):
         _check_options(name, target, options)
-        reward = target(**options)
+        with blaming(f"reward {name!r} cannot be made"):
+            reward = target(**options)
         if not callable(reward):
             raise ValueError(
                 f"reward {name!r}: objects of the class {target.__name__} cannot be called; give it a method "
@@ -78,9 +79,7 @@ def load_reward(name: str, **options: Any) -> Reward:
 def find_target(name: str) -> Callable[..., Any]:
     """The class or function that a reward's name stands for; its module is imported, nothing is made.
 
-    Raises:
-        ValueError: there is no such reward, or it is neither a class nor a function.
-        ImportError: the module that the name stands for cannot be imported.
+    Raises ValueError if there is no such reward, it cannot be imported, or it is neither a class nor a function.
     """
     target = DOOR.load(name)
     if not callable(target):

@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from flowsteer.rewards.doors import Door
+from flowsteer.rewards.doors import Door, blaming
 from flowsteer.rl.export import SECOND
+from flowsteer.rollout.lifting.conditioning import Conditioning
 from flowsteer.rollout.lifting.pipeline import FlowPipeline
 from flowsteer.rollout.lifting.protocol import ARGUMENTS, METHODS, Pipeline
 
@@ -38,9 +39,7 @@ def load_pipeline(
 ) -> Pipeline:
     """The pipeline at ``path``, lifted, or what the adapter makes of the same arguments.
 
-    Raises:
-        ValueError: there is no such pipeline or adapter, or the adapter is not one.
-        ImportError: the adapter's module cannot be imported.
+    Raises ValueError if there is no such pipeline or adapter, or if the adapter is not one, cannot be imported or made.
     """
     if adapter is None:
         return FlowPipeline.load(path, dtype=dtype, device=device, height=height, width=width, call_kwargs=call)
@@ -58,7 +57,9 @@ def load_pipeline(
             f"pipeline adapter {adapter!r} takes {signature}, but is called with {', '.join(ARGUMENTS)} ({error}); give it "
             "these arguments by name"
         ) from error
-    return check_pipeline(adapter, make(**given))
+    with blaming(f"pipeline adapter {adapter!r} cannot be made"):
+        made = make(**given)
+    return check_pipeline(adapter, made)
 
 
 def check_pipeline(name: str, made: Any) -> Pipeline:
@@ -82,7 +83,7 @@ def check_pipeline(name: str, made: Any) -> Pipeline:
     return made
 
 
-def tail_is_idle(pipeline: Pipeline, conditioning: Any) -> bool:
+def tail_is_idle(pipeline: Pipeline, conditioning: Conditioning) -> bool:
     """Whether a step leaves the next latents as they are; of an adapter that is tried at every denoising index."""
     if isinstance(pipeline, FlowPipeline):
         return pipeline.lifted.tail_is_idle

@@ -13,6 +13,7 @@ configuration calls it.
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import sys
 from typing import NamedTuple
@@ -40,12 +41,15 @@ class AlgorithmEntry(NamedTuple):
 def find_algorithm(name: str) -> type[Algorithm]:
     """The class that a name in a configuration stands for.
 
-    Raises:
-        ValueError: there is no such algorithm, or it is not one.
-        ImportError: the module that the name stands for cannot be imported.
+    Raises ValueError if there is no such algorithm, it cannot be imported, or it is none.
     """
     if name in BUILT_IN:
         return BUILT_IN[name]
+    if not is_foreign(name):
+        names = [*BUILT_IN, *installed_names()]
+        near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}? There are" if near else "there are"
+        raise ValueError(f"there is no algorithm {name!r}; {hint}: {', '.join(names)}. {DOOR.advice()}")
     return check_class(name, DOOR.load(name))
 
 

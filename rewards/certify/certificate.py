@@ -132,7 +132,8 @@ class Certificate:
         if skipped:
             names = ", ".join(check.name for check in skipped)
             page += textwrap.wrap(f"{skipped[0].message}: {names}", 120, subsequent_indent="    ")
-        page += textwrap.wrap(LIMITS, 120, subsequent_indent="    ")
+        if self.ok:
+            page += textwrap.wrap(LIMITS, 120, subsequent_indent="    ")
         return "\n".join(page)
 
     def golden(self, path: str | Path) -> None:

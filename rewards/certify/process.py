@@ -75,6 +75,7 @@ def _ask(request: bytes, *, seed: int, shift: float) -> list[Any]:
     """The answers of a new process to all calls."""
     paths = [path or os.getcwd() for path in sys.path]
     environment = {**os.environ, "PYTHONHASHSEED": str(seed), "PYTHONPATH": os.pathsep.join(paths)}
+    environment["PYTHONSAFEPATH"] = "1"  # the folder it runs in comes first only if it does so here
     with tempfile.TemporaryDirectory() as folder:
         asked, answered = Path(folder) / "request", Path(folder) / "answer.json"
         asked.write_bytes(request)

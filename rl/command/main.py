@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import os
 import sys
-import traceback
 from importlib import metadata
 from typing import Annotated
 
@@ -63,17 +62,6 @@ app.command()(results.report)
 config_app.command("keys")(models.config_keys)
 
 
-def _is_for_the_user(error: Exception) -> bool:
-    """Was the message written for a user: by our own code, or by the system about a file?
-
-    Any other error keeps its traceback: it is a fault of ours or of a plug-in, and somebody has to find it.
-    """
-    if isinstance(error, OSError):
-        return error.filename is not None
-    frames = list(traceback.walk_tb(error.__traceback__))
-    return isinstance(error, ValueError) and frames[-1][0].f_globals["__name__"].startswith("flowsteer.")
-
-
 def _tells_something(record: logging.LogRecord) -> bool:
     """Our LoRAs are for denoisers: that they hold nothing for the text encoders is no news."""
     return not record.getMessage().startswith("No LoRA keys associated to")
@@ -86,7 +74,10 @@ def main() -> None:
     try:
         app(prog_name="flowsteer")
     except Exception as error:
-        if os.environ.get("FLOWSTEER_TRACEBACK") or not _is_for_the_user(error):
+        from flowsteer.rewards.doors import is_for_users
+
+        # any other error keeps its traceback: it is a fault of ours or of a plug-in, and somebody has to find it
+        if os.environ.get("FLOWSTEER_TRACEBACK") or not is_for_users(error):
             raise
         message = Text.assemble(("error:", "bold red"), f" {error}")
         Console(stderr=True).print(message, soft_wrap=True, highlight=False)

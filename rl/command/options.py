@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -15,13 +16,15 @@ if TYPE_CHECKING:  # imported when a command needs them: `flowsteer --help` shal
     from flowsteer.rl.config.schema import EvaluationConfig
     from flowsteer.rollout.lifting.protocol import Pipeline
 
+DEFAULT_REWARDS = ["composition"]  # where no reward is named
 _PANEL = "Model"
 
 RunOption = Annotated[
     Path | None,
     typer.Option(
         "--run",
-        help="Folder of a run: its model with its exported LoRA, size, call arguments, rewards, denoising steps and guidance.",
+        help="Folder of a run: its model with what it exported, and its size, call arguments and rewards; denoising steps and "
+        "guidance as in its evaluation.",
         rich_help_panel=_PANEL,
     ),
 ]
@@ -78,7 +81,16 @@ RewardOption = Annotated[
         "--reward",
         "-r",
         help="Name of a reward, `package.module:attribute` or `path/to/file.py:attribute`; may be repeated; default "
-        "`composition`, or those of `--run`.",
+        "`composition`, or with `--run` those of the run.",
+    ),
+]
+ScoredByOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--reward",
+        "-r",
+        help="Name of a reward, `package.module:attribute` or `path/to/file.py:attribute`; may be repeated; default "
+        "`composition`.",
     ),
 ]
 RewardOptionOption = Annotated[
@@ -126,6 +138,16 @@ class Chosen:
             load_into(pipeline.denoisers, self.weights)
         return pipeline
 
+    def rewards_in_this_process(
+        self, names: list[str] | None, options: list[str] | None = None
+    ) -> Mapping[str, Mapping[str, Any]]:
+        """The options of those of `rewards` that no other process hosts, by name."""
+        from flowsteer.rl.command.score_files import options_by_reward
+
+        if self.config is None or names:
+            return options_by_reward(names or DEFAULT_REWARDS, options or [])
+        return {name: section.options for name, section in self.config.rewards.items() if section.host is None}
+
     def rewards(self, names: list[str] | None, options: list[str] | None = None) -> RewardSet:
         """The rewards by name; without names the run's own, with its weights. Raises ValueError for options to those."""
         import torch
@@ -145,7 +167,7 @@ def named_rewards(names: list[str] | None, options: list[str] | None = None) -> 
     from flowsteer.rewards.registry import label_of, load_reward
     from flowsteer.rl.command.score_files import options_by_reward
 
-    names = names or ["composition"]
+    names = names or DEFAULT_REWARDS
     given = options_by_reward(names, options or [])
     return RewardSet([(label_of(name), load_reward(name, **given[name]), 1.0) for name in names])
 

@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from flowsteer.rl.command.options import (
+    DEFAULT_REWARDS,
     AdapterOption,
     CallOption,
     DeviceOption,
@@ -25,6 +26,7 @@ from flowsteer.rl.command.options import (
     RewardOption,
     RewardOptionOption,
     RunOption,
+    ScoredByOption,
     StepsOption,
     WidthOption,
     choose,
@@ -36,7 +38,7 @@ from flowsteer.rl.command.options import (
 console, stderr = Console(), Console(stderr=True)
 
 
-UNSCORED = 1  # exit code of `score` where an image has no score
+UNSCORED = 1  # exit code of `score` if an image has no score, of `evaluate` if none has one
 SeedsOption = Annotated[int, typer.Option("--num-seeds", min=1, help="Noise seeds of each prompt.")]
 BatchOption = Annotated[int, typer.Option("--batch-size", min=1, help="Samples per network pass.")]
 
@@ -71,10 +73,11 @@ def evaluate(
         typer.Option(help="JSON file for the table and all single scores; the pictures go beside it as PNG."),
     ] = None,
 ) -> None:
-    """Score a pipeline on fixed prompts and seeds with the deterministic sampler.
+    """Score a pipeline on fixed prompts and seeds with the deterministic sampler; exit code 1 if no picture has a score.
 
     **Example**: `flowsteer evaluate --run runs/first --num-prompts 240`
     """
+    from flowsteer.rewards.columns import check_columns
     from flowsteer.rl.build import DTYPES
     from flowsteer.rl.evaluate import evaluate as run_evaluation
     from flowsteer.rl.evaluate import save_grid
@@ -96,7 +99,9 @@ def evaluate(
         dtype=dtype,
         device=device,
     )
-    texts = read_prompts(prompts or chosen.evaluation.prompts)
+    file = prompts or chosen.evaluation.prompts
+    texts = read_prompts(file)
+    check_columns(chosen.rewards_in_this_process(reward, option), {file: list(texts.columns)})
     with closing(chosen.rewards(reward, option)) as rewards, console.status("loading") as status:
         warn_of_single_images(rewards, num_seeds=num_seeds, key="--num-seeds")
         result = run_evaluation(
@@ -121,6 +126,9 @@ def evaluate(
     if output is not None:
         output.write_text(json.dumps(result.table(), indent=1), encoding="utf-8")
         save_grid(result.images, output.with_suffix(".png"))
+    if not (result.parts["total"] == result.parts["total"]).any():
+        stderr.print("no picture has a score")
+        raise typer.Exit(UNSCORED)
 
 
 def export(
@@ -248,7 +256,7 @@ def sample(
 def score(
     images: Annotated[list[Path] | None, typer.Argument(help="Image files; not with --metadata.")] = None,
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="What they should show.")] = None,
-    reward: RewardOption = None,
+    reward: ScoredByOption = None,
     option: RewardOptionOption = None,
     column: Annotated[
         list[str] | None,
@@ -267,7 +275,13 @@ def score(
 
     **Example**: `flowsteer score picture.png -p "a red circle" -r composition -r jpeg_compressibility`
     """
-    from flowsteer.rl.command.score_files import Pictures, from_metadata, score_files
+    from flowsteer.rl.command.score_files import (
+        Pictures,
+        check_columns_of_pictures,
+        from_metadata,
+        options_by_reward,
+        score_files,
+    )
     from flowsteer.rl.config import parse_overrides
 
     if metadata_file is not None:
@@ -280,8 +294,9 @@ def score(
         raise ValueError("give image files and their prompt with -p, or a file with both as --metadata")
     else:
         count = len(images)
-        columns = {key: (value,) * count for key, value in parse_overrides(column or []).items()}
+        columns = {key: (value,) * count for key, value in parse_overrides(column or [], example="count=1").items()}
         pictures = Pictures(files=tuple(images), prompts=(prompt,) * count, columns=columns)
+    check_columns_of_pictures(options_by_reward(reward or DEFAULT_REWARDS, option or []), pictures)
     with closing(named_rewards(reward, option)) as rewards:
         scores = score_files(pictures, rewards)
     table = Table("image", "reward", "score")

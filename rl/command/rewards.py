@@ -89,6 +89,7 @@ def certify(
 
     **Example**: `flowsteer rewards certify ocr -o mode=recognize`
     """
+    import faulthandler
     from functools import partial
 
     from flowsteer.rewards.certify.certificate import CHECKS
@@ -96,12 +97,14 @@ def certify(
     from flowsteer.rewards.certify.hosted import hosted_checks
     from flowsteer.rewards.certify.inputs import read_folder
     from flowsteer.rewards.hosts.child import WorkerReward
-    from flowsteer.rewards.registry import load_reward
+    from flowsteer.rewards.registry import load_reward, target_of
     from flowsteer.rl.config import parse_overrides
 
+    faulthandler.enable(2)  # stderr: a reward that crashes the interpreter leaves the stack, with the check in it
     options = parse_overrides(option or [])
     checks = CHECKS
     if environment is None:
+        target_of(name)  # a name that is none is no reward to refuse
         make: Any = partial(load_reward, name, **options)
     else:
         from flowsteer.rewards.envs.environments import locate
@@ -110,6 +113,8 @@ def certify(
         make = partial(WorkerReward, target, python=str(python), options=options, name=name)
         checks = {**CHECKS, **hosted_checks(lambda s: make(deadline_s=s, deadline_per_image_s=0.0))}
     pixels, prompts, columns = read_folder(images) if images is not None else (None, None, None)
+    if prompts is not None and len(prompts) < 4:
+        raise ValueError(f"--images {images} holds {len(prompts)} images; at least 4 are needed")
     given: Any = {"uses_prompt": prompt, "tolerance": tolerance, "checks": checks}
     with console.status(f"certifying {name}"):
         certificate = hold_to_the_contract(

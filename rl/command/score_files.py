@@ -16,6 +16,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from flowsteer.rewards.columns import lacking
 from flowsteer.rewards.combine import RewardSet
 from flowsteer.rollout.data.prompts import read_prompts
 
@@ -52,6 +53,18 @@ def from_metadata(file: Path) -> Pictures:
     names = rows.columns["file_name"]
     columns = {name: values for name, values in rows.columns.items() if name != "file_name"}
     return Pictures(files=tuple(file.parent / str(name) for name in names), prompts=rows.texts, columns=columns)
+
+
+def check_columns_of_pictures(rewards: Mapping[str, Mapping[str, Any]], pictures: Pictures) -> None:
+    """Raise ValueError if a reward requires a column that the pictures lack. ``rewards``: name -> its options."""
+    for name, options in rewards.items():
+        missing = lacking(name, options, pictures.columns)
+        if missing:
+            given = ", ".join(pictures.columns) or "none"
+            raise ValueError(
+                f"the reward {name!r} requires the column {', '.join(map(repr, missing))}; give it as --column "
+                f"{missing[0]}=VALUE, or in the lines of --metadata (given: {given})"
+            )
 
 
 def score_files(pictures: Pictures, rewards: RewardSet) -> FileScores:

@@ -16,9 +16,7 @@ from flowsteer.rl.types import Algorithm
 def config_for(data: Any) -> type[Config]:
     """The class that a mapping is to be validated with: one that knows the algorithm, if that is a plug-in.
 
-    Raises:
-        ValueError: the plug-in is not there, or is no algorithm.
-        ImportError: the plug-in's module cannot be imported.
+    Raises ValueError if the plug-in is not there, cannot be imported, or is no algorithm.
     """
     section = by_name(data.get("algorithm")) if isinstance(data, dict) else None
     name = section.get("name") if isinstance(section, dict) else None

@@ -50,20 +50,24 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     return parse_config(parse_overrides(overrides, _read(path)), source=source)
 
 
-def parse_overrides(overrides: Sequence[str], onto: dict[str, Any] | None = None) -> dict[str, Any]:
+def parse_overrides(
+    overrides: Sequence[str], onto: dict[str, Any] | None = None, *, example: str = "rollout.num_inference_steps=8"
+) -> dict[str, Any]:
     """``["a.b=1", "c=x"]`` to ``{"a": {"b": 1}, "c": "x"}``, on top of a mapping, which is changed.
 
     A value is read as YAML, so ``rollout.plan={name: none}`` replaces a whole section. Raises ValueError for an override
-    without ``=``, a value that is not YAML, and a path through something that is not a section.
+    without ``=`` (with the ``example``), a value that is not YAML, and a path through something that is not a section.
     """
     data = onto if onto is not None else {}
     for override in overrides:
+        if "=" not in override[1:]:
+            raise ValueError(f"{override!r} is not of the form key=value, such as {example}")
         _apply(data, override)
     return data
 
 
 def parse_config(data: dict[str, Any], source: str = "the configuration") -> Config:
-    """Validate a mapping. Raises ValueError with one line per fault, ImportError for a plug-in that cannot be imported."""
+    """Validate a mapping. Raises ValueError with one line per fault."""
     try:
         cls = config_for(data)
     except ValueError as error:
@@ -116,9 +120,7 @@ def _read(path: str | Path) -> dict[str, Any]:
 
 
 def _apply(data: dict[str, Any], override: str) -> None:
-    key, separator, text = override.partition("=")
-    if not separator or not key:
-        raise ValueError(f"{override!r} is not of the form key=value, such as rollout.num_inference_steps=8")
+    key, _, text = override.partition("=")
     try:
         value = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:

@@ -43,6 +43,7 @@ class Screen:
         shown = self._console.is_terminal and not quiet
         self._live = Live(console=self._console, refresh_per_second=4) if shown else None
         self._numbers = ""
+        self._told_of_equal_scores = False
         self._num_steps = num_steps
 
     def opening(self, facts: dict[str, str], *, origin: str, missing_trackers: list[str]) -> None:
@@ -61,6 +62,9 @@ class Screen:
         missing = values.get("reward_missing", 0)
         if missing:
             numbers += f"  missing scores {missing:.0f}"
+        if values.get("zero_deviation_fraction") == 1 and not self._told_of_equal_scores:
+            self._told_of_equal_scores = True
+            self._line(f"in each group of step {step} all scores are equal, so nothing is learned from it")
         if self._live is None:
             self._line(f"step {step} ({step + 1}/{self._num_steps} done)  {numbers}")
             return
@@ -77,7 +81,10 @@ class Screen:
 
     def evaluation(self, step: int, summary: dict[str, Estimate]) -> None:
         """Print an evaluation's means with their 95 % intervals."""
-        numbers = "  ".join(f"{name} {own.mean:.3f} ({own.low:.3f} to {own.high:.3f})" for name, own in summary.items())
+        numbers = "  ".join(
+            f"{name} {own.mean:.3f} ({own.low:.3f} to {own.high:.3f})" if own.mean == own.mean else f"{name} no score"
+            for name, own in summary.items()
+        )
         self._line(f"evaluation after {_steps(step)}  {numbers}")
 
     def print(self, text: str) -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from importlib.metadata import EntryPoint
 
 import numpy as np
 import pytest
@@ -179,8 +180,51 @@ class TestRegistry:
 
     @pytest.mark.usefixtures("plugin")
     def test_a_module_that_lacks_something_itself_says_what(self):
-        with pytest.raises(ModuleNotFoundError, match="a_module_that_is_not_there"):
+        message = (
+            r"reward 'my_broken_plugin:Bright' cannot be imported: ModuleNotFoundError: No module named "
+            r"'a_module_that_is_not_there' \(.*my_broken_plugin.py, line 1\)"
+        )
+        with pytest.raises(ValueError, match=message):
             load_reward("my_broken_plugin:Bright")
+
+    def test_a_fault_of_its_constructor_or_file_has_its_name_and_place(self, tmp_path):
+        file = tmp_path / "broken.py"
+        file.write_text(
+            "class Heavy:\n    def __init__(self):\n        raise RuntimeError('cannot load weights')\n"
+            "    def __call__(self, images, prompts, **columns): ...\n"
+        )
+        message = (
+            r"reward '.*:Heavy' cannot be made: RuntimeError: cannot load weights \(.*broken.py, line 3\); FLOWSTEER_TR"
+        )
+        with pytest.raises(ValueError, match=message):
+            load_reward(f"{file}:Heavy")
+        (tmp_path / "typo.py").write_text("1 / 0\n")
+        with pytest.raises(
+            ValueError, match=r"cannot be imported: ZeroDivisionError: division by zero \(.*typo.py, line 1\)"
+        ):
+            load_reward(f"{tmp_path / 'typo.py'}:f")
+
+    def test_an_entry_point_of_a_broken_package_has_its_name(self, tmp_path, monkeypatch):
+        points = [
+            EntryPoint("gone", "nowhere_at_all:Reward", "flowsteer.rewards"),
+            EntryPoint("renamed", "renamed_rewards:Old", "flowsteer.rewards"),
+        ]
+        (tmp_path / "renamed_rewards.py").write_text("class New: ...\n")
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.setattr("flowsteer.rewards.doors.entry_points", lambda group: points)
+        with pytest.raises(ValueError, match="reward 'gone': there is no module 'nowhere_at_all'"):
+            load_reward("gone")
+        with pytest.raises(ValueError, match="reward 'renamed': renamed_rewards has no 'Old'"):
+            load_reward("renamed")
+
+    def test_a_folder_that_hides_the_module_itself_is_named(self, tmp_path, monkeypatch):
+        """A project's outer folder, from beside it: Python takes it for the package, which is one folder deeper."""
+        (tmp_path / "their_rewards" / "their_rewards").mkdir(parents=True)
+        monkeypatch.chdir(tmp_path)
+        message = r"their_rewards has no 'Reward': it is the folder \S*/their_rewards here, not an installed package; run from"
+        with pytest.raises(ValueError, match=message):
+            load_reward("their_rewards:Reward")
+        sys.modules.pop("their_rewards")
 
     def test_a_folder_that_has_a_package_s_name_is_named(self, tmp_path, monkeypatch):
         """Such as the folder of a cloned repository, from beside it: Python takes it for a package without files."""

@@ -316,6 +316,20 @@ def test_evaluate_by_hand(trained, tiny_sd3, prompt_file, tmp_path):
         assert summary(file) == summary(folder / "evaluations" / "step_000002.json")
 
 
+def test_evaluate_without_any_score(tmp_path, tiny_sd3, prompt_file, monkeypatch):
+    """What could never be scored is refused before it is drawn; and if nothing has a score, the exit code says so."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(
+        "def counted(images, prompts, count, **columns):\n    return [1.0] * len(images)\n\n"
+        "def silent(images, prompts, **columns):\n    return [None] * len(images)\n"
+    )
+    evaluate = ["evaluate", prompt_file, "--model", tiny_sd3, *SIZE, "--num-prompts", 1, "--num-seeds", 2]
+    evaluate += ["--num-inference-steps", 1]
+    assert "requires the column 'count', which" in refusal(*evaluate, "-r", "mine.py:counted")
+    done = command(*evaluate, "-r", "mine.py:silent")
+    assert (done.code, done.err.strip().splitlines()[-1]) == (1, "no picture has a score")
+
+
 def test_evaluate_refuses(trained, tmp_path, tiny_sd3):
     folder, _ = trained
     there = tmp_path / "there.json"
@@ -412,7 +426,7 @@ class Counted:
         self.factor = factor
 
     def __call__(self, images, prompts, count, **columns):
-        return [self.factor * number for number in count]
+        return [self.factor * number / bool(number) for number in count]  # 0 raises
 
 
 class Rank:
@@ -470,11 +484,16 @@ def test_score_without_a_score_is_code_1_with_the_reason(tmp_path, monkeypatch):
     (tmp_path / "mine.py").write_text(SCORED_FILES)
     Image.new("RGB", (8, 8)).save("one.png")
     Image.new("RGB", (8, 9)).save("two.png")
-    done = command("score", "one.png", "-p", "a cat", "-r", "mine.py:Counted")
+    done = command("score", "one.png", "-p", "a cat", "-r", "mine.py:Counted", "--column", "count=0")
     assert done.code == 1
-    assert "one.png has no score: reward 'mine.py:Counted' raised TypeError: " in done.err
-    assert "missing 1 required positional argument: 'count'" in done.err
-    assert "TypeError" not in done.out, "an error is no score"
+    assert "one.png has no score: reward 'mine.py:Counted' raised ZeroDivisionError: " in done.err
+    assert "ZeroDivisionError" not in done.out, "an error is no score"
+    lacking = refusal("score", "one.png", "-p", "a cat", "-r", "mine.py:Counted", "--column", "cuont=1")
+    assert lacking == (
+        "the reward 'mine.py:Counted' requires the column 'count'; give it as --column count=VALUE, or in the lines of "
+        "--metadata (given: cuont)"
+    )
+    assert "such as count=1" in refusal("score", "one.png", "-p", "a cat", "--column", "count")
     done = command("score", "one.png", "-p", "a cat", "-r", "mine.py:Rank")
     assert done.code == 1
     assert "one.png has no score: reward 'mine.py:Rank' gave no score (None)" in done.err
@@ -559,14 +578,25 @@ def test_mistakes_before_that():
 
 
 def test_a_traceback_where_somebody_has_to_look(run_file, tmp_path, monkeypatch):
-    """A user's mistake is ours to explain; a fault inside a plug-in, or in us, is not to be hidden."""
+    """A fault in the code of a plug-in is one line with its place; where more is asked for, or where the fault is ours, all."""
     (tmp_path / "their_reward.py").write_text(
         "class Reward:\n    def __init__(self):\n        raise ValueError('fault in here')\n"
         "    def __call__(self, images, prompts, **columns):\n        return [0.0] * len(images)\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
-    with pytest.raises(ValueError, match="fault in here"):
-        command("train", run_file, f"output={tmp_path / 'run'}", "rewards={their_reward:Reward: {}}")
+    broken = ("train", run_file, f"output={tmp_path / 'run'}", "rewards={their_reward:Reward: {}}")
+    assert re.match(
+        r"reward 'their_reward:Reward' cannot be made: ValueError: fault in here \(.*their_reward.py, line 3\)",
+        refusal(*broken),
+    )
+
+    def broken_report(run):
+        raise ValueError("fault of ours")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("flowsteer.rl.report.page.write_report", broken_report)
+        with pytest.raises(ValueError, match="fault of ours"):
+            command("report", tmp_path)
     monkeypatch.setenv("FLOWSTEER_TRACEBACK", "1")
     with pytest.raises(ValueError, match="unknown key"):
         command("train", run_file, "rollot=3")
@@ -692,6 +722,10 @@ def test_certify_pictures_of_one_s_own(tmp_path):
     assert done.code == 0, done.out
     assert "4 images of 24x24" in done.out
     assert "there is no folder" in refusal("rewards", "certify", "jpeg_compressibility", "--images", tmp_path / "no")
+    assert "there is no reward 'jpeg_compresibility'; " in refusal("rewards", "certify", "jpeg_compresibility")
+    (tmp_path / "a_dim_thing.png").unlink()
+    few = refusal("rewards", "certify", "jpeg_compressibility", "--images", tmp_path)
+    assert few == f"--images {tmp_path} holds 3 images; at least 4 are needed"
     done = command("rewards", "certify", "jpeg_compressibility", "-o", "qualty=5")
     assert done.code == 1
     assert "has no option 'qualty'" in " ".join(done.out.split())
