@@ -19,7 +19,7 @@ import importlib.util
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
@@ -82,11 +82,7 @@ class Door:
             )
         if not found:
             names = sorted({point.name for point in points})
-            nearest = difflib.get_close_matches(name, names, n=len(names) or 1, cutoff=0.5)
-            ordered = nearest + [other for other in names if other not in nearest]
-            raise ValueError(
-                f"there is no {self.noun} {name!r}; there are: {', '.join(ordered) or 'none'}. {self.advice()}"
-            )
+            raise ValueError(f"there is no {self.noun} {name!r}; {nearest_of(name, names)}. {self.advice()}")
         return found[0]
 
     def advice(self) -> str:
@@ -188,6 +184,15 @@ class Door:
                     )
                 raise ValueError(f"{self.noun} {name!r}: {module_name} has no {part!r}{hint}") from error
         return target
+
+
+def nearest_of(name: str, names: Sequence[str]) -> str:
+    """What to say of an unknown name: the nearest one, and all.
+
+    Example: ``nearest_of("orc", ["clip", "ocr"]) == "did you mean 'ocr'? There are: clip, ocr"``.
+    """
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f"{f'did you mean {near[0]!r}? There' if near else 'there'} are: {', '.join(names) or 'none'}"
 
 
 @contextmanager

@@ -13,12 +13,11 @@ configuration calls it.
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import sys
 from typing import NamedTuple
 
-from flowsteer.rewards.doors import Door
+from flowsteer.rewards.doors import Door, nearest_of
 from flowsteer.rl.algorithms import ALGORITHMS
 from flowsteer.rl.algorithms.forward import ForwardAlgorithm
 from flowsteer.rl.algorithms.transitions import TransitionAlgorithm
@@ -47,9 +46,7 @@ def find_algorithm(name: str) -> type[Algorithm]:
         return BUILT_IN[name]
     if not is_foreign(name):
         names = [*BUILT_IN, *installed_names()]
-        near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}? There are" if near else "there are"
-        raise ValueError(f"there is no algorithm {name!r}; {hint}: {', '.join(names)}. {DOOR.advice()}")
+        raise ValueError(f"there is no algorithm {name!r}; {nearest_of(name, names)}. {DOOR.advice()}")
     return check_class(name, DOOR.load(name))
 
 

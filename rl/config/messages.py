@@ -24,7 +24,9 @@ def explain(fault: Any, config: type[Config] = Config) -> str:
         if location == ["algorithm"]:
             names, advice = [*names, *installed_names()], f". {DOOR.advice()}" if given else ""
         what = f"unknown name {given!r}" if given else "this key is required"
-        return f"{key}.name: {what}; allowed: {', '.join(names)}{advice}"
+        near = difflib.get_close_matches(str(given), names, n=1, cutoff=0.7) if location == ["algorithm"] else []
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        return f"{key}.name: {what}{hint}; allowed: {', '.join(names)}{advice}"
     if fault["type"] == "missing":
         return f"{key}: this key is required"
     given = f"the text {fault['input']!r}" if isinstance(fault["input"], str) else repr(fault["input"])

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from flowsteer.rewards.doors import nearest_of
 from flowsteer.rl.config.foreign import config_for
 from flowsteer.rl.config.messages import explain
 from flowsteer.rl.config.schema import Config
@@ -103,8 +104,9 @@ def _read(path: str | Path) -> dict[str, Any]:
     elif (file / "config.yaml").is_file():
         raise ValueError(f"{name} is the folder of a run; give {file / 'config.yaml'}")
     else:
+        names = [other.removesuffix(".yaml") for other in shipped_configs()]
         raise ValueError(
-            f"there is no configuration {name!r}; give a YAML file, or one of {', '.join(shipped_configs())}"
+            f"there is no configuration {name!r}; give a YAML file, or the name of a shipped one; {nearest_of(name, names)}"
         )
     try:
         data = yaml.load(source.decode("utf-8"), Loader=_Loader)

@@ -90,7 +90,7 @@ class TestRegistry:
 
     def test_a_wrong_name_lists_the_right_ones_nearest_first(self):
         with pytest.raises(
-            ValueError, match="no reward 'jpeg_compresibility'; there are: jpeg_compressibility, "
+            ValueError, match="no reward 'jpeg_compresibility'; did you mean 'jpeg_compressibility'\\? There are: "
         ) as error:
             load_reward("jpeg_compresibility")
         assert "ocr" in str(error.value)

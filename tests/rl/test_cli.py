@@ -570,8 +570,9 @@ def test_a_setting_with_dashes_and_a_run_s_folder_are_told(run_file, trained):
 
 
 def test_mistakes_before_that():
-    assert "there is no configuration 'embeded_nft'; give a YAML file, or one of embedded_" in refusal(
-        "train", "embeded_nft"
+    assert (
+        "there is no configuration 'embeded_nft'; give a YAML file, or the name of a shipped one; did you mean 'embedded_"
+        in refusal("train", "embeded_nft")
     )
     assert command("train").code == 2
     assert command("trian").code == 2

@@ -162,6 +162,12 @@ NAMES = ", ".join(config.model_fields["name"].default for config in ALGORITHMS)
             "been installed again (pip install -e .); a class of your own can also be given as package.module:attribute or "
             "path/to/file.py:attribute",
         ),
+        (
+            {"algorithm": {"name": "difusion_nft"}},
+            f"algorithm.name: unknown name 'difusion_nft'; did you mean 'diffusion_nft'?; allowed: {NAMES}. A new entry point "
+            "is visible only after its project has been installed again (pip install -e .); a class of your own can also be given "
+            "as package.module:attribute or path/to/file.py:attribute",
+        ),
         ({"algorithm": {}}, f"algorithm.name: this key is required; allowed: {NAMES}"),
         (
             {"rollout": {"plan": {"name": "some"}}},
@@ -262,7 +268,10 @@ def test_files_that_cannot_be_read(tmp_path):
         (tmp_path / "run.yaml").write_bytes(data)
         return load_config(tmp_path / "run.yaml")
 
-    with pytest.raises(ValueError, match=r"no configuration 'runn.yaml'; give a YAML file, or one of embedded_"):
+    with pytest.raises(
+        ValueError,
+        match=r"no configuration 'runn.yaml'; give a YAML file, or the name of a shipped one; there are: embedded_",
+    ):
         load_config("runn.yaml")
     with pytest.raises(ValueError, match="is not YAML"):
         load(b"a: [1")

@@ -208,6 +208,10 @@ def test_its_keys_are_listed_once_it_is_installed(monkeypatch: pytest.MonkeyPatc
     assert (key.path, key.variant, key.about) == ("algorithm.strength", "plain", "Multiplies the loss.")
     with pytest.raises(ValueError, match="no key of the configuration matches"):
         find_keys("strength")
+    with pytest.raises(
+        ValueError, match=r"no algorithm 'plan'; did you mean 'plain'\? There are: .*, awm, .*, gone, plain\."
+    ):
+        find_algorithm("plan")
 
 
 def test_what_it_raises_is_a_failure_of_the_check() -> None:

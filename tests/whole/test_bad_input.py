@@ -148,7 +148,7 @@ def test_rewards_that_are_not_there(tmp_path, make_config):
     def of(name: str, **section: Any) -> str:
         return refused(tmp_path, make_config(tmp_path / "run", rewards={name: section}))
 
-    assert "there is no reward 'jpg_compressibility'; there are: jpeg_compressibility" in of("jpg_compressibility")
+    assert "there is no reward 'jpg_compressibility'; did you mean 'jpeg_compressibility'?" in of("jpg_compressibility")
     assert "no module 'nowhere'" in of("nowhere:reward")
     assert "has no option 'quallity'; did you mean 'quality'?" in of("jpeg_compressibility", options={"quallity": 3})
     assert "at least one needs a weight that is not 0" in of("jpeg_compressibility", weight=0)
