@@ -165,8 +165,8 @@ NAMES = ", ".join(config.model_fields["name"].default for config in ALGORITHMS)
         (
             {"algorithm": {"name": "difusion_nft"}},
             f"algorithm.name: unknown name 'difusion_nft'; did you mean 'diffusion_nft'?; allowed: {NAMES}. A new entry point "
-            "is visible only after its project has been installed again (pip install -e .); a class of your own can also be given "
-            "as package.module:attribute or path/to/file.py:attribute",
+            "is visible only after its project has been installed again (pip install -e .); a class of your own can also be "
+            "given as package.module:attribute or path/to/file.py:attribute",
         ),
         ({"algorithm": {}}, f"algorithm.name: this key is required; allowed: {NAMES}"),
         (
