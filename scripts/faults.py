@@ -73,8 +73,8 @@ FAULTS = (
     Fault(
         name="KL under no_grad",
         file="rl/algorithms/transitions.py",
-        right="    return kernels.kl(current, reference)",
-        wrong="        return kernels.kl(current, reference)",
+        right="kernels.kl(terms.current, terms.reference)",
+        wrong="kernels.kl(terms.current, terms.reference).detach()",
         tests="tests/rl/test_algorithms.py",
     ),
     Fault(

@@ -243,10 +243,3 @@ def state_gaussian(policy: PolicyView, batch: TransitionBatch, kernel: str) -> k
     return kernels.KERNELS[kernel](
         velocity, latents, schedule_of(batch.rollout), batch.index, trajectory.noise_levels[k]
     )
-
-
-def kl_to_reference(policy: PolicyView, batch: TransitionBatch, kernel: str, current: kernels.Gaussian) -> Tensor:
-    """The KL of the current policy's step to the reference's, [R]; its gradient is the current policy's."""
-    with torch.no_grad(), policy.using("reference"):
-        reference = gaussian(policy, batch, kernel)
-    return kernels.kl(current, reference)

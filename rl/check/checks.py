@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 from flowsteer.rewards.types import Scores
-from flowsteer.rl.algorithms.transitions import gaussian, kl_to_reference
+from flowsteer.rl.algorithms.transitions import TransitionBatch, gaussian
 from flowsteer.rl.build import batches_per_update
 from flowsteer.rl.check.toy import GROUP, ToyRun, comparison
 from flowsteer.rl.config import parse_config
 from flowsteer.rl.engine.optimizer import NotFinite
-from flowsteer.rl.types import Comparison
+from flowsteer.rl.types import Comparison, PolicyView
+from flowsteer.rollout.steps import kernels
 from flowsteer.rollout.types import Rollout
 
 LEARNING_STEPS = 80
@@ -212,7 +213,7 @@ def pulls_back(trial: Trial, coefficient: str, anchor: str) -> None:
     """One distance.
 
     The velocity is displaced alike everywhere, by d: an algorithm of the forward process has the distance <d^2>, a mean over
-    four dimensions, whose gradient is d / 2; one of transitions has that of `kl_to_reference`, which has proofs of its own.
+    four dimensions, whose gradient is d / 2; one of transitions has that of `kernels.kl`, which has proofs of its own.
     """
     gradients_of = {}
     displacement = torch.tensor([0.3, -0.2, 0.1, 0.4])
@@ -229,7 +230,7 @@ def pulls_back(trial: Trial, coefficient: str, anchor: str) -> None:
     expected = displacement / 2
     if run.algorithm.learns_from == "transitions":
         batches, kernel = run.algorithm.batches(rollouts, nothing, 0), run.config.rollout.kernel.name
-        distances = [kl_to_reference(run.policy, b, kernel, gaussian(run.policy, b, kernel)) for b in batches]
+        distances = [_kl_to_reference(run.policy, batch, kernel) for batch in batches]
         (expected,) = torch.autograd.grad(torch.cat(distances).mean(), run.toy.network.bias)
     if not torch.allclose(pull, 10 * expected, rtol=1e-3, atol=1e-5):
         raise CheckFailed(f"{coefficient}=10 pulls by {pull.tolist()}, not by {(10 * expected).tolist()}")
@@ -237,6 +238,13 @@ def pulls_back(trial: Trial, coefficient: str, anchor: str) -> None:
     # the distance is quadratic in the displacement of the velocity
     if not (cosine > 0.99 and (pull * displacement).sum() > 1e-3 * displacement.norm() ** 2):
         raise CheckFailed(f"{coefficient} pulls in another direction than back (cosine {cosine:.3f})")
+
+
+def _kl_to_reference(policy: PolicyView, batch: TransitionBatch, kernel: str) -> Tensor:
+    """The KL of the current policy's step to the reference's, [R], differentiable."""
+    with torch.no_grad(), policy.using("reference"):
+        reference = gaussian(policy, batch, kernel)
+    return kernels.kl(gaussian(policy, batch, kernel), reference)
 
 
 def not_finite_ends_the_run(trial: Trial) -> str:
