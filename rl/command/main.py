@@ -59,6 +59,8 @@ for command in (training.train, results.evaluate, results.export, results.sample
 app.command("check-model")(models.check_model)
 app.command("show-loop")(models.show_loop)
 app.command()(results.report)
+config_app.command("list")(models.config_list)
+config_app.command("show")(models.config_show)
 config_app.command("keys")(models.config_keys)
 
 

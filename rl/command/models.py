@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 
 from flowsteer.rl.command.options import (
@@ -71,6 +72,33 @@ def show_loop(
     if cls is None:
         raise ValueError(f"diffusers has no pipeline class {path!r}")
     console.print(source_of(cls), markup=False, highlight=False, soft_wrap=True)
+
+
+def config_list() -> None:
+    """List the configurations that are shipped, each with the first line of its header.
+
+    **Example**: `flowsteer config list`
+    """
+    from flowsteer.rl.config import shipped_configs
+    from flowsteer.rl.config.yaml import read_text
+
+    table = Table("name", "about")
+    for file in shipped_configs():
+        header = read_text(file).splitlines()[0].removeprefix("# ")
+        table.add_row(Text(file.removesuffix(".yaml")), Text(header))
+    console.print(table)
+
+
+def config_show(
+    name: Annotated[str, typer.Argument(help="One of `flowsteer config list`, or a YAML file.")],
+) -> None:
+    """Print a configuration as it is written; its header says what it needs and what to expect of it.
+
+    **Example**: `flowsteer config show embedded_nft_composition`
+    """
+    from flowsteer.rl.config.yaml import read_text
+
+    typer.echo(read_text(name), nl=False)
 
 
 def config_keys(

@@ -19,6 +19,7 @@ replaces a value. An unknown key is an error that names the nearest one.
 - `{NAME}` stands for a name that you choose: `rewards.composition.weight` is one of `rewards.{NAME}.weight`.
 - Some sections come in variants: `rollout.plan` and `algorithm`. Their key `name` chooses the variant. A text stands for
   the variant of that name: `algorithm: awm` is `algorithm: {{name: awm}}`.
+- `rewards: composition` and `rewards: [composition, ocr]` are rewards with their default settings.
 - `null` means none. A section that may be `null` is switched off by it.
 
 `flowsteer config keys PART` prints the keys whose path contains PART.

@@ -93,7 +93,8 @@ def shipped_configs() -> list[str]:
     )
 
 
-def _read(path: str | Path) -> dict[str, Any]:
+def read_text(path: str | Path) -> str:
+    """The text of a YAML file, or of a configuration that is shipped. Raises ValueError if there is none."""
     name = str(path)
     file = Path(name)
     shipped = name if name.endswith(".yaml") else f"{name}.yaml"
@@ -109,11 +110,17 @@ def _read(path: str | Path) -> dict[str, Any]:
             f"there is no configuration {name!r}; give a YAML file, or the name of a shipped one; {nearest_of(name, names)}"
         )
     try:
-        data = yaml.load(source.decode("utf-8"), Loader=_Loader)
+        return source.decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{name} is not UTF-8 ({error.reason} at byte {error.start}); save the file in UTF-8"
         ) from None
+
+
+def _read(path: str | Path) -> dict[str, Any]:
+    name, text = str(path), read_text(path)
+    try:
+        data = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         raise ValueError(f"{name} is not YAML: {error}") from None
     if not isinstance(data, dict):

@@ -96,7 +96,7 @@ def trained(run_file) -> tuple[Path, Done]:
 def test_every_command_is_known_here():
     assert {" ".join(path) for path in commands()} == {
         "train", "evaluate", "export", "sample", "score", "check-model", "show-loop", "report", "rewards list",
-        "config keys", "rewards certify", "rewards serve", "rewards env list", "rewards env create", "rewards env check",
+        "config keys", "config list", "config show", "rewards certify", "rewards serve", "rewards env list", "rewards env create", "rewards env check",
         "rewards env remove", "algorithms list", "algorithms check",
     }  # fmt: skip
 
@@ -137,6 +137,15 @@ def test_config_keys():
     assert "section with name: all | none | steps | window, default name: none" in command("config", "keys", "plan").out
     assert "did you mean optimizer.learning_rate or " in refusal("config", "keys", "learning_rte")
     assert "flowsteer config keys" in command("train", "--help").out
+
+
+def test_shipped_configurations_are_listed_and_shown():
+    listed = command("config", "list").out
+    assert "embedded_nft_composition" in listed
+    assert "sd35m_flow_grpo_ocr" in listed
+    shown = command("config", "show", "sd35m_flow_grpo_ocr").out
+    assert shown == (Path(__file__).resolve().parents[2] / "configs" / "sd35m_flow_grpo_ocr.yaml").read_text("utf-8")
+    assert "did you mean 'sd35m_nft_ocr'?" in refusal("config", "show", "sd35m_nftt_ocr")
 
 
 def test_the_page_of_all_keys_is_up_to_date():
