@@ -207,9 +207,11 @@ def blaming(what: str, *, but: Callable[[Exception], bool] = lambda error: False
         if is_for_users(error) or but(error):
             raise
         last = traceback.extract_tb(error.__traceback__)[-1]
+        text, place = str(error), f"{last.filename}, line {last.lineno}"
+        if isinstance(error, SyntaxError):
+            text, place = error.msg, f"{error.filename}, line {error.lineno}"
         raise ValueError(
-            f"{what}: {type(error).__name__}: {error} ({last.filename}, line {last.lineno}); FLOWSTEER_TRACEBACK=1 shows the "
-            "traceback"
+            f"{what}: {type(error).__name__}: {text} ({place}); FLOWSTEER_TRACEBACK=1 shows the traceback"
         ) from error
 
 

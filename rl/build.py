@@ -17,6 +17,7 @@ from diffusers import ModelMixin
 
 from flowsteer.rewards.columns import check_columns
 from flowsteer.rewards.combine import Normalise, RewardSet, check_names_and_weights
+from flowsteer.rewards.doors import blaming
 from flowsteer.rewards.envs.environments import locate
 from flowsteer.rewards.hosts.child import WorkerReward
 from flowsteer.rewards.hosts.remote import HTTPReward
@@ -84,19 +85,19 @@ def build_algorithm(config: Config, plan: Plan, processes: Processes, *, common_
             f"rollout.branching.first={branching.first} leaves no pool: the plan's stochastic steps are "
             f"{list(plan.indices(0))}; set it to at most the last of them"
         )
-    return config.algorithm.bind(
-        Facts(
-            kernel=kernel.name,
-            log_prob_weight=kernel.log_prob_weight,
-            num_inference_steps=rollout.num_inference_steps,
-            num_transitions=pools if branching else plan.num_transitions,
-            group_size=rollout.group_size,
-            advantage_clip=config.advantage.clip,
-            seed=config.seed,
-            common_indices=common_indices,
-            gather=processes.gather,
-        )
+    facts = Facts(
+        kernel=kernel.name,
+        log_prob_weight=kernel.log_prob_weight,
+        num_inference_steps=rollout.num_inference_steps,
+        num_transitions=pools if branching else plan.num_transitions,
+        group_size=rollout.group_size,
+        advantage_clip=config.advantage.clip,
+        seed=config.seed,
+        common_indices=common_indices,
+        gather=processes.gather,
     )
+    with blaming(f"algorithm {config.algorithm.label!r} cannot be bound to the run"):
+        return config.algorithm.bind(facts)
 
 
 def build_rewards(config: Config, device: torch.device) -> RewardSet:

@@ -143,10 +143,16 @@ def open_run(folder: Path, config: Config, *, resume: bool) -> None:
         for key in sorted(before.keys() | now.keys())
         if before.get(key) != now.get(key)
         and not any(key == free or key.startswith(f"{free}.") for free in _FREE_TO_CHANGE)
-        and not (key.startswith("rewards.") and key.split(".")[-2] == "host" and key.split(".")[-1] in _FREE_OF_A_HOST)
+        and not _is_free_of_a_host(key)
     ]
     if changed:
         raise ValueError(f"the run in {folder} was started with other settings:\n  " + "\n  ".join(changed))
+
+
+def _is_free_of_a_host(key: str) -> bool:
+    """Whether a key says where a hosted reward is or what time it has; a reward's own option ``host`` is none of these."""
+    *above, host, last = ["", "", *key.split(".")]
+    return above[2:3] == ["rewards"] and host == "host" and above[-1] != "options" and last in _FREE_OF_A_HOST
 
 
 def fingerprint(denoisers: dict[str, nn.Module]) -> str:

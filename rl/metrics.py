@@ -55,15 +55,17 @@ class Meter:
         """The step's numbers, each reduced over all batches and processes; the meter is empty afterwards."""
         means = {name: value for name, value in sorted(self._metrics.items()) if isinstance(value, Mean)}
         largest = {name: value for name, value in sorted(self._metrics.items()) if isinstance(value, Max)}
-        local = torch.tensor([[float(total), count] for total, count in means.values()], dtype=torch.float64)
+        names = all_names(means, engine.gather)  # a process may lack one that another has
+        pairs = [means.get(name, Mean(0.0, 0.0)) for name in names]
+        local = torch.tensor([[float(total), count] for total, count in pairs], dtype=torch.float64).reshape(-1, 2)
         sums = engine.gather(local[None]).sum(0)  # [names, 2]
-        values = {name: float(total / count) for name, (total, count) in zip(means, sums) if count > 0}
-        if largest:
-            own = torch.tensor([[float(value) for (value,) in largest.values()]], dtype=torch.float64)
-            values |= dict(zip(largest, engine.gather(own).amax(0).tolist()))
+        values = {name: float(total / count) for name, (total, count) in zip(names, sums) if count > 0}
+        if names := all_names(largest, engine.gather):
+            own = [float(largest[name].value) if name in largest else -math.inf for name in names]
+            values |= dict(zip(names, engine.gather(torch.tensor([own], dtype=torch.float64)).amax(0).tolist()))
         values |= {name: value.value for name, value in self._metrics.items() if isinstance(value, Last)}
         values |= {f"seconds/{act}": seconds for act, seconds in self._seconds.items()}
-        self.__init__()
+        self._metrics, self._seconds = {}, {}
         return values
 
 

@@ -61,11 +61,11 @@ class Comparison:
     """How much better than its group each sample of one rollout batch is.
 
     Example: a group of two with scores 1 and 0, compared by the group's deviation, has ``score=[1, 0]``,
-    ``advantage=[1, -1]`` and ``weight=[1, 1]``.
+    ``advantage`` of nearly ``[1, -1]`` (a small constant is added to the deviation) and ``weight=[1, 1]``.
     """
 
     score: Tensor  # [B] float32, the weighted sum of its rewards, NaN where missing
-    advantage: Tensor  # [B] float32, 0 where nothing can be said
+    advantage: Tensor  # [B] float32, 0 if the sample has no comparable peer
     weight: Tensor  # [B] float32, 0 for samples that carry no comparison; its mean over the step's N samples is 1
 
     def take(self, rows: Tensor | None) -> Comparison:
@@ -158,6 +158,8 @@ class Algorithm(BaseModel, Generic[LossTerm]):
     learns_from: ClassVar[Literal["transitions", "final latents"]]
     on_pairs: ClassVar[bool] = False
     """The best and the worst sample of every group are compared; advantages are not asked for."""
+    possible_anchors: ClassVar[frozenset[str]] = frozenset()
+    """The policies that a loss of this family can be held near to."""
     keeps_means: ClassVar[bool] = False
     """Rollouts store the means of their stochastic steps."""
 
@@ -174,6 +176,14 @@ class Algorithm(BaseModel, Generic[LossTerm]):
 
     def bind(self, facts: Facts) -> Self:
         """The algorithm for one run. Raises ValueError where the run cannot give what the settings ask for."""
+        held = {name for name, weight in self.anchors.items() if weight}
+        if self.on_pairs and held:
+            raise ValueError(f"{self.label} learns from pairs, whose loss has no distances; `anchors` must be empty")
+        if unknown := held - self.possible_anchors:
+            raise ValueError(
+                f"{self.label} cannot be held near to {', '.join(sorted(unknown))} (`anchors`), only to "
+                f"{' or '.join(sorted(self.possible_anchors))}"
+            )
         bound = self.model_copy()
         bound._facts = facts
         return bound

@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from fractions import Fraction
 from typing import Any, Literal
 
@@ -79,8 +80,9 @@ class Trial:
 
     def close(self) -> None:
         """End what the instances hold open, as the end of a run does."""
-        for reward in self._made:
-            getattr(reward, "close", lambda: None)()
+        with ExitStack() as all_of_them:  # also after one that raises
+            for reward in self._made:
+                all_of_them.callback(getattr(reward, "close", lambda: None))
 
     @functools.cached_property
     def reward(self) -> Reward:

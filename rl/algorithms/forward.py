@@ -162,6 +162,7 @@ class ForwardAlgorithm(Algorithm[ForwardBatch]):
     """The base of the family. `per_sample`, or for preferences `logits`, is what a subclass adds to its settings."""
 
     learns_from: ClassVar[Literal["transitions", "final latents"]] = "final latents"
+    possible_anchors: ClassVar[frozenset[str]] = frozenset({"reference", "old"})
 
     noise_levels_per_sample: PositiveInt = 1
     """How many of the sampler's noise levels each rollout batch is trained at."""

@@ -34,12 +34,18 @@ def weighted(
     """The mean of (loss + weighted distances to the anchors) [R] times weight [R]; and the metrics as means over the samples.
 
     ``distances`` [R] and their weights ``anchors`` go by the name of the other policy; those of weight 0 do not count.
-    Raises TypeError or ValueError if ``terms``, which may be a plug-in's, are not `Terms` with one number per sample.
+    Raises ValueError if ``terms``, which may be a plug-in's, are not `Terms` with one number per sample, or if a metric has
+    the name of one that is reported anyway.
     """
     if not isinstance(terms, Terms):
-        raise TypeError(
+        raise ValueError(
             f"per_sample must return Terms(loss=..., metrics={{...}}) of flowsteer.rl.algorithms.losses, got a "
             f"{type(terms).__name__}"
+        )
+    taken = {"loss", *(DISTANCES[name] for name in anchors)} & terms.metrics.keys()
+    if taken:
+        raise ValueError(
+            f"per_sample reports {', '.join(sorted(taken))} itself, which is reported anyway; choose another name"
         )
     for name, value in {"loss": terms.loss, **terms.metrics}.items():
         if value.shape != weight.shape:

@@ -53,13 +53,15 @@ class TransitionTerms:
     @property
     def reference_log_prob(self) -> Tensor:
         """[R], under the reference."""
-        assert self.reference is not None, "the algorithm compares with the reference"
+        if self.reference is None:
+            raise ValueError("reference_log_prob needs the reference policy: name it in compares_with")
         return kernels.log_prob(self.reference, self.next_latents, weight=self.log_prob_weight)
 
     @property
     def kl_to_old(self) -> Tensor:
         """[R], of the current policy's step to that of the policy that drew it; differentiable."""
-        assert self.old is not None, "the algorithm keeps the means"
+        if self.old is None:
+            raise ValueError("kl_to_old needs the means of the rollouts' steps: set keeps_means = True in the class")
         return kernels.kl(self.current, self.old)
 
 
@@ -101,6 +103,7 @@ class TransitionAlgorithm(Algorithm[TransitionBatch]):
     """The base of the family. `per_sample`, or for preferences `logits`, is what a subclass adds to its settings."""
 
     learns_from: ClassVar[Literal["transitions", "final latents"]] = "transitions"
+    possible_anchors: ClassVar[frozenset[str]] = frozenset({"reference"})
 
     def per_sample(self, step: TransitionTerms) -> Terms:
         """The loss of each sample [R] and what to report."""
@@ -169,18 +172,24 @@ class TransitionAlgorithm(Algorithm[TransitionBatch]):
             with torch.no_grad(), policy.using("reference"):
                 reference = gaussian(policy, batch, self.facts.kernel)
         means = batch.trajectory.mean
+        old = None if means is None else means[:, batch.transition]
         sigma = schedule_of(batch.rollout).sigma
         advantage = batch.comparison.advantage.to(current.mean.device)
         return TransitionTerms(
             current=current,
-            old=None if means is None else kernels.Gaussian(mean=means[:, batch.transition], std=current.std),
+            old=None if old is None else kernels.Gaussian(mean=_rows(old, batch.rows), std=current.std),
             reference=reference,
             next_latents=batch.next_latents,
             old_log_prob=batch.old_log_prob,
-            advantage=advantage if batch.rows is None else advantage[batch.rows],
+            advantage=_rows(advantage, batch.rows),
             length=float(sigma[batch.index] - sigma[batch.index + 1]),
             log_prob_weight=self.facts.log_prob_weight,
         )
+
+
+def _rows(values: Tensor, rows: Tensor | None) -> Tensor:
+    """Those of the samples that take part: [B, ...] -> [R, ...]."""
+    return values if rows is None else values[rows]
 
 
 def transition_batches(

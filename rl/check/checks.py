@@ -75,11 +75,21 @@ class Trial:
         algorithm = self.run().config.algorithm
         found = []
         for name, value in algorithm:
-            if not isinstance(value, float):
+            if isinstance(value, bool) or not isinstance(value, int | float):
                 continue
             off, on = (algorithm.model_copy(update={name: weight}).anchors for weight in (0.0, 10.0))
             found += [(name, anchor) for anchor in on if on[anchor] and not off.get(anchor)]
         return found
+
+    def largest(self, coefficient: str) -> float:
+        """The largest of a few weights that the setting allows. Raises CheckFailed if it allows none of them."""
+        for weight in (10.0, 1.0, 0.1, 0.01):
+            try:
+                self.run(**{coefficient: weight})
+            except ValueError:
+                continue
+            return weight
+        raise CheckFailed(f"{coefficient} weighs a distance, but can be none of 10, 1, 0.1 and 0.01")
 
     def free(self) -> dict[str, float]:
         """Settings without the distances, which hold an algorithm back on purpose."""
@@ -202,6 +212,9 @@ def _gradient_of_ties(trial: Trial, displacement: float) -> float:
 def distances_pull_back(trial: Trial) -> str:
     """Where nothing else teaches, a step along the gradient of a displaced policy brings it nearer to the anchor."""
     held = trial.coefficients()
+    fixed = {name for name, weight in trial.run(**trial.free()).algorithm.anchors.items() if weight}
+    if fixed:
+        raise CheckFailed(f"no setting switches off the distance to {', '.join(sorted(fixed))} (`anchors`)")
     if not held:
         raise NotApplicable("no setting is the weight of a distance (`anchors`)")
     for coefficient, anchor in held:
@@ -217,7 +230,8 @@ def pulls_back(trial: Trial, coefficient: str, anchor: str) -> None:
     """
     gradients_of = {}
     displacement = torch.tensor([0.3, -0.2, 0.1, 0.4])
-    for weight in (0.0, 10.0):
+    most = trial.largest(coefficient)
+    for weight in (0.0, most):
         run = trial.run(**{**trial.free(), coefficient: weight})
         rollouts = run.rollouts()
         with torch.no_grad():
@@ -226,17 +240,18 @@ def pulls_back(trial: Trial, coefficient: str, anchor: str) -> None:
             raise CheckFailed(f"{coefficient}={weight:g} keeps no {anchor} policy")
         nothing = [comparison([0.0] * GROUP)] * len(rollouts)
         gradients_of[weight] = run.gradient(rollouts, nothing)[1]
-    pull = gradients_of[10.0] - gradients_of[0.0]
+    pull = gradients_of[most] - gradients_of[0.0]
+    factor = run.algorithm.anchors[anchor]
     expected = displacement / 2
     if run.algorithm.learns_from == "transitions":
         batches, kernel = run.algorithm.batches(rollouts, nothing, 0), run.config.rollout.kernel.name
         distances = [_kl_to_reference(run.policy, batch, kernel) for batch in batches]
         (expected,) = torch.autograd.grad(torch.cat(distances).mean(), run.toy.network.bias)
-    if not torch.allclose(pull, 10 * expected, rtol=1e-3, atol=1e-5):
-        raise CheckFailed(f"{coefficient}=10 pulls by {pull.tolist()}, not by {(10 * expected).tolist()}")
+    if not torch.allclose(pull, factor * expected, rtol=1e-3, atol=1e-6 * most):
+        raise CheckFailed(f"{coefficient}={most:g} pulls by {pull.tolist()}, not by {(factor * expected).tolist()}")
     cosine = torch.nn.functional.cosine_similarity(pull, displacement, dim=0)
     # the distance is quadratic in the displacement of the velocity
-    if not (cosine > 0.99 and (pull * displacement).sum() > 1e-3 * displacement.norm() ** 2):
+    if not (cosine > 0.99 and (pull * displacement).sum() > 1e-4 * most * displacement.norm() ** 2):
         raise CheckFailed(f"{coefficient} pulls in another direction than back (cosine {cosine:.3f})")
 
 

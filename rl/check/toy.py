@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -89,7 +90,7 @@ def toy_config(overrides: Mapping[str, Any]) -> Config:
         *parents, last = key.split(".")
         for parent in parents:
             section = section.setdefault(parent, {})
-        section[last] = value
+        section[last] = copy.deepcopy(value)  # a trial's overrides are shared
     data["algorithm"] = {"updates_per_rollout": 1} | data["algorithm"]
     return parse_config(data)
 
@@ -135,7 +136,9 @@ class ToyRun:
     def compare(
         self, rollouts: Sequence[Rollout], scores: Sequence[Scores]
     ) -> tuple[list[Comparison], dict[str, float]]:
-        return compare(rollouts, scores, self.engine.gather, weights={}, **self.config.advantage.model_dump())
+        named = [replace(own, parts={"mean": own.total}) for own in scores]  # of one reward, for advantage.combine
+        settings = self.config.advantage.model_dump()
+        return compare(rollouts, named, self.engine.gather, weights={"mean": 1.0}, **settings)
 
     def learn(self, step: int) -> float:
         """One training step for the reward "mean of the pixels"; returns the reward's mean."""

@@ -112,7 +112,7 @@ def evaluate(
             num_seeds=num_seeds,
             num_inference_steps=num_inference_steps or chosen.evaluation.num_inference_steps,
             guidance_scale=chosen.evaluation.guidance_scale if guidance_scale is None else guidance_scale,
-            negative_prompt=negative_prompt or chosen.evaluation.negative_prompt,
+            negative_prompt=chosen.evaluation.negative_prompt if negative_prompt is None else negative_prompt,
             batch_size=batch_size,
             dtype=DTYPES[chosen.dtype],
             device=chosen.device,
@@ -234,7 +234,7 @@ def sample(
                 [prompt],
                 num_inference_steps=steps,
                 guidance_scale=guidance,
-                negative_prompt=negative_prompt or chosen.evaluation.negative_prompt,
+                negative_prompt=chosen.evaluation.negative_prompt if negative_prompt is None else negative_prompt,
             )
             conditioning = conditioning.take([0] * num_seeds)
             latents, _ = draw(

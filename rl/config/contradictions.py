@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 
+from flowsteer.rewards.doors import blaming
 from flowsteer.rl.config.schema import Config, KernelConfig, WindowPlan
 from flowsteer.rl.types import Setting, changed, not_whole
 from flowsteer.rollout.data.prompts import check_divisible
@@ -30,13 +31,14 @@ USED_BY_STRATEGY = {
 def check_config(config: Config, num_processes: int) -> None:
     """Refuse what no run can be made of. Raises ValueError that says what would work, with every fault."""
     setting = setting_of(config, num_processes)
+    with blaming(f"the check of algorithm {config.algorithm.label!r} cannot be made"):
+        own = [*config.algorithm.check(setting), *config.algorithm.idle()]
     faults = [
         *_sharing(config, num_processes),
-        *config.algorithm.check(setting),
+        *own,
         *_drawing(config),
         *_branching(config, setting),
         *_comparing(config, setting),
-        *config.algorithm.idle(),
         *_steps(config),
         *_precision(config),
     ]

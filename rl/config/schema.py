@@ -37,12 +37,12 @@ def by_name(given: Any) -> Any:
     return {"name": given} if isinstance(given, str) else given
 
 
-def _by_names(given: Any) -> Any:
+def by_names(given: Any) -> Any:
     """A reward's name, or a list of them, stands for these rewards with the defaults; so does a name without a section."""
     names = [given] if isinstance(given, str) else given
     if isinstance(names, list) and all(isinstance(name, str) for name in names):
         if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"{twice[0]!r} stands there more than once")
+            raise ValueError(f"{twice[0]!r} is listed twice")
         return {name: {} for name in names}
     if isinstance(given, dict):
         return {name: {} if section is None else section for name, section in given.items()}
@@ -351,7 +351,7 @@ class Config(Section):
     model: ModelConfig = ModelConfig()
     prompts: PromptsConfig = PromptsConfig()
     rollout: RolloutConfig = RolloutConfig()
-    rewards: Annotated[dict[str, RewardConfig], Field(min_length=1), BeforeValidator(_by_names)]
+    rewards: Annotated[dict[str, RewardConfig], Field(min_length=1), BeforeValidator(by_names)]
     """By name: one of `flowsteer rewards list`, ``package.module:attribute``, or ``path/to/file.py:attribute``."""
     advantage: AdvantageConfig = AdvantageConfig()
     algorithm: Annotated[AnyAlgorithm, BeforeValidator(by_name)]

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from flowsteer.rewards.doors import nearest_of
 from flowsteer.rl.config.foreign import config_for
 from flowsteer.rl.config.messages import explain
-from flowsteer.rl.config.schema import Config
+from flowsteer.rl.config.schema import Config, by_name, by_names
 
 
 class _Loader(yaml.SafeLoader):
@@ -128,6 +128,15 @@ def _read(path: str | Path) -> dict[str, Any]:
     return data
 
 
+def _section(name: str, given: Any) -> Any:
+    """What an override goes into: a section that was written in short, or not at all, is written out."""
+    if given is None:
+        return {}
+    if name == "rewards":
+        return by_names(given)
+    return by_name(given) if name in ("algorithm", "plan", "kernel") else given
+
+
 def _apply(data: dict[str, Any], override: str) -> None:
     key, _, text = override.partition("=")
     try:
@@ -142,6 +151,6 @@ def _apply(data: dict[str, Any], override: str) -> None:
         if not parts:
             data[name] = value
             return
-        data = data.setdefault(name, {})
+        data[name] = data = _section(name, data.get(name))
         if not isinstance(data, dict):
             raise ValueError(f"the override {override!r} goes through {name!r}, which is not a section")

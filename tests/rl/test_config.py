@@ -483,3 +483,17 @@ def test_the_quick_start_runs_on_its_processes():
     script = (Path(__file__).resolve().parents[2] / "scripts" / "quickstart.sh").read_text(encoding="utf-8")
     processes, name = re.search(r"--nproc_per_node (\d+) .* train (\w+)", script).groups()
     check_config(load_config(name), int(processes))
+
+
+@pytest.mark.parametrize(
+    ("short", "override", "section", "expected"),
+    [
+        ({"algorithm": "awm"}, "algorithm.kl_coef=0.1", "algorithm", {"name": "awm", "kl_coef": 0.1}),
+        ({"rewards": ["ocr"]}, "rewards.ocr.weight=2", "rewards", {"ocr": {"weight": 2}}),
+        ({"rewards": {"ocr": None}}, "rewards.ocr.weight=2", "rewards", {"ocr": {"weight": 2}}),
+        ({"rollout": {"plan": "window"}}, "rollout.plan.size=2", "rollout", {"plan": {"name": "window", "size": 2}}),
+        ({"evaluation": None}, "evaluation.num_prompts=2", "evaluation", {"num_prompts": 2}),
+    ],
+)
+def test_an_override_goes_into_a_section_that_is_written_in_short(short, override, section, expected):
+    assert parse_overrides([override], short)[section] == expected

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 import sys
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -42,15 +44,39 @@ def test_a_mean_is_over_samples_not_over_batches():
     assert meter.finish(Processes())["kl"] == 2.0
 
 
+def finished_together(*meters: Meter) -> list[dict[str, float]]:
+    """What each of several processes makes of its meter: threads whose `gather` waits for all of them."""
+    barrier = threading.Barrier(len(meters), timeout=60)
+    given: list[Tensor] = [torch.empty(0)] * len(meters)
+
+    def finish(place: int) -> dict[str, float]:
+        def gather(values: Tensor) -> Tensor:
+            given[place] = values
+            barrier.wait()
+            together = torch.cat(given)
+            barrier.wait()
+            return together
+
+        return meters[place].finish(Processes(gather))
+
+    with ThreadPoolExecutor(len(meters)) as pool:
+        return list(pool.map(finish, range(len(meters))))
+
+
 def test_and_not_over_processes_either():
     """Here are 2 samples that sum to 4; on the other process 6 that sum to 0, and the only one of a loss that both report."""
+    here = meter_of({"loss": Mean(0.0, 0.0), "kl": Mean(4.0, 2.0)})
+    there = meter_of({"loss": Mean(1.5, 1.0), "kl": Mean(0.0, 6.0)})
+    assert finished_together(here, there) == [{"kl": 0.5, "loss": 1.5}] * 2
 
-    def gather(mine: Tensor) -> Tensor:
-        assert torch.equal(mine[0], torch.tensor([[4.0, 2.0], [0.0, 0.0]], dtype=torch.float64)), "kl, loss"
-        return torch.cat([mine, torch.tensor([[[0.0, 6.0], [1.5, 1.0]]], dtype=torch.float64)])
 
-    meter = meter_of({"loss": Mean(0.0, 0.0), "kl": Mean(4.0, 2.0)})
-    assert meter.finish(Processes(gather)) == {"kl": 0.5, "loss": 1.5}
+def test_numbers_are_added_by_name_also_where_a_process_lacks_one():
+    """A metric that an algorithm reports now and then: by place, the loss of one would be added to it."""
+    here = meter_of({"a": Mean(1.0, 1.0), "loss": Mean(3.0, 1.0), "low": Max(-2.0)})
+    there = meter_of({"b": Mean(5.0, 1.0), "loss": Mean(1.0, 1.0), "top": Max(2.0)})
+    expected = {"a": 1.0, "b": 5.0, "loss": 2.0, "low": -2.0, "top": 2.0}
+    assert finished_together(here, there) == [expected] * 2
+    assert finished_together(Meter(), meter_of({"a": Mean(1.0, 1.0)})) == [{"a": 1.0}] * 2
 
 
 def test_without_a_sample_there_is_no_number():
@@ -65,12 +91,10 @@ def test_sums_keep_their_precision():
 
 
 def test_the_largest_is_over_processes_and_the_last_is_the_last():
-    def gather(mine: Tensor) -> Tensor:
-        return torch.cat([mine, torch.full_like(mine, 7.0)]) if mine.numel() else mine
-
     meter = meter_of({"peak": Max(3.0), "rate": Last(0.3)}, {"peak": Max(torch.tensor(5.0)), "rate": Last(0.2)})
     assert meter.finish(Processes()) == {"peak": 5.0, "rate": 0.2}
-    assert meter_of({"peak": Max(3.0)}, {"peak": Max(2.0)}).finish(Processes(gather)) == {"peak": 7.0}
+    here, there = meter_of({"peak": Max(3.0)}, {"peak": Max(2.0)}), meter_of({"peak": Max(7.0)})
+    assert finished_together(here, there) == [{"peak": 7.0}] * 2
 
 
 def test_updates_and_times():

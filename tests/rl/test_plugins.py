@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
+from flowsteer.rewards.types import Scores
 from flowsteer.rl.algorithms.flow_grpo import FlowGRPO
+from flowsteer.rl.algorithms.pairs import best_and_worst
 from flowsteer.rl.check.checks import Trial
 from flowsteer.rl.check.page import check_algorithm, parse_settings, trials_of
+from flowsteer.rl.check.toy import ToyRun
 from flowsteer.rl.command.main import app
 from flowsteer.rl.config import check_config, load_config, parse_config, save_config
 from flowsteer.rl.config.keys import find_keys
@@ -21,7 +26,7 @@ from flowsteer.rl.plugins import BUILT_IN, find_algorithm, list_algorithms
 
 SOURCE = '''"""Plain: REINFORCE over denoising steps (a paper)."""
 import torch
-from pydantic import PositiveFloat
+from pydantic import Field, NonNegativeFloat, PositiveFloat
 from flowsteer.rl.algorithms.forward import ForwardAlgorithm
 from flowsteer.rl.algorithms.losses import Terms
 from flowsteer.rl.algorithms.transitions import TransitionAlgorithm, TransitionTerms
@@ -37,6 +42,51 @@ class Swapped(Plain):
     def per_sample(self, step):
         loss = super().per_sample(step).loss
         return Terms(loss=-loss, metrics={"kl": torch.ones(len(loss))})
+
+class Wrong(Plain):
+    kl_coef: NonNegativeFloat = 1
+    @property
+    def anchors(self):
+        return {"reference": -self.kl_coef}
+
+class Narrow(Plain):
+    share: float = Field(default=0.25, ge=0, le=1)
+    @property
+    def anchors(self):
+        return {"reference": 0.5 * self.share}
+
+class Always(Plain):
+    @property
+    def anchors(self):
+        return {"reference": 0.1}
+
+class ToEMA(Plain):
+    @property
+    def anchors(self):
+        return {"ema": 1.0}
+
+class Lacks(Plain):
+    def per_sample(self, step):
+        return Terms(loss=super().per_sample(step).loss + step.kl_to_old)
+
+class Reports(Plain):
+    def per_sample(self, step):
+        return Terms(loss=super().per_sample(step).loss, metrics={"loss": step.log_prob})
+
+class Refuses(Plain):
+    def check(self, setting):
+        raise ValueError("only on Sundays")
+
+class Pairs(TransitionAlgorithm):
+    on_pairs = True
+    keeps_means = True
+    kl_coef: NonNegativeFloat = 0.0
+    @property
+    def anchors(self):
+        return {"reference": self.kl_coef}
+    def logits(self, step):
+        win, lose = (step.log_prob - step.old_log_prob + 0 * step.kl_to_old).chunk(2)
+        return win - lose
 
 class Bare(Plain):
     def per_sample(self, step):
@@ -178,6 +228,8 @@ def test_a_right_one_passes(name: str) -> None:
     [
         ("./mine.py:Swapped", {"start", "first update", "learns"}),
         ("./mine.py:Random", {"repeatable", "no weight"}),
+        ("./mine.py:Wrong", {"distances"}),
+        ("./mine.py:Always", {"distances", "equal scores"}),
     ],
 )
 def test_a_wrong_one_fails_where_it_is_wrong(name: str, failed: set[str]) -> None:
@@ -195,6 +247,63 @@ def test_a_wrong_one_fails_where_it_is_wrong(name: str, failed: set[str]) -> Non
 def test_a_common_mistake_is_told_with_what_to_do(name: str, message: str) -> None:
     (trial,) = trials_of(f"./mine.py:{name}", {}).values()
     assert message in check_algorithm(name, trial).text()
+
+
+def test_a_weight_that_is_bounded_or_taken_in_part_is_tried_within_its_bounds() -> None:
+    assert page_of("./mine.py:Narrow")["distances"] == "passed"
+
+
+def test_pairs_have_the_old_steps_of_their_own_samples() -> None:
+    """Before an update the current policy is the one that drew: also of the pairs' samples, in whatever order they stand."""
+    (trial,) = trials_of("./mine.py:Pairs", {}).values()
+    run = trial.run()
+    rollouts = run.rollouts()
+    comparisons, _ = run.compare(rollouts, [Scores(total=torch.arange(float(len(own))).flip(0)) for own in rollouts])
+    seen = []
+    for batch in run.algorithm.batches(rollouts, comparisons, 0):
+        pairs = best_and_worst(batch.rollout.group, batch.comparison)
+        seen.append(run.algorithm._terms(run.policy, replace(batch, rows=pairs.sides())).kl_to_old)
+    assert torch.cat(seen).abs().max() == 0
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "message"),
+    [
+        ({"name": "./mine.py:Pairs", "kl_coef": 0.1}, "whose loss has no distances; `anchors` must be empty"),
+        ({"name": "./mine.py:ToEMA"}, "cannot be held near to ema (`anchors`), only to reference"),
+        ({"name": "./mine.py:Refuses"}, "'./mine.py:Refuses' cannot be made: ValueError: only on Sundays"),
+    ],
+)  # fmt: skip
+def test_what_a_run_cannot_do_is_refused_at_its_start(algorithm: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        ToyRun({"algorithm": algorithm})
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("Lacks", "kl_to_old needs the means of the rollouts' steps: set keeps_means = True in the class"),
+        ("Reports", "per_sample reports loss itself, which is reported anyway; choose another name"),
+    ],
+)
+def test_what_is_not_there_is_told(name: str, message: str) -> None:
+    (trial,) = trials_of(f"./mine.py:{name}", {}).values()
+    assert message in check_algorithm(name, trial).text()
+
+
+def test_overrides_of_one_trial_do_not_change_another() -> None:
+    def trunks(*settings: str) -> list[str]:
+        trials = trials_of("step_dpo", parse_settings(settings)).values()
+        return [trial.run().config.rollout.branching.trunk for trial in trials]
+
+    before = trunks()
+    assert "deterministic" in before
+    assert set(trunks("rollout.branching.trunk=resampled")) == {"resampled"}
+    assert trunks() == before
+
+
+def test_other_ways_to_combine_rewards_can_be_tried() -> None:
+    assert page_of("./mine.py:Plain", "advantage.combine=gdpo")["learns"] == "passed"
 
 
 def test_its_keys_are_listed_once_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
