@@ -49,7 +49,7 @@ def check_names_and_weights(rewards: Sequence[tuple[str, float]]) -> None:
         if not name or "/" in name:
             raise ValueError(f"the reward name {name!r} must not be empty, and without '/'; got {names}")
         if names.count(name) > 1:
-            raise ValueError(f"the reward name {name!r} must be its own: metrics are told apart by it; got {names}")
+            raise ValueError(f"the reward name {name!r} is used twice; metrics need distinct names; got {names}")
         if name == "total":
             raise ValueError("the reward name 'total' stands for the weighted sum; choose another")
         if not math.isfinite(weight):

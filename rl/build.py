@@ -21,8 +21,10 @@ from flowsteer.rewards.doors import blaming
 from flowsteer.rewards.envs.environments import locate
 from flowsteer.rewards.hosts.child import WorkerReward
 from flowsteer.rewards.hosts.remote import HTTPReward
+from flowsteer.rewards.hosts.worker import source_hash
 from flowsteer.rewards.registry import label_of, load_reward
 from flowsteer.rewards.types import Reward
+from flowsteer.rl.adapters import DOOR as ADAPTERS
 from flowsteer.rl.adapters import load_pipeline
 from flowsteer.rl.checkpoint import Checkpoints
 from flowsteer.rl.compare import compare
@@ -34,6 +36,7 @@ from flowsteer.rl.engine.processes import Processes
 from flowsteer.rl.evaluate import Evaluation, evaluate
 from flowsteer.rl.export import export_lora, export_weights
 from flowsteer.rl.interrupts import Interrupts
+from flowsteer.rl.plugins import find_algorithm, is_foreign
 from flowsteer.rl.policy import Policy
 from flowsteer.rl.saving import Saving
 from flowsteer.rl.scoring import StepScorer, check_scorable, warn_of_single_images
@@ -254,6 +257,16 @@ def build_pipeline(config: Config, device: torch.device) -> Pipeline:
                 )
             denoiser.enable_gradient_checkpointing()
     return pipeline
+
+
+def plugins_of(config: Config) -> dict[str, str | None]:
+    """The hash of the source file of an algorithm and of an adapter from outside; a run goes on with the same code only."""
+    found = {}
+    if is_foreign(config.algorithm.label):
+        found[f"the code of algorithm {config.algorithm.label!r}"] = source_hash(find_algorithm(config.algorithm.label))
+    if config.model.adapter is not None:
+        found[f"the code of adapter {config.model.adapter!r}"] = source_hash(ADAPTERS.load(config.model.adapter))
+    return found
 
 
 def build_policy(config: Config, pipeline: Pipeline, algorithm: Algorithm) -> Policy:

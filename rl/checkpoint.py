@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from torch import nn
@@ -48,10 +49,19 @@ class Checkpoints:
         prompts: fingerprint of the training prompts.
         rewards: what the scores depend on, from `RewardSet.fingerprints`.
         keep: how many stay on disk.
+        plugins: hashes of the code of an algorithm and an adapter from outside, by what they are.
     """
 
     def __init__(
-        self, folder: Path, engine: Engine, *, model: str, prompts: str, rewards: Mapping[str, Any], keep: int
+        self,
+        folder: Path,
+        engine: Engine,
+        *,
+        model: str,
+        prompts: str,
+        rewards: Mapping[str, Any],
+        keep: int,
+        plugins: Mapping[str, str | None] = MappingProxyType({}),
     ) -> None:
         self.root = folder / "checkpoints"
         self.engine = engine
@@ -63,6 +73,7 @@ class Checkpoints:
             "model": model,
             "prompts": prompts,
             "rewards": dict(rewards),
+            "plugins": dict(plugins),
         }
 
     def save(self, step: int) -> Path:
@@ -107,7 +118,7 @@ class Checkpoints:
         then, now = _flat({key: about.get(key) for key in self._belongs_to}), _flat(self._belongs_to)
         for key in sorted(then.keys() | now.keys()):
             if then.get(key) != now.get(key):
-                what = _WHAT_IT_IS.get(key, key)
+                what = _WHAT_IT_IS.get(key, key.removeprefix("plugins."))
                 raise ValueError(
                     f"{what} has changed since {folder} was written ({then.get(key)} then, {now.get(key)} now); resume with "
                     "what the run was started with, or start a new one in another output folder"

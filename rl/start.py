@@ -128,6 +128,7 @@ def open_folder(config: Config, folder: Path, checked: Checked, loaded: Loaded, 
         prompts=prompts.fingerprint(),
         rewards=loaded.depends_on,
         keep=config.keep,
+        plugins=build.plugins_of(config),
     )
     first = checkpoints.restore() if resume else 0
     if first > config.num_steps:

@@ -184,7 +184,7 @@ def choose(
     dtype: str | None = None,
     device: str = "auto",
 ) -> Chosen:
-    """Put the options together; what is given by hand goes before what the run says.
+    """Put the options together; they override the settings of the run.
 
     Raises:
         ValueError: the run or the LoRA is not there, or options contradict one another.
@@ -228,7 +228,20 @@ def read_run(folder: Path) -> Config:
         data = json.loads(file.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{file} is damaged: {error}") from None
-    return parse_config(data, source=str(file))
+    try:
+        return parse_config(data, source=str(file))
+    except ValueError:
+        if is_built_in(data):
+            raise
+        # what a run learned by is not needed for its result, and may be in a file that is not here
+        return parse_config({**data, "algorithm": {"name": "diffusion_nft"}}, source=str(file))
+
+
+def is_built_in(data: Any) -> bool:
+    """Whether the algorithm of a configuration is one of flowsteer's own."""
+    from flowsteer.rl.plugins import BUILT_IN
+
+    return isinstance(data, dict) and data.get("algorithm", {}).get("name") in BUILT_IN
 
 
 def refuse_existing(*paths: Path) -> None:

@@ -1,6 +1,6 @@
 """Typed, strict configuration: YAML plus ``key.sub=value`` on the command line.
 
-Every class of the project takes plain arguments; only `build.py` reads these models. An unknown key is an error that names
+Every class of the project takes plain arguments; `build.py` turns these models into them. An unknown key is an error that names
 the nearest one; nothing that a user set is dropped.
 """
 

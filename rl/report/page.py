@@ -44,7 +44,7 @@ _MIN_TILE = 64
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluated:
-    """One evaluation as `Run._keep_evaluation` wrote it."""
+    """One evaluation as `Evaluations._keep` wrote it."""
 
     step: int  # training steps that had been done
     prompts: list[str]  # P

@@ -103,7 +103,9 @@ def check(
             if isinstance(pipeline, FlowPipeline):
                 arguments = pipeline.call_arguments([prompts[0]], **settings)
                 report = report.with_findings([_parity(pipeline, latents[:1], rows[0], arguments)])
-    except (ValueError, RuntimeError, TypeError, AttributeError, IndexError, KeyError) as error:
+            else:
+                report = report.with_findings([_layout(rows[0]), _pictures(pipeline.decode(latents, conditioning))])
+    except Exception as error:  # whatever an adapter does, the report says it
         report = report.with_findings([Finding(name="runs", ok=False, detail=f"{type(error).__name__}: {error}")])
     return report
 
@@ -170,6 +172,22 @@ def _pure(pipeline: Pipeline, latents: Tensor, conditioning: Conditioning) -> Fi
     else:
         cause = "a component keeps something from one step to the next"
     return Finding(name="purity", ok=False, detail=f"steps by themselves differ by {max(worst, twice):.3g}; {cause}")
+
+
+def _layout(row: Conditioning) -> Finding:
+    """Of an adapter: a layout for a value that is not there would be passed over, and its rows never taken."""
+    unknown = ", ".join(sorted(map(str, row.layout.keys() - row.values.keys())))
+    detail = f"layout names {unknown}, of which there is no value" if unknown else "every layout has its value"
+    return Finding(name="layout", ok=not unknown, detail=detail)
+
+
+def _pictures(images: Tensor) -> Finding:
+    """Of an adapter: what `decode` gives is what rewards are shown."""
+    shape = tuple(images.shape)
+    low, high = (value.item() for value in torch.aminmax(images.float()))
+    ok = images.is_floating_point() and images.dim() in (4, 5) and shape[-3] == 3 and low >= -0.01 and high <= 1.01
+    wanted = "" if ok else "; expected floats [B, 3, H, W] or [B, T, 3, H, W] in [0, 1]"
+    return Finding(name="pictures", ok=ok, detail=f"{images.dtype} {shape} from {low:.3g} to {high:.3g}{wanted}")
 
 
 Visited = tuple[list[Tensor], list[Tensor], list[str]]  # latents and velocity at each index, names of changed locals

@@ -457,7 +457,7 @@ class TestRewardSet:
         [
             ([], {}, "at least one needs a weight that is not 0"),
             ([("a", mean_level, 0.0)], {}, "at least one needs a weight that is not 0"),
-            ([("a", mean_level, 1.0), ("a", red_level, 1.0)], {}, "'a' must be its own"),
+            ([("a", mean_level, 1.0), ("a", red_level, 1.0)], {}, "'a' is used twice"),
             ([("a/b", mean_level, 1.0)], {}, "without '/'"),
             ([("a", mean_level, math.nan)], {}, "has the weight nan"),
             ([("a", 3, 1.0)], {}, "is a int, which cannot be called"),

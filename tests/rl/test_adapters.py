@@ -15,8 +15,10 @@ from flowsteer.rl.config import parse_config
 from flowsteer.rl.export import WEIGHTS_FILE, export_weights, load_into
 from flowsteer.rl.start import start
 from flowsteer.rollout.lifting.pipeline import FlowPipeline
+from flowsteer.rollout.lifting.selfcheck import check
 
 SOURCE = '''
+from dataclasses import replace
 import torch
 from torch import nn
 from flowsteer.rollout.lifting.loading import load_diffusers
@@ -41,6 +43,26 @@ class Pasting(Wrapped):
         self.begin = lambda latents, index, conditioning: LiftedStep(
             begin(latents, index, conditioning).velocity, lambda next_latents: next_latents * (index < 1)
         )
+
+class Signed(Wrapped):
+    """Its pictures are in [-1, 1]."""
+    def __init__(self, **arguments):
+        super().__init__(**arguments)
+        self.decode = lambda latents, conditioning: 2 * self.inner.decode(latents, conditioning) - 1
+
+class Misspelt(Wrapped):
+    """A layout of a value that is not there."""
+    def __init__(self, **arguments):
+        super().__init__(**arguments)
+        def prepare(*given, **settings):
+            row = self.inner.prepare(*given, **settings)
+            return replace(row, layout={**row.layout, "embed": next(iter(row.layout.values()))})
+        self.prepare = prepare
+
+class Broken(Wrapped):
+    def __init__(self, **arguments):
+        super().__init__(**arguments)
+        self.begin = lambda latents, index, conditioning: not_there(latents)
 
 class Stateful(Wrapped):
     def __init__(self, **arguments):
@@ -130,6 +152,24 @@ def config(folder: Path, adapter: str, **changes: Any) -> Any:
         "rollout": rollout,
     }
     return parse_config({**given, "trackers": [], **changes})
+
+
+@pytest.mark.parametrize(
+    ("name", "name_of_finding", "detail"),
+    [
+        ("Signed", "pictures", "expected floats [B, 3, H, W] or [B, T, 3, H, W] in [0, 1]"),
+        ("Misspelt", "layout", "layout names embed, of which there is no value"),
+        ("Broken", "runs", "NameError: name 'not_there' is not defined"),
+        ("Wrapped", None, ""),
+    ],
+)
+def test_the_check_of_a_pipeline_finds_what_an_adapter_gets_wrong(
+    name: str, name_of_finding: str | None, detail: str
+) -> None:
+    report = check(load(f"pipes.py:{name}"))
+    wrong = {finding.name: finding.detail for finding in report.findings if not finding.ok}
+    assert list(wrong) == ([name_of_finding] if name_of_finding else [])
+    assert detail in wrong.get(str(name_of_finding), "")
 
 
 def test_a_run_checks_it_as_every_pipeline(tmp_path: Path) -> None:

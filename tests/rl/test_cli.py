@@ -377,6 +377,33 @@ def test_sample(trained, tmp_path):
     assert "must end in .png" in refusal("sample", "a cat", "--run", folder, "-o", tmp_path / "new.gif")
 
 
+PLUGIN = """
+from flowsteer.rl.algorithms.losses import Terms
+from flowsteer.rl.algorithms.transitions import TransitionAlgorithm
+
+class Plain(TransitionAlgorithm):
+    def per_sample(self, step):
+        return Terms(loss=-step.advantage * step.log_prob)
+"""
+
+
+def test_an_algorithm_in_a_file_is_needed_as_it_was_to_go_on_and_not_at_all_for_the_result(
+    tmp_path, run_file, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text(PLUGIN)
+    given = ["train", run_file, "output=run", "algorithm=mine.py:Plain", "evaluation=null"]
+    assert command(*given, "num_steps=1").code == 0
+    Path("mine.py").write_text(PLUGIN.replace("-step", "+step"))
+    assert "the code of algorithm 'mine.py:Plain' has changed since" in refusal(*given, "--resume")
+    Path("mine.py").write_text(PLUGIN)
+    assert command(*given, "--resume").code == 0
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    done = command("sample", "a cat", "--run", "../run", "-o", "a.png", "--num-seeds", 1)
+    assert done.code == 0, done.err
+
+
 def test_sample_writes_files_that_can_be_scored(trained, tmp_path):
     folder, _ = trained
     files = tmp_path / "files"
@@ -551,7 +578,7 @@ def test_report_again(trained):
         (["rollot.group_size=3"], "rollot: unknown key; did you mean 'rollout'?"),
         (["group_size"], "is not of the form key=value"),
         (["rewards=5"], "rewards: maps names to values, got 5; write {NAME: VALUE}"),
-        (["rewards=[ocr, ocr]"], "rewards: 'ocr' stands there more than once"),
+        (["rewards=[ocr, ocr]"], "rewards: 'ocr' is listed twice"),
         (
             ["model=embedded"],
             "model: this is a section, got the text 'embedded'; set its keys, as model.KEY=VALUE: adapter, call,",

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from pydantic import NonNegativeFloat, PositiveFloat
 
-from flowsteer.rl.algorithms.losses import Terms, ratio_metrics
+from flowsteer.rl.algorithms.losses import Terms
 from flowsteer.rl.algorithms.transitions import TransitionAlgorithm, TransitionTerms
 
 
@@ -43,4 +43,6 @@ class AsymmetricGRPO(TransitionAlgorithm):
         ratio = log_ratio.exp()
         clipped = ratio.clamp(1 - self.clip_low, 1 + self.clip_high)
         loss = torch.maximum(-step.advantage * ratio, -step.advantage * clipped)
-        return Terms(loss=loss, metrics=ratio_metrics(log_ratio, self.clip_high))
+        beyond = (ratio < 1 - self.clip_low) | (ratio > 1 + self.clip_high)
+        metrics = {"ratio": ratio, "ratio_deviation": log_ratio.abs(), "clip_fraction": beyond.float()}
+        return Terms(loss=loss, metrics=metrics)
