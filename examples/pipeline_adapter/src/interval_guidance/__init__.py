@@ -22,19 +22,12 @@ from flowsteer.rollout.types import Schedule
 class IntervalGuidedSD3:
     """An adapter (flowsteer.rollout.lifting.protocol.Pipeline). ``call`` may hold ``low`` and ``high``: sigmas of guidance."""
 
-    def __init__(
-        self, *, path: str, dtype: torch.dtype, device: Any, height: int | None, width: int | None, call: dict
-    ):
-        if unknown := call.keys() - {"low", "high", "max_sequence_length"}:
-            raise ValueError(
-                f"model.call has {', '.join(sorted(unknown))}; allowed are low, high and max_sequence_length"
-            )
-        self.pipe: Any = load_diffusers(path, dtype=dtype, device=device)
-        self.low, self.high, self.length = (
-            call.get("low", 0.0),
-            call.get("high", 1.0),
-            call.get("max_sequence_length", 12),
-        )
+    def __init__(self, *, path: str, height: int | None, width: int | None, call: dict[str, Any], **where: Any) -> None:
+        settings = {"low": 0.0, "high": 1.0, "max_sequence_length": 12}
+        if unknown := call.keys() - settings.keys():
+            raise ValueError(f"model.call has {', '.join(sorted(unknown))}; allowed are {', '.join(settings)}")
+        self.low, self.high, self.length = (settings | call).values()
+        self.pipe: Any = load_diffusers(path, **where)  # dtype and device
         self.size = [(side or self.pipe.default_sample_size * 8) // 8 for side in (height, width)]
         self.denoisers: dict[str, nn.Module] = {"transformer": self.pipe.transformer}
         self._call = lambda name, *args, **kwargs: self.denoisers[name](*args, **kwargs)
