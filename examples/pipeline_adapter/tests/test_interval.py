@@ -51,5 +51,5 @@ def test_it_can_be_trained() -> None:
 
 
 def test_an_unknown_argument_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"model.call has hihg; allowed are low, high and max_sequence_length"):
+    with pytest.raises(ValueError, match=r"model.call has hihg; allowed are low, high, max_sequence_length"):
         adapter(hihg=0.8)
