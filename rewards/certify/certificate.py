@@ -165,6 +165,7 @@ def certify(
     tolerance: float = TOLERANCE,
     golden: str | Path | None = None,
     checks: Mapping[str, CheckFunction] = CHECKS,
+    progress: Callable[[str], object] = lambda title: None,
 ) -> Certificate:
     """Hold a reward to the contract.
 
@@ -178,6 +179,7 @@ def certify(
         tolerance: what scores may differ by and still be equal, relative to their spread.
         golden: a file of `Certificate.golden`, with which the scores must agree: one more check, ``golden scores``.
         checks: by name, in this order.
+        progress: is told the name of each check before it begins, so that it is known which one ended the process.
 
     Returns:
         Certificate: a check that raises has failed; those after a failed one of `GATES` are not tried.
@@ -209,6 +211,7 @@ def certify(
                 message = f"{NOT_TRIED}{stopped!r} was refused"
                 results.append(Check(name=title, status="not applicable", message=message, seconds=0.0))
             else:
+                progress(title)
                 results.append(run_check(title, check, trial))
         answered = any(check.name == "answer" and check.status == "passed" for check in results)
         return Certificate(

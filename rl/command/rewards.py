@@ -6,7 +6,7 @@ What a command needs is imported when it runs, as in `flowsteer.rl.command.main`
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -116,9 +116,9 @@ def certify(
     if prompts is not None and len(prompts) < 4:
         raise ValueError(f"--images {images} holds {len(prompts)} images; at least 4 are needed")
     given: Any = {"uses_prompt": prompt, "tolerance": tolerance, "checks": checks}
-    with console.status(f"certifying {name}"):
+    with _check_told(name) as progress:
         certificate = hold_to_the_contract(
-            make, name=name, images=pixels, prompts=prompts, columns=columns, golden=golden, **given
+            make, name=name, images=pixels, prompts=prompts, columns=columns, golden=golden, progress=progress, **given
         )
     console.print(Text(certificate.text()), soft_wrap=True)
     if not certificate.ok:
@@ -227,6 +227,24 @@ def env_remove(name: EnvironmentArgument) -> None:
 
     if not remove(name, progress=_say):
         raise ValueError(f"nothing is built of the recipe {name!r}")
+
+
+@contextmanager
+def _check_told(name: str) -> Iterator[Callable[[str], None]]:
+    """Say on stderr which check begins: a line each, which a terminal overwrites. The last one stays if the process dies."""
+    import faulthandler
+
+    begin, end = ("\r\033[K", "") if sys.stderr.isatty() else ("", "\n")
+    if not faulthandler.is_enabled() and sys.__stderr__ is not None:
+        faulthandler.enable(sys.__stderr__, all_threads=False)
+
+    def progress(check: str) -> None:
+        print(f"{begin}certifying {name}: {check}", end=end, file=sys.stderr, flush=True)
+
+    try:
+        yield progress
+    finally:
+        print(begin, end="", file=sys.stderr, flush=True)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ import zoo
 from inprocess import finished, fresh_process
 from PIL import Image
 
+from flowsteer.rewards.certify.certificate import CHECKS, certify
 from flowsteer.rl.command.main import app, main
 from flowsteer.rl.config import load_config
 from flowsteer.rl.config.keys import find_keys
@@ -749,6 +751,36 @@ def test_certify(tmp_path):
     done = command("rewards", "certify", "jpeg_compressibility", "-o", "quality=50", "--golden", golden)
     assert done.code == 1
     assert "REFUSED by: golden scores" in done.out
+
+
+def test_certify_names_the_check_that_ends_the_process(tmp_path):
+    """On stderr, in a process of its own: no exception could be caught."""
+    (tmp_path / "mine.py").write_text(
+        "import os, signal\n\n\n"
+        "def fragile(images, prompts, **columns):\n"
+        "    if len(images) > 1:\n"
+        "        os.kill(os.getpid(), signal.SIGSEGV)\n"
+        "    return [float(image.mean()) for image in images]\n"
+    )
+    start = [sys.executable, "-m", "flowsteer.rl.command", "rewards", "certify", "mine.py:fragile"]
+    done = subprocess.run(start, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == -signal.SIGSEGV
+    told, _, trace = done.stderr.partition("Fatal Python error: Segmentation fault")
+    assert told.splitlines()[-1] == f"certifying mine.py:fragile: {first_with_several()}"
+    assert "in fragile" in trace
+
+
+def first_with_several() -> str:
+    """The name of the first check that shows a reward more than one image."""
+    sizes = []
+
+    def seen(images, prompts, **columns):
+        sizes.append((told[-1], len(images)))
+        return [float(image.mean()) for image in images]
+
+    told = [""]
+    certify(lambda: seen, name="seen", checks=dict(list(CHECKS.items())[:6]), progress=told.append)
+    return next(check for check, size in sizes if size > 1)
 
 
 def test_certify_pictures_of_one_s_own(tmp_path):
