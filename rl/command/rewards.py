@@ -89,7 +89,6 @@ def certify(
 
     **Example**: `flowsteer rewards certify ocr -o mode=recognize`
     """
-    import faulthandler
     from functools import partial
 
     from flowsteer.rewards.certify.certificate import CHECKS
@@ -100,7 +99,6 @@ def certify(
     from flowsteer.rewards.registry import load_reward, target_of
     from flowsteer.rl.config import parse_overrides
 
-    faulthandler.enable(2)  # stderr: a reward that crashes the interpreter leaves the stack, with the check in it
     options = parse_overrides(option or [])
     checks = CHECKS
     if environment is None:
