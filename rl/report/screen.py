@@ -64,7 +64,9 @@ class Screen:
             numbers += f"  missing scores {missing:.0f}"
         if values.get("zero_deviation_fraction") == 1 and not self._told_of_equal_scores:
             self._told_of_equal_scores = True
-            self._line(f"in each group of step {step} all scores are equal, so nothing is learned from it")
+            self._line(
+                f"step {step}: in each group all samples have the same total score, so there is nothing to compare"
+            )
         if self._live is None:
             self._line(f"step {step} ({step + 1}/{self._num_steps} done)  {numbers}")
             return

@@ -21,8 +21,8 @@ def test_equal_scores_in_all_groups_are_told_once():
     for step, fraction in enumerate((0.5, 1.0, 1.0)):
         own.step(step, {"reward_mean": 1.0, "zero_deviation_fraction": fraction})
     lines = file.getvalue().splitlines()
-    assert [line for line in lines if "equal" in line] == [
-        "in each group of step 1 all scores are equal, so nothing is learned from it"
+    assert [line for line in lines if "same" in line] == [
+        "step 1: in each group all samples have the same total score, so there is nothing to compare"
     ]
     assert len(lines) == 4
 
