@@ -154,11 +154,9 @@ class Door:
             raise ValueError(f"{what}; write package.module:attribute or path/to/file.py:attribute")
         if "/" in module_name:
             raise ValueError(f"{what}: a file's path ends in .py, as in {module_name}.py:{attribute}")
-        if os.getcwd() not in sys.path and "" not in sys.path:
-            sys.path.append(os.getcwd())  # last, so that a file here hides no installed package
         try:
             with blaming(f"{self.noun} {name!r} cannot be imported", but=lambda error: _is_absent(module_name, error)):
-                target: Any = importlib.import_module(module_name)
+                target: Any = _import_module(module_name)
         except ModuleNotFoundError as error:
             if hidden := what_hides(module_name, error):
                 raise ValueError(f"{self.noun} {name!r}: {hidden}") from error
@@ -193,6 +191,17 @@ def nearest_of(name: str, names: Sequence[str]) -> str:
     """
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     return f"{f'did you mean {near[0]!r}? There' if near else 'there'} are: {', '.join(names) or 'none'}"
+
+
+def _import_module(module_name: str) -> ModuleType:
+    """An installed module, or else one in the current folder: a folder here must not hide a package of the same name."""
+    try:
+        return importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if not _is_absent(module_name, error) or os.getcwd() in sys.path or "" in sys.path:
+            raise
+    sys.path.append(os.getcwd())
+    return importlib.import_module(module_name)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from importlib.metadata import EntryPoint
+from importlib.util import spec_from_file_location
 
 import numpy as np
 import pytest
@@ -216,6 +217,27 @@ class TestRegistry:
             load_reward("gone")
         with pytest.raises(ValueError, match="reward 'renamed': renamed_rewards has no 'Old'"):
             load_reward("renamed")
+
+    def test_a_folder_here_does_not_hide_an_installed_package(self, tmp_path, monkeypatch):
+        """The outer folder of a project that is installed with `pip install -e`, whose finder is asked after all folders."""
+        name = "installed_rewards"
+        source = tmp_path / name / name / "__init__.py"
+        source.parent.mkdir(parents=True)
+        source.write_text("def reward(images, prompts, **columns):\n    return [1.0] * len(images)\n")
+
+        class Finder:
+            @staticmethod
+            def find_spec(fullname, path=None, target=None):
+                return spec_from_file_location(fullname, source) if fullname == name else None
+
+        monkeypatch.setattr(sys, "meta_path", [*sys.meta_path, Finder])
+        monkeypatch.setattr(sys, "path", [folder for folder in sys.path if folder])
+        points = [EntryPoint("theirs", f"{name}:reward", "flowsteer.rewards")]
+        monkeypatch.setattr("flowsteer.rewards.doors.entry_points", lambda group: points)
+        monkeypatch.chdir(tmp_path)
+        for given in ("theirs", f"{name}:reward"):
+            assert load_reward(given)(np.zeros((2, 8, 8, 3), np.uint8), ["a", "b"]) == [1.0, 1.0]
+            sys.modules.pop(name)
 
     def test_a_folder_that_hides_the_module_itself_is_named(self, tmp_path, monkeypatch):
         """A project's outer folder, from beside it: Python takes it for the package, which is one folder deeper."""
