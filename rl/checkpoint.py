@@ -162,8 +162,9 @@ def open_run(folder: Path, config: Config, *, resume: bool) -> None:
 
 def _is_free_of_a_host(key: str) -> bool:
     """Whether a key says where a hosted reward is or what time it has; a reward's own option ``host`` is none of these."""
-    *above, host, last = ["", "", *key.split(".")]
-    return above[2:3] == ["rewards"] and host == "host" and above[-1] != "options" and last in _FREE_OF_A_HOST
+    section, _, last = key.rpartition(".")
+    is_host = section.startswith("rewards.") and section.endswith(".host") and not section.endswith(".options.host")
+    return is_host and last in _FREE_OF_A_HOST
 
 
 def fingerprint(denoisers: dict[str, nn.Module]) -> str:

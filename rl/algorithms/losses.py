@@ -42,7 +42,8 @@ def weighted(
             f"per_sample must return Terms(loss=..., metrics={{...}}) of flowsteer.rl.algorithms.losses, got a "
             f"{type(terms).__name__}"
         )
-    taken = {"loss", *(DISTANCES[name] for name in anchors)} & terms.metrics.keys()
+    held = {name: distances[name] for name, coefficient in anchors.items() if coefficient}
+    taken = {"loss", *(DISTANCES[name] for name in held)} & terms.metrics.keys()
     if taken:
         raise ValueError(
             f"per_sample reports {', '.join(sorted(taken))} itself, which is reported anyway; choose another name"
@@ -53,7 +54,6 @@ def weighted(
                 f"per_sample must give one number per sample: {name} has the shape {tuple(value.shape)}, expected "
                 f"{tuple(weight.shape)}"
             )
-    held = {name: distances[name] for name, coefficient in anchors.items() if coefficient}
     pull = sum(anchors[name] * distance for name, distance in held.items())
     loss = ((terms.loss + pull) * weight).mean()
     count = float(weight.sum())

@@ -89,14 +89,12 @@ class TransitionBatch:
     @property
     def next_latents(self) -> Tensor:
         """[R, *X]."""
-        latents = self.trajectory.next_latents[:, self.transition]
-        return latents if self.rows is None else latents[self.rows]
+        return _rows(self.trajectory.next_latents[:, self.transition], self.rows)
 
     @property
     def old_log_prob(self) -> Tensor:
         """[R], under the policy that drew it."""
-        log_prob = self.trajectory.log_prob[:, self.transition]
-        return log_prob if self.rows is None else log_prob[self.rows]
+        return _rows(self.trajectory.log_prob[:, self.transition], self.rows)
 
 
 class TransitionAlgorithm(Algorithm[TransitionBatch]):

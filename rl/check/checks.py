@@ -194,7 +194,7 @@ def equal_scores_teach_nothing(trial: Trial) -> str:
         return "the gradient of groups with equal scores is 0 at the old policy, which the loss stays near to"
     raise CheckFailed(
         f"the gradient of groups with equal scores is as large as {largest[0.05]:.2g}; it must be 0: a pull towards another "
-        "policy belongs into `anchors`, not into the loss"
+        "policy belongs in `anchors`, not in the loss"
     )
 
 

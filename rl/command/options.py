@@ -231,17 +231,18 @@ def read_run(folder: Path) -> Config:
     try:
         return parse_config(data, source=str(file))
     except ValueError:
-        if is_built_in(data):
+        if _is_built_in(data):
             raise
         # what a run learned by is not needed for its result, and may be in a file that is not here
         return parse_config({**data, "algorithm": {"name": "diffusion_nft"}}, source=str(file))
 
 
-def is_built_in(data: Any) -> bool:
+def _is_built_in(data: Any) -> bool:
     """Whether the algorithm of a configuration is one of flowsteer's own."""
     from flowsteer.rl.plugins import BUILT_IN
 
-    return isinstance(data, dict) and data.get("algorithm", {}).get("name") in BUILT_IN
+    section = data.get("algorithm") if isinstance(data, dict) else None
+    return not isinstance(section, dict) or section.get("name") in BUILT_IN
 
 
 def refuse_existing(*paths: Path) -> None:

@@ -126,7 +126,7 @@ def evaluate(
     if output is not None:
         output.write_text(json.dumps(result.table(), indent=1), encoding="utf-8")
         save_grid(result.images, output.with_suffix(".png"))
-    if not (result.parts["total"] == result.parts["total"]).any():
+    if result.parts["total"].isnan().all():
         stderr.print("no picture has a score")
         raise typer.Exit(UNSCORED)
 

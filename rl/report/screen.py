@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -84,7 +85,9 @@ class Screen:
     def evaluation(self, step: int, summary: dict[str, Estimate]) -> None:
         """Print an evaluation's means with their 95 % intervals."""
         numbers = "  ".join(
-            f"{name} {own.mean:.3f} ({own.low:.3f} to {own.high:.3f})" if own.mean == own.mean else f"{name} no score"
+            f"{name} {own.mean:.3f} ({own.low:.3f} to {own.high:.3f})"
+            if not math.isnan(own.mean)
+            else f"{name} no score"
             for name, own in summary.items()
         )
         self._line(f"evaluation after {_steps(step)}  {numbers}")

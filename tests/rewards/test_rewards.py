@@ -199,6 +199,9 @@ class TestRegistry:
         )
         with pytest.raises(ValueError, match=message):
             load_reward(f"{file}:Heavy")
+        (tmp_path / "unfinished.py").write_text("x = 1\ndef f(:\n")
+        with pytest.raises(ValueError, match=r"cannot be imported: SyntaxError: .* \(.*unfinished.py, line 2\)"):
+            load_reward(f"{tmp_path / 'unfinished.py'}:f")
         (tmp_path / "typo.py").write_text("1 / 0\n")
         with pytest.raises(
             ValueError, match=r"cannot be imported: ZeroDivisionError: division by zero \(.*typo.py, line 1\)"

@@ -14,6 +14,7 @@ from variants import NONE, POOLS, VARIANTS
 
 from flowsteer.rl.algorithms.awm import penalty
 from flowsteer.rl.algorithms.forward import NoiseLevels, matching_loss
+from flowsteer.rl.algorithms.losses import Terms, weighted
 from flowsteer.rl.algorithms.pairs import best_and_worst, preference_loss
 from flowsteer.rl.algorithms.transitions import gaussian, transition_batches
 from flowsteer.rl.algorithms.weighted_sft import sample_weights
@@ -473,6 +474,15 @@ def test_spread_levels_are_different_and_cover_the_range() -> None:
 def test_noise_levels_that_are_not_there(options: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         NoiseLevels(10, seed=0, **options)
+
+
+def test_a_distance_of_weight_0_is_neither_asked_for_nor_reported() -> None:
+    """So an algorithm may then report a metric of that name itself."""
+    terms = Terms(loss=torch.tensor([1.0, 3.0]), metrics={"kl": torch.tensor([0.5, 0.7])})
+    loss, metrics = weighted(terms, torch.ones(2), {}, {"reference": 0.0, "nobody": 0.0})
+    assert loss == 2.0
+    total, count = metrics["kl"]
+    assert float(total) / count == pytest.approx(0.6)
 
 
 # --- what several of them share --------------------------------------------------------------------------------------------

@@ -241,7 +241,7 @@ def test_a_wrong_one_fails_where_it_is_wrong(name: str, failed: set[str]) -> Non
     [
         ("Bare", "per_sample must return Terms(loss=..., metrics={...}) of flowsteer.rl.algorithms.losses, got a Tensor"),
         ("OneNumber", "per_sample must give one number per sample: loss has the shape (), expected (8,)"),
-        ("Pulls", "a pull towards another policy belongs into `anchors`, not into the loss"),
+        ("Pulls", "a pull towards another policy belongs in `anchors`, not in the loss"),
     ],
 )  # fmt: skip
 def test_a_common_mistake_is_told_with_what_to_do(name: str, message: str) -> None:

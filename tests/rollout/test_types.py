@@ -1,4 +1,4 @@
-"""What passes between the stages: the examples in the docstrings are true, and the types are those that are used."""
+"""What passes between the stages: records like those in the docstrings can be made, and the types are those that are used."""
 
 import dataclasses
 import inspect
