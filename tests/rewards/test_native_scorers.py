@@ -205,7 +205,8 @@ class TestNumbers:
 
     def test_hpsv2_reads_the_cleaned_prompt(self, rewards):
         shown = images(2)
-        first, second = rewards["hpsv2"](shown[[0, 0]], ["it’s &lt;3", "it's <3"])
+        # each by itself: on some processors equal rows of one batch differ in the last digit
+        first, second = (rewards["hpsv2"](shown[[0]], [text]) for text in ("it’s &lt;3", "it's <3"))
         assert first == second
 
 

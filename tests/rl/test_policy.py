@@ -30,6 +30,10 @@ class Subject:
         )
         generator = torch.Generator().manual_seed(0)
         self.latents = torch.randn((2, *self.rows.latent_shape), generator=generator)
+        # asked of the base as of the policies: where a weight wants a gradient, torch multiplies what is not contiguous in
+        # one product instead of one per row, which on some processors rounds otherwise (MKL_CBWR=COMPATIBLE shows it)
+        for denoiser in self.pipeline.denoisers.values():
+            denoiser.requires_grad_(KINDS[kind] is None)
         self.untouched = self.ask()
         self.policy = Policy(self.pipeline, lora=KINDS[kind], variants=variants, seed=0, ema_decay=ema_decay)
         self.policy.ready()
