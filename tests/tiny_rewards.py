@@ -80,7 +80,7 @@ class _Random:
 
 def clip_tokenizer(folder: Path) -> Path:
     """CLIP's without merges: a token per byte, start and end last, as in the real vocabulary."""
-    characters = zoo.byte_characters()
+    characters = zoo.parts.byte_characters()
     pieces = [*characters, *(character + "</w>" for character in characters), "<|startoftext|>", "<|endoftext|>"]
     vocabulary = {piece: place for place, piece in enumerate(pieces)}
     CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=77).save_pretrained(folder)

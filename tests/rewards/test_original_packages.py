@@ -86,7 +86,7 @@ def clip_vocabulary(merges_file: Path, folder: Path) -> Path:
     """CLIP's tokenizer as transformers reads it, from the file of merges that open_clip reads."""
     lines = gzip.decompress(merges_file.read_bytes()).decode().split("\n")
     merges: Any = [tuple(line.split()) for line in lines[1 : NUM_MERGES + 1]]
-    characters = zoo.byte_characters()
+    characters = zoo.parts.byte_characters()
     pieces = [*characters, *(character + "</w>" for character in characters), *map("".join, merges)]
     pieces += ["<|startoftext|>", "<|endoftext|>"]
     vocabulary = {piece: place for place, piece in enumerate(pieces)}

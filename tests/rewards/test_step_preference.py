@@ -383,7 +383,7 @@ class TestPairs:
     def test_a_published_clip_begins_as_it_is(self, tmp_path):
         clip = tiny_clip()
         clip.save_pretrained(tmp_path)
-        zoo.clip_tokenizer().save_pretrained(tmp_path)
+        zoo.parts.clip_tokenizer().save_pretrained(tmp_path)
         model = preference_fit.pretrained_model(str(tmp_path)).eval()
         with torch.no_grad():
             scores = [found(images(3), torch.rand(3), PROMPTS[:3]) for found in (model, tiny_model())]

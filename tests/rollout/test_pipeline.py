@@ -598,7 +598,7 @@ def stable_diffusion_that_is_always_caught() -> diffusers.StableDiffusionPipelin
         ),
         scheduler=diffusers.DDIMScheduler(),
         vae=xl.vae,
-        text_encoder=zoo.clip_text(projection=False),
+        text_encoder=zoo.parts.clip_text(projection=False),
         tokenizer=xl.tokenizer,
         safety_checker=checker,
         feature_extractor=CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}),
