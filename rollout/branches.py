@@ -94,9 +94,11 @@ def sample_branches(
     """
     schedule, shape = conditioning.schedule, conditioning.latent_shape
     first, state = distinct(initial_seeds)
-    groups, trunk = initial_seeds[first], conditioning.take(first)
+    groups = initial_seeds[first]
+    noise = initial_noise(groups, shape).to(device, dtype)  # [S, *X]
+    latents, trunk = conditioning.take(first).start(noise)
+    _, conditioning = conditioning.start(noise[state])
     shared = SharedStates(conditioning=trunk, state=state)
-    latents = initial_noise(groups, shape).to(device, dtype)  # [S, *X]
     history = None
     for index, level in enumerate(noise_levels):
         step = pipeline.begin(latents, index, trunk)

@@ -62,9 +62,13 @@ def sample(
     first, rows = distinct(seeds if initial_seeds is None else initial_seeds)
     shares = initial_seeds is not None and len(first) < len(seeds) and start > 0
     initial_seeds = seeds if initial_seeds is None else initial_seeds
-    prefix = conditioning.take(first) if shares else conditioning
-    latents = initial_noise(initial_seeds[first] if shares else initial_seeds, shape)
-    latents = latents.to(device, dtype)
+    noise = initial_noise(initial_seeds[first], shape).to(device, dtype)  # [P, *X]
+    if shares:
+        latents, prefix = conditioning.take(first).start(noise)
+        _, conditioning = conditioning.start(noise[rows])
+    else:
+        latents, conditioning = conditioning.start(noise[rows])
+        prefix = conditioning
 
     path = range(schedule.num_steps) if path is None else path
     walk = schedule.along(path)

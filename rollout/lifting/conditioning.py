@@ -210,6 +210,12 @@ class Conditioning:
     values: Mapping[Key, Any]
     layout: Mapping[Key, Layout]
     items: tuple[Any, ...]  # T, what the pipeline's loop iterates over, mostly (i, timestep)
+    base: Tensor | None = None  # [B, *X], what sampling starts from besides noise, such as a picture; None is nothing
+    gain: Tensor | float = 1.0  # [*X] or one number: sampling starts from base + gain * noise
+    noise_names: frozenset[Key] = frozenset()  # values [B, *X] that are this noise, for the loop to use again
+    shapes: tuple[
+        tuple[int, ...], ...
+    ] = ()  # of several states (picture and sound) that make up the latents; () is one
 
     def __post_init__(self) -> None:
         for name, layout in self.layout.items():
@@ -221,6 +227,18 @@ class Conditioning:
 
     def __len__(self) -> int:
         return self.size
+
+    def start(self, noise: Tensor) -> tuple[Tensor, Conditioning]:
+        """The latents with which the loop begins, from standard normal noise, [B, *X] -> [B, *X], and the same rows with it."""
+        if noise.shape != (self.size, *self.latent_shape):
+            raise ValueError(f"noise {list(noise.shape)} for {self.size} rows of latents {list(self.latent_shape)}")
+        latents = noise
+        if self.base is not None:
+            latents = (
+                self.base.to(noise) + (self.gain.to(noise) if isinstance(self.gain, Tensor) else self.gain) * noise
+            )
+        own = {key: noise.to(self.values[key]) for key in self.noise_names}
+        return latents, replace(self, values={**self.values, **own}) if own else self
 
     def take(self, index: Sequence[int] | Tensor) -> Conditioning:
         """The rows ``index``, in that order; rows may repeat: ``take([0] * G)`` gives a group the prompt of row 0.
@@ -237,7 +255,8 @@ class Conditioning:
             for name, layout in self.layout.items()
             if name in self.values
         }
-        return replace(self, size=len(rows), values={**self.values, **taken})
+        base = None if self.base is None else self.base[rows.to(self.base.device)]
+        return replace(self, size=len(rows), values={**self.values, **taken}, base=base)
 
     @staticmethod
     def join(parts: Sequence[Conditioning]) -> Conditioning:
@@ -261,7 +280,10 @@ class Conditioning:
             if name in first.values
         }
         size = sum(part.size for part in parts)
-        return replace(first, size=size, values={**first.values, **joined}) if len(parts) > 1 else first
+        if len(parts) == 1:
+            return first
+        base = None if first.base is None else torch.cat([part.base for part in parts if part.base is not None])
+        return replace(first, size=size, values={**first.values, **joined}, base=base)
 
     def to(self, device: torch.device | str) -> Conditioning:
         """The same with every tensor on ``device`` (the schedule stays on the CPU)."""
@@ -269,6 +291,7 @@ class Conditioning:
             self,
             values={name: _to(value, device) for name, value in self.values.items()},
             items=tuple(_to(item, device) for item in self.items),
+            base=_to(self.base, device),
         )
 
 
@@ -280,6 +303,8 @@ def _difference(a: Conditioning, b: Conditioning) -> str | None:
         torch.equal(a.schedule.sigma, b.schedule.sigma) and torch.equal(a.schedule.timesteps, b.schedule.timesteps)
     ):
         return f"noise levels {a.schedule.sigma.tolist()} and {b.schedule.sigma.tolist()}"
+    if (a.base is None) != (b.base is None) or not same(a.gain, b.gain):
+        return "one starts from noise alone and the other does not, or from another share of noise"
     if a.values.keys() != b.values.keys() or a.layout != b.layout:
         unlike = sorted(map(str, a.values.keys() ^ b.values.keys()))
         return f"locals {unlike} are in one of them only, or carry rows differently"

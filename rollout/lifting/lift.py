@@ -4,14 +4,16 @@
 ``for i, t in enumerate(timesteps)`` around ``scheduler.step``, and an epilogue (decode). ``lift`` compiles these three
 as functions of their own; every statement stays the pipeline's:
 
-- ``prologue(self, **call_kwargs)`` runs up to the loop and returns its local variables and what the loop iterates over.
+- ``prologue(self, **call_kwargs)`` runs up to the loop and returns its local variables, what the loop iterates over, and what
+  each loop around it iterates over.
 - ``body(item, *, self, **locals)`` is one pass of the loop, as a generator: it yields the arguments that
   ``scheduler.step`` would have got, is sent what the step answered, and returns its local variables.
 - ``epilogue(*, self, **locals)`` is everything after the loop and returns what ``__call__`` returns.
 
 Decorators such as ``torch.no_grad`` are left behind. File name and line numbers are kept, so a traceback points into
-the pipeline's file. What is left out: loops within loops (videos made section by section), loops in a helper method, and
-iterations that step two schedulers (picture and sound).
+the pipeline's file. A loop around the denoising loop (FreeInit, a video made section by section) is passed through once:
+the caller asks ``passes`` of the prologue whether it would be once. What is left out: loops in a helper method, and
+iterations whose second step depends on the result of the first.
 """
 
 from __future__ import annotations
@@ -38,10 +40,13 @@ class Lifted:
     """The three parts of a pipeline's ``__call__``, and the names that connect them."""
 
     cls: type
-    prologue: Callable[..., tuple[dict[str, Any], Any]]
+    prologue: Callable[..., tuple[dict[str, Any], Any, tuple[Any, ...]]]
     body: Callable[..., Any]
     epilogue: Callable[..., Any]
-    latents: str  # the local that goes into ``scheduler.step`` and comes out of it
+    states: tuple[
+        str, ...
+    ]  # the locals that go into a ``scheduler.step`` and come out of it: latents, perhaps sound, too
+    outer: tuple[str, ...]  # the first line of each loop around the denoising loop, with its number
     body_reads: frozenset[str]  # locals of the prologue that the body may read, without ``self``
     epilogue_reads: frozenset[str]
     written_in_place: frozenset[str]  # locals that the body changes in place: hand it copies
@@ -56,11 +61,13 @@ class Lifted:
 def lift(cls: type) -> Lifted:
     """Cut ``cls.__call__`` into prologue, loop body and epilogue.
 
-    Raises LiftError where it has no loop around ``scheduler.step``, several, or one inside another.
+    Raises LiftError where it has no loop around ``scheduler.step``, or several of them.
     """
     function = inspect.unwrap(cls.__call__)
+    if not inspect.isfunction(function):
+        raise LiftError(f"{cls.__name__} has no __call__ written in Python; {ADAPTER_ADVICE}")
     lines, definition = _definition(cls, function)
-    loop = _denoising_loop(cls, definition)
+    loop, outer = _denoising_loop(cls, definition)
     steps = [node for node in ast.walk(loop) if _is_step(node)]
     after_loop = _after(cls, definition.body, loop)
     local_names = set(function.__code__.co_varnames + function.__code__.co_cellvars) - {"self"}
@@ -70,7 +77,7 @@ def lift(cls: type) -> Lifted:
     epilogue_reads = _loads(after_loop) & local_names
 
     prologue = copy.deepcopy(definition)
-    _replace(prologue, loop, ast.parse("return locals(), None").body[0], iterable=loop.iter)
+    _replace(prologue, loop, outer)
     body = [_YieldSteps().visit(copy.deepcopy(statement)) for statement in loop.body]
     one_pass = ast.For(target=loop.target, iter=ast.parse("(_item,)", mode="eval").body, body=body, orelse=[])
     body = [ast.copy_location(one_pass, loop), *ast.parse("return locals()").body]
@@ -83,7 +90,8 @@ def lift(cls: type) -> Lifted:
         prologue=_compile(prologue, function),
         body=_compile(body_function, function),
         epilogue=_compile(epilogue_function, function),
-        latents=_sample_name(cls, loop, steps),
+        states=_states(cls, loop, steps),
+        outer=tuple(_first_line(around) for around in outer),
         body_reads=frozenset(body_reads),
         epilogue_reads=frozenset(epilogue_reads),
         written_in_place=frozenset(_written_in_place(loop.body) & body_reads),
@@ -102,7 +110,8 @@ def show_loop(cls: type) -> str:
     names = textwrap.fill(", ".join(sorted(lifted.body_reads)), 110, initial_indent="#   ", subsequent_indent="#   ")
     return (
         f"# {lifted.body.__code__.co_filename}, from line {first}\n"
-        f"# One pass of this loop is a function of one item, the latents ({lifted.latents}) and these locals from before:\n"
+        f"# One pass of this loop is a function of one item, the latents ({', '.join(lifted.states)}) and these locals from "
+        "before:\n"
         f"{names}\n"
         "# scheduler.step(...) is not called: what it would get is handed out, and the next latents are put in its place.\n"
         f"{lifted.source}"
@@ -142,9 +151,14 @@ class _YieldSteps(ast.NodeTransformer):
         return ast.copy_location(ast.Yield(value=handed_out), node)
 
 
-def _replace(definition: ast.FunctionDef, loop: ast.For, leave: ast.stmt, iterable: ast.expr) -> None:
-    """Put ``return locals(), ITERABLE`` where the loop stands. What follows is never reached, but locals stay locals."""
-    leave.value.elts[1] = iterable  # type: ignore[attr-defined]
+def _replace(definition: ast.FunctionDef, loop: ast.For, outer: list[ast.For]) -> None:
+    """Put ``return locals(), ITERABLE, (OUTER ITERABLES,)`` where the loop stands.
+
+    What follows is never reached, but locals stay locals.
+    """
+    leave = ast.parse("return locals(), None, ()").body[0]
+    around = ast.Tuple(elts=[copy.deepcopy(other.iter) for other in outer], ctx=ast.Load())
+    leave.value.elts[1:] = [loop.iter, around]  # type: ignore[attr-defined]
     for node in ast.walk(definition):
         for block in (getattr(node, field, None) for field in ("body", "orelse", "finalbody")):
             if isinstance(block, list):
@@ -191,11 +205,11 @@ def _has_step(node: ast.AST) -> bool:
     return any(_is_step(inner) for inner in ast.walk(node))
 
 
-def _denoising_loop(cls: type, definition: ast.FunctionDef) -> ast.For:
-    """The innermost ``for`` around the step; exactly one must exist, and not within another loop."""
+def _denoising_loop(cls: type, definition: ast.FunctionDef) -> tuple[ast.For, list[ast.For]]:
+    """The innermost ``for`` around the step, exactly one of which must exist, and the loops around it from outside in."""
     loops = [node for node in ast.walk(definition) if isinstance(node, (ast.For, ast.While)) and _has_step(node)]
     inner = [loop for loop in loops if not any(other is not loop and other in ast.walk(loop) for other in loops)]
-    lines = ", ".join(f"line {loop.lineno} ({ast.unparse(loop).splitlines()[0]})" for loop in loops)
+    lines = ", ".join(map(_first_line, loops))
     if not loops:
         helpers = [name for name in _methods_with_a_step(cls) if name != "__call__"]
         where = f"; it steps in {', '.join(helpers)}" if helpers else ""
@@ -204,11 +218,14 @@ def _denoising_loop(cls: type, definition: ast.FunctionDef) -> ast.For:
         raise LiftError(
             f"{cls.__name__}.__call__ has {len(inner)} denoising loops: {lines}; one is needed; {ADAPTER_ADVICE}"
         )
-    if len(loops) > 1:
-        raise LiftError(f"{cls.__name__}.__call__ has its denoising loop inside another: {lines}; {ADAPTER_ADVICE}")
-    if not isinstance(inner[0], ast.For):
+    around = [loop for loop in loops if loop is not inner[0]]  # ast.walk goes from outside in
+    if not all(isinstance(loop, ast.For) for loop in loops):
         raise LiftError(f"{cls.__name__}.__call__ denoises in a while loop: {lines}; {ADAPTER_ADVICE}")
-    return inner[0]
+    return inner[0], around  # type: ignore[return-value]
+
+
+def _first_line(loop: ast.stmt) -> str:
+    return f"line {loop.lineno} ({ast.unparse(loop).splitlines()[0]})"
 
 
 def _methods_with_a_step(cls: type) -> Iterator[str]:
@@ -217,25 +234,32 @@ def _methods_with_a_step(cls: type) -> Iterator[str]:
             yield name
 
 
-def _sample_name(cls: type, loop: ast.For, steps: list[ast.Call]) -> str:
-    """The local that goes into the step and comes out of it, as ``latents = scheduler.step(noise, t, latents)[0]``.
+def _states(cls: type, loop: ast.For, steps: list[ast.Call]) -> tuple[str, ...]:
+    """The locals that go into a step and come out of it, as ``latents = scheduler.step(noise, t, latents)[0]``.
 
-    Where no name does both, it is the name in the third argument, ``scheduler.step(model_output, timestep, sample)``.
+    Steps of one name are branches of one step. Where a step has no such local, it is the name in the third argument,
+    ``scheduler.step(model_output, timestep, sample)``; where it has several (a solver's memory), it is that of another step.
     """
-    names = set()
+    found = []  # for each step, the names that may be its sample
     for step in steps:
         assigned = [node for node in ast.walk(loop) if isinstance(node, ast.Assign) and step in ast.walk(node.value)]
         targets = {name.id for node in assigned for name in _names(node.targets)}
         both = targets & {name.id for name in _names([*step.args, *(keyword.value for keyword in step.keywords)])}
-        third = [name.id for name in _names(step.args[2:3])]
-        if len(both) != 1 and not third:
+        names = both or {name.id for name in _names(step.args[2:3])}
+        if not names:
             raise LiftError(f"{cls.__name__}: the sample of {ast.unparse(step)} (line {step.lineno}) was not found")
-        names.add(both.pop() if len(both) == 1 else third[0])
-    if len(names) > 1:
-        raise LiftError(
-            f"{cls.__name__} steps several things in one iteration ({', '.join(sorted(names))}); one can be trained"
-        )
-    return names.pop()
+        found.append(names)
+    certain = {name for names in found if len(names) == 1 for name in names}
+    chosen = []
+    for step, names in zip(steps, found):
+        own = names if len(names) == 1 else names & certain
+        if len(own) != 1:
+            raise LiftError(
+                f"{cls.__name__}: {ast.unparse(step)} (line {step.lineno}) may step any of {', '.join(sorted(names))}; "
+                f"{ADAPTER_ADVICE}"
+            )
+        chosen += own
+    return tuple(dict.fromkeys(chosen))
 
 
 def _names(nodes: list[ast.expr]) -> list[ast.Name]:
@@ -316,8 +340,10 @@ def _settled(test: ast.expr, function: Callable, hidden: set[str]) -> bool | Non
 
 
 def _idle(block: list[ast.stmt], bars: set[str], settled: Callable[[ast.expr], bool | None]) -> bool:
-    """True where a block only moves the progress bar, calls absent callbacks, or serves absent hardware."""
+    """True where a block only steps, moves the progress bar, calls absent callbacks, or serves absent hardware."""
     for statement in block:
+        if isinstance(statement, ast.Assign) and _has_step(statement):  # of another state
+            continue
         if isinstance(statement, ast.If):
             truth = settled(statement.test)
             branches = [statement.body] * (truth is not False) + [statement.orelse] * (truth is not True)

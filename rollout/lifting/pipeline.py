@@ -14,7 +14,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from flowsteer.rollout.lifting.arguments import CallArguments, Settings
+from flowsteer.rollout.lifting.beginning import Beginning, Draws, Prologue, find_beginning
 from flowsteer.rollout.lifting.conditioning import (
     Attribute,
     Conditioning,
@@ -34,7 +35,7 @@ from flowsteer.rollout.lifting.lift import ADAPTER_ADVICE, LiftError, lift
 from flowsteer.rollout.lifting.loading import EMBEDDED, load_diffusers
 from flowsteer.rollout.lifting.protocol import Pipeline
 from flowsteer.rollout.lifting.schedules import read_schedule, steppable
-from flowsteer.rollout.lifting.step import Body, LiftedStep, finish, run_to_step
+from flowsteer.rollout.lifting.step import Body, LiftedStep, finish, join_states, run_to_step, split_state
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +65,29 @@ class _Denoiser:
 class _SilentBar:
     def update(self, count: int = 1) -> None:
         """A progress bar that shows nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Run:
+    """What a run of the prologue left."""
+
+    conditioning: Conditioning
+    state: Tensor  # [B, *X]
+    drawn: tuple[Tensor, ...]  # its normal draws, in order
+
+    def prologue(self) -> Prologue:
+        return Prologue(
+            state=self.state, values=self.conditioning.values, schedule=self.conditioning.schedule, drawn=self.drawn
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Probed:
+    """What is known of a pipeline under one setting."""
+
+    layout: dict[Key, Layout]  # which values carry rows
+    from_loop: dict[str, Any]  # what the epilogue wants from the loop besides latents
+    beginning: Beginning  # how the start follows from noise
 
 
 class FlowPipeline:
@@ -122,7 +146,7 @@ class FlowPipeline:
         self._call: Call = self._call_inner
         self._cache_size = cache_size
         self._prepared: OrderedDict[tuple[str, Settings], Conditioning] = OrderedDict()
-        self._probed: dict[Settings, tuple[dict[Key, Layout], dict[str, Any]]] = {}
+        self._probed: dict[Settings, _Probed] = {}
 
     @classmethod
     def load(
@@ -179,7 +203,7 @@ class FlowPipeline:
         """
         if not prompts:
             raise ValueError("there is no prompt to prepare; give at least one")
-        settings = Settings(num_inference_steps, float(guidance_scale), negative_prompt)
+        settings = _settings(num_inference_steps, guidance_scale, negative_prompt)
         place = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompts))}
         try:
             joined = Conditioning.join([self._prepare_one(prompt, settings) for prompt in place])
@@ -191,7 +215,7 @@ class FlowPipeline:
         self, prompts: list[str], *, num_inference_steps: int, guidance_scale: float, negative_prompt: str | None = None
     ) -> dict[str, Any]:
         """The arguments with which ``pipe(**arguments, latents=latents)`` draws what this class draws."""
-        return self._arguments.build(prompts, Settings(num_inference_steps, float(guidance_scale), negative_prompt))
+        return self._arguments.build(prompts, _settings(num_inference_steps, guidance_scale, negative_prompt))
 
     def forget(self) -> None:
         """Drop every prepared prompt: the next `prepare` asks the pipeline's prologue again."""
@@ -200,20 +224,36 @@ class FlowPipeline:
     def _prepare_one(self, prompt: str, settings: Settings) -> Conditioning:
         key = (prompt, settings)
         if key not in self._prepared:
-            one = self._run_prologue([prompt], settings)
             if settings not in self._probed:
-                self._probed[settings] = self._probe(settings)
-            layout, from_loop = self._probed[settings]
-            self._prepared[key] = replace(one, layout=layout, values={**from_loop, **one.values})
+                self._probed[settings] = self._probe(prompt, settings)
+            probed = self._probed[settings]
+            beginning = probed.beginning
+            one = self._run_prologue([prompt], settings, frozenset() if beginning.plain else beginning.draws)
+            self._prepared[key] = replace(
+                one.conditioning,
+                layout=probed.layout,
+                values={**probed.from_loop, **one.conditioning.values},
+                base=None if beginning.plain else one.state,
+                gain=beginning.gain,
+                noise_names=beginning.noise_names,
+            )
         self._prepared.move_to_end(key)
         while len(self._prepared) > self._cache_size:
             self._prepared.popitem(last=False)
         return self._prepared[key]
 
-    def _probe(self, settings: Settings) -> tuple[dict[Key, Layout], dict[str, Any]]:
-        """Which values carry rows, and what the epilogue wants from the loop besides latents."""
+    def own_start(self, prompt: str, **settings: Any) -> tuple[Tensor, Conditioning]:
+        """The latents [1, *X] with which the pipeline itself would start from its argument ``generator``, and that row."""
+        row = self.prepare([prompt], **settings)
+        own = self._run_prologue([prompt], _settings(**settings))
+        return own.state, replace(row, values={**row.values, **own.conditioning.values}, layout=row.layout)
+
+    def _probe(self, prompt: str, settings: Settings) -> _Probed:
+        """Which values carry rows, how the start follows from noise, and what the epilogue wants from the loop."""
         try:
-            two, three = (self._run_prologue([_NEUTRAL_PROMPT] * size, settings) for size in (2, 3))
+            two, three = (self._run_prologue([_NEUTRAL_PROMPT] * size, settings).conditioning for size in (2, 3))
+        except LiftError:
+            raise
         except Exception as error:
             raise ValueError(
                 f"{type(self.pipe).__name__} prepares one prompt, but not two or three at once ({type(error).__name__}: "
@@ -223,9 +263,16 @@ class FlowPipeline:
         if some_only:
             raise ValueError(f"{type(self.pipe).__name__} has {', '.join(some_only)} for some batch sizes only")
         found = {key: find_layout(two.values[key], three.values[key], str(key)) for key in two.values}
-        layout = {name: rows for name, rows in found.items() if rows is not None}
-        missing = (self.lifted.epilogue_reads & self.lifted.writes) - two.values.keys() - {self.lifted.latents}
-        return layout, self._left_by_the_loop(two, missing) if missing else {}
+        missing = (self.lifted.epilogue_reads & self.lifted.writes) - two.values.keys() - {*self.lifted.states}
+
+        def run(draws: frozenset[int], value: float) -> Prologue:
+            return self._run_prologue([prompt], settings, draws, value).prologue()
+
+        return _Probed(
+            layout={name: rows for name, rows in found.items() if rows is not None},
+            from_loop=self._left_by_the_loop(two, missing) if missing else {},
+            beginning=find_beginning(run, type(self.pipe).__name__),
+        )
 
     def _left_by_the_loop(self, conditioning: Conditioning, names: frozenset[str]) -> dict[str, Any]:
         """Plain values, such as a dtype, that an iteration leaves for the epilogue."""
@@ -238,8 +285,13 @@ class FlowPipeline:
         plain = (torch.dtype, torch.device, int, float, str)
         return {name: value for name, value in left.items() if name in names and isinstance(value, plain)}
 
-    def _run_prologue(self, prompts: list[str], settings: Settings) -> Conditioning:
-        """The prologue for ``prompts``, on a private view of the pipeline; which values carry rows is not known yet."""
+    def _run_prologue(
+        self, prompts: list[str], settings: Settings, draws: frozenset[int] = frozenset(), value: float = 0.0
+    ) -> _Run:
+        """The prologue for ``prompts``, on a private view of the pipeline; which values carry rows is not known yet.
+
+        Its normal draws numbered in ``draws`` are replaced by ``value``.
+        """
         lifted = self.lifted
         own: dict[str, Any] = {"scheduler": copy.deepcopy(self.pipe.scheduler)}
         if "guider" in vars(self.pipe):  # may keep momentum
@@ -247,29 +299,39 @@ class FlowPipeline:
             own["guider"].guidance_scale = settings.guidance_scale
         view = self._view({**own, "_progress_bar_config": {"disable": True}})
         before = dict(vars(view))
-        with torch.no_grad(), fixed_randomness(self.device):
-            local, iterable = lifted.prologue(view, **self._arguments.build(prompts, settings))
-        latents = local.get(lifted.latents)
-        if not isinstance(latents, Tensor):
+        recorded = Draws(draws, value)
+        with torch.no_grad(), fixed_randomness(self.device), recorded:
+            local, iterable, around = lifted.prologue(view, **self._arguments.build(prompts, settings))
+        for line, outer in zip(lifted.outer, around):
+            if (passes := len(list(outer))) != 1:
+                raise LiftError(
+                    f"{type(self.pipe).__name__} denoises {passes} times in a loop around its denoising loop ({line}), one "
+                    f"after the other; call it so that one pass is enough, or {ADAPTER_ADVICE}"
+                )
+        states = [local[name] for name in lifted.states if isinstance(local.get(name), Tensor)]
+        if len(states) < len(lifted.states):
             raise LiftError(
-                f"{type(self.pipe).__name__} gives {lifted.latents!r} to scheduler.step, which is no tensor before the "
-                f"loop: the loop's state is more than the step's latents; {ADAPTER_ADVICE}"
+                f"{type(self.pipe).__name__} gives {', '.join(map(repr, lifted.states))} to scheduler.step, not all of "
+                f"which are tensors before the loop: the loop's state is more than the step's latents; {ADAPTER_ADVICE}"
             )
         items = tuple(iterable)
-        read = ((lifted.body_reads | lifted.epilogue_reads) & local.keys()) - {lifted.latents}
+        read = ((lifted.body_reads | lifted.epilogue_reads) & local.keys()) - {*lifted.states}
         values: dict[str, Any] = {name: local[name] for name in sorted(read)}
         values |= dict.fromkeys(lifted.bars & values.keys(), _SilentBar())
         set_by_prologue = {name: value for name, value in vars(view).items() if before.get(name, view) is not value}
         attributes = {Attribute(name): value for name, value in {**own, **set_by_prologue}.items()}
-        return Conditioning(
+        state = join_states(states)
+        conditioning = Conditioning(
             schedule=read_schedule(view.scheduler, len(items)),
-            latent_shape=tuple(latents.shape[1:]),
-            latent_dtype=latents.dtype,
+            latent_shape=tuple(state.shape[1:]),
+            latent_dtype=state.dtype,
             size=len(prompts),
             values={**values, **attributes},
             layout={},
             items=items,
+            shapes=tuple(tuple(own.shape[1:]) for own in states) if len(states) > 1 else (),
         )
+        return _Run(conditioning=conditioning, state=state, drawn=tuple(recorded.drawn))
 
     # --- the loop ---
 
@@ -297,16 +359,21 @@ class FlowPipeline:
         if not 0 <= index < len(conditioning.items):
             raise ValueError(f"denoising index {index}; allowed are 0 to {len(conditioning.items) - 1}")
         bound = self._bind(conditioning, self.lifted.body_reads)
-        bound[self.lifted.latents] = latents.to(conditioning.latent_dtype)
+        bound |= self._states(latents, conditioning)
         bound |= instead or {}
         for name in self.lifted.written_in_place & bound.keys():
             bound[name] = bound[name].clone() if isinstance(bound[name], Tensor) else copy.copy(bound[name])
         return self.lifted.body(conditioning.items[index], **bound)
 
+    def _states(self, latents: Tensor, conditioning: Conditioning) -> dict[str, Tensor]:
+        """The pipeline's own locals that the latents are."""
+        parts = split_state(latents.to(conditioning.latent_dtype), conditioning.shapes)
+        return dict(zip(self.lifted.states, parts))
+
     def begin(self, latents: Tensor, index: int, conditioning: Conditioning) -> LiftedStep:
         """The iteration ``index`` of the pipeline's loop up to its step, from latents [B, *X]; any index in any order."""
         body = self.enter(latents, index, conditioning)
-        velocity = run_to_step(body, type(self.pipe).__name__, index)
+        velocity = join_states(run_to_step(body, type(self.pipe).__name__, index, len(self.lifted.states)))
         if velocity.shape != latents.shape:
             raise ValueError(
                 f"{type(self.pipe).__name__} steps {list(velocity.shape)} where its latents are {list(latents.shape)}: "
@@ -317,7 +384,7 @@ class FlowPipeline:
 
         def finished(next_latents: Tensor) -> Tensor:
             with torch.no_grad():
-                return finish(body, next_latents)[self.lifted.latents]
+                return finish(body, next_latents)[self.lifted.states[0]]
 
         return LiftedStep(velocity, finished)
 
@@ -327,13 +394,16 @@ class FlowPipeline:
 
     def decode(self, latents: Tensor, conditioning: Conditioning) -> Tensor:
         """The epilogue: final latents [B, *X] -> images float32 [B, 3, H, W] in [0, 1], video [B, T, 3, H, W]."""
-        bound = self._bind(conditioning, self.lifted.epilogue_reads)
-        bound[self.lifted.latents] = latents.to(conditioning.latent_dtype)
+        bound = self._bind(conditioning, self.lifted.epilogue_reads) | self._states(latents, conditioning)
         with torch.no_grad():
             images = self.lifted.epilogue(**bound)[0]
         if not isinstance(images, Tensor) or images.dim() not in (4, 5):
             raise ValueError(f"{type(self.pipe).__name__} decodes to {type(images).__name__}, not to a batch of images")
         return images.float()
+
+
+def _settings(num_inference_steps: int, guidance_scale: float, negative_prompt: str | None = None) -> Settings:
+    return Settings(num_inference_steps, float(guidance_scale), negative_prompt)
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from torch import Tensor
 from flowsteer.rollout.lifting.conditioning import Attribute, Conditioning, Key, UnlikeConditioning, same
 from flowsteer.rollout.lifting.pipeline import FlowPipeline, fixed_randomness
 from flowsteer.rollout.lifting.protocol import Pipeline
-from flowsteer.rollout.lifting.step import StepOutput, finish, run_to_step
+from flowsteer.rollout.lifting.step import StepOutput, finish, join_states, run_to_step, split_state
 from flowsteer.rollout.steps.solvers import euler
 from flowsteer.rollout.types import Schedule
 
@@ -92,17 +92,14 @@ def check(
     try:
         rows = [pipeline.prepare([prompt], **settings) for prompt in prompts]
         conditioning, axes = _together(rows)
-        report = report.with_findings([axes, _levels(conditioning.schedule)])
-        latents = torch.randn(
-            (len(conditioning), *conditioning.latent_shape), generator=torch.Generator().manual_seed(0)
-        )
-        latents = latents.to(_device(pipeline), conditioning.latent_dtype)
+        report = report.with_findings([axes, _levels(conditioning)])
+        noise = torch.randn((len(conditioning), *conditioning.latent_shape), generator=torch.Generator().manual_seed(0))
+        latents, conditioning = conditioning.start(noise.to(_device(pipeline), conditioning.latent_dtype))
         with torch.no_grad():
             report = report.with_findings([_live(pipeline, latents, rows), _pure(pipeline, latents, conditioning)])
             report = report.with_findings([_rows(pipeline, latents, conditioning)])
             if isinstance(pipeline, FlowPipeline):
-                arguments = pipeline.call_arguments([prompts[0]], **settings)
-                report = report.with_findings([_parity(pipeline, latents[:1], rows[0], arguments)])
+                report = report.with_findings([_parity(pipeline, prompts[0], settings)])
             else:
                 report = report.with_findings([_layout(rows[0]), _pictures(pipeline.decode(latents, conditioning))])
     except Exception as error:  # whatever an adapter does, the report says it
@@ -134,12 +131,15 @@ def _together(rows: list[Conditioning]) -> tuple[Conditioning, Finding]:
         return rows[0].take([0] * len(rows)), Finding(name="batch axes", ok=bool(rows[0].layout), detail=detail)
 
 
-def _levels(schedule: Schedule) -> Finding:
-    """Samples start from pure noise: a schedule that starts later (image-to-image) would be sampled wrongly."""
+def _levels(conditioning: Conditioning) -> Finding:
+    """The noise levels, and what samples start from: a schedule that begins late needs a picture to begin with."""
+    schedule, base = conditioning.schedule, conditioning.base
     levels = " ".join(f"{sigma:.4g}" for sigma in schedule.sigma.tolist())
-    whole = float(schedule.sigma[0]) > PURE_NOISE
-    late = "" if whole else f"; the first must be above {PURE_NOISE}: samples start from pure noise, not from an image"
-    return Finding(name="noise levels", ok=whole, detail=f"{levels} ({schedule.prediction}){late}")
+    late = float(schedule.sigma[0]) <= PURE_NOISE and base is None
+    start = "from noise alone" if base is None else "from noise on what the pipeline prepares"
+    if late:
+        start += f"; the first level must then be above {PURE_NOISE}"
+    return Finding(name="noise levels", ok=not late, detail=f"{levels} ({schedule.prediction}); samples start {start}")
 
 
 def _live(pipeline: Pipeline, latents: Tensor, rows: list[Conditioning]) -> Finding:
@@ -209,16 +209,17 @@ def _carried(pipeline: FlowPipeline, latents: Tensor, conditioning: Conditioning
     lifted, name = pipeline.lifted, type(pipeline.pipe).__name__
     visited, velocities, changed = [], [], set()
     carried: dict[str, Any] = {}
+    states = {*lifted.states}
     for index in range(conditioning.schedule.num_steps):
         generator = pipeline.enter(latents, index, conditioning, carried)
-        velocity = run_to_step(generator, name, index)
+        velocity = join_states(run_to_step(generator, name, index, len(states)))
         visited.append(latents.clone())
         velocities.append(velocity)
-        left = finish(generator, _step(velocity, latents, conditioning.schedule, index))
-        latents = left[lifted.latents]
-        carried = {local: left[local] for local in lifted.body_reads & left.keys() - {lifted.latents}} | {
-            "self": left["self"]
-        }
+        latents = _step(velocity, latents, conditioning.schedule, index)
+        left = finish(generator, split_state(latents, conditioning.shapes)[-1])
+        if len(states) == 1:
+            latents = left[lifted.states[0]]
+        carried = {local: left[local] for local in lifted.body_reads & left.keys() - states} | {"self": left["self"]}
         now: dict[Key, Any] = {**carried, **{Attribute(name): value for name, value in vars(left["self"]).items()}}
         before = conditioning.values
         changed |= {str(key) for key, value in now.items() if key in before and not same(value, before[key])}
@@ -237,26 +238,27 @@ def _rows(pipeline: Pipeline, latents: Tensor, conditioning: Conditioning) -> Fi
     return Finding(name="sub-batch", ok=difference <= allowed, detail=detail)
 
 
-def _parity(pipeline: FlowPipeline, latents: Tensor, row: Conditioning, arguments: dict[str, Any]) -> Finding:
-    """The picture by lifted steps against the picture by the pipeline's own ``__call__`` from the same noise."""
+def _parity(pipeline: FlowPipeline, prompt: str, settings: dict[str, Any]) -> Finding:
+    """The picture by lifted steps against the picture by the pipeline's own ``__call__``, from what it starts with itself."""
     pipe, owner = pipeline.pipe, type(pipeline.pipe).__name__
-    if "latents" not in pipeline.parameters:
-        return Finding(name="parity", ok=True, detail=f"not compared: {owner}.__call__ takes no latents")
+    current, row = pipeline.own_start(prompt, **settings)
     private = copy.copy(pipe)
     own_step = not isinstance(pipe.scheduler, (FlowMatchEulerDiscreteScheduler, DDIMScheduler))
     private.__dict__["scheduler"] = copy.deepcopy(pipe.scheduler)
     if own_step:
         private.scheduler.step = _Stepper(row.schedule)
+    if "guider" in vars(pipe):
+        private.__dict__["guider"] = copy.deepcopy(pipe.guider)
+        private.guider.guidance_scale = settings["guidance_scale"]
     private.__dict__.update({"_progress_bar_config": {"disable": True}, **pipeline.unchecked})
-    with fixed_randomness(latents.device):  # as the prologue had it
-        expected = private(**arguments, latents=latents.clone())[0].float()
-    current = latents
+    with fixed_randomness(current.device):  # as the prologue had it
+        expected = private(**pipeline.call_arguments([prompt], **settings))[0].float()
     for index in range(row.schedule.num_steps):
         step = pipeline.begin(current, index, row)
         current = step.finish(_step(step.velocity, current, row.schedule, index))
     difference = _difference(pipeline.decode(current, row), expected)
     note = f", with Euler steps in place of {type(pipe.scheduler).__name__}'s" if own_step else ""
-    allowed = PARITY_TOLERANCE.get(latents.dtype, 1e-3)
+    allowed = PARITY_TOLERANCE.get(current.dtype, 1e-3)
     equal = "bit for bit" if difference == 0 else f"to {difference:.2g} (allowed {allowed:g})"
     return Finding(name="parity", ok=difference <= allowed, detail=f"equals {owner}(...){note} {equal}")
 

@@ -5,9 +5,10 @@ Letters: B samples, X latent shape of one sample.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from flowsteer.rollout.lifting.lift import ADAPTER_ADVICE, LiftError
@@ -51,10 +52,16 @@ class LiftedStep:
         return next_latents if self._finish is None else self._finish(next_latents)
 
 
-def run_to_step(generator: Body, name: str, index: int) -> Tensor:
-    """Run a lifted body up to its step: the model output that the scheduler would have got."""
+def run_to_step(generator: Body, name: str, index: int, states: int = 1) -> list[Tensor]:
+    """Run a lifted body up to its step: the model output that the scheduler would have got, one for each of ``states``.
+
+    Of several states the body goes on with what it had, so it cannot be finished afterwards.
+    """
     try:
-        args, kwargs = next(generator)
+        outputs = [next(generator)]
+        while len(outputs) < states:
+            args, kwargs = outputs[-1]
+            outputs.append(generator.send(StepOutput(args[2] if len(args) > 2 else kwargs["sample"])))
     except StopIteration:
         raise ValueError(f"{name} takes no step at denoising index {index}; {ADAPTER_ADVICE}") from None
     except UnboundLocalError as error:
@@ -62,7 +69,7 @@ def run_to_step(generator: Body, name: str, index: int) -> Tensor:
             f"the loop of {name} needs a local that an earlier iteration has set ({error}), so no step can be evaluated "
             f"by itself; {ADAPTER_ADVICE}"
         ) from error
-    return args[0] if args else kwargs["model_output"]
+    return [args[0] if args else kwargs["model_output"] for args, kwargs in outputs]
 
 
 def finish(generator: Body, next_latents: Tensor) -> dict[str, Any]:
@@ -71,4 +78,17 @@ def finish(generator: Body, next_latents: Tensor) -> dict[str, Any]:
         generator.send(StepOutput(next_latents))
     except StopIteration as stop:
         return stop.value
-    raise LiftError("the pipeline steps twice in one iteration; only one step can be trained")
+    raise LiftError(f"the pipeline steps one state twice in an iteration; {ADAPTER_ADVICE}")
+
+
+def join_states(states: Sequence[Tensor]) -> Tensor:
+    """One state as it is, [B, *X]; several one after the other as vectors, [B, N]."""
+    return states[0] if len(states) == 1 else torch.cat([state.flatten(1) for state in states], 1)
+
+
+def split_state(latents: Tensor, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
+    """The states that `join_states` joined; ``shapes`` are those of one sample, none for one state."""
+    if not shapes:
+        return [latents]
+    sizes = [torch.Size(shape).numel() for shape in shapes]
+    return [part.reshape(len(latents), *shape) for part, shape in zip(latents.split(sizes, 1), shapes)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import diffusers
 import pytest
 import torch
@@ -9,7 +11,7 @@ import zoo
 from diffusers import StableDiffusion3Img2ImgPipeline
 
 from flowsteer.rollout.lifting.pipeline import FlowPipeline
-from flowsteer.rollout.lifting.selfcheck import Finding, Report, check
+from flowsteer.rollout.lifting.selfcheck import Finding, Report, _levels, check
 from flowsteer.rollout.lifting.step import LiftedStep
 
 
@@ -137,13 +139,37 @@ def test_one_prompt_is_too_few():
         check(zoo.shared("sd3"), prompts=["one", "one"])
 
 
-def test_image_to_image_is_refused():
-    """Its steps begin in the middle, from an image; samples would be started from pure noise."""
+def image_to_image(value: float) -> FlowPipeline:
     pipe = StableDiffusion3Img2ImgPipeline(**zoo.build("sd3").components)
-    image = torch.full((1, 3, 16, 16), 0.5)
-    pipeline = FlowPipeline(
+    image = torch.full((1, 3, 16, 16), value)
+    return FlowPipeline(
         pipe, height=16, width=16, call_kwargs={"image": image, "strength": 0.5, "max_sequence_length": 32}
     )
-    report = check(pipeline, num_inference_steps=4)
-    assert not report.ok
-    assert "samples start from pure noise, not from an image" in report.text()
+
+
+def test_image_to_image_starts_from_its_picture():
+    """Its steps begin in the middle: samples start from that level of noise on the encoded picture."""
+    settings = {"num_inference_steps": 4, "guidance_scale": 1.0}
+    starts = {}
+    for value in (0.2, 0.8):
+        pipeline = image_to_image(value)
+        report = check(pipeline, num_inference_steps=4)
+        assert report.ok, report.text()
+        assert "samples start from noise on what the pipeline prepares" in report.text()
+        row = pipeline.prepare(["a red circle"], **settings)
+        sigma = row.schedule.sigma[0].item()
+        assert 0.1 < sigma < 0.9
+        own, _ = pipeline.own_start("a red circle", **settings)
+        noise = (own - row.base) / sigma  # the pipeline's own draw
+        starts[value] = row.start(noise)[0]
+        assert torch.allclose(starts[value], own, atol=1e-6)
+        assert abs(noise.std().item() - 1) < 0.2
+    assert (starts[0.2] - starts[0.8]).abs().max() > 0.1
+
+
+def test_a_late_start_without_a_picture_is_refused():
+    late = replace(zoo.shared("sd3").prepare(["a"], num_inference_steps=2, guidance_scale=1.0), base=None)
+    late = replace(late, schedule=replace(late.schedule, sigma=0.5 * late.schedule.sigma))
+    finding = _levels(late)
+    assert not finding.ok
+    assert "the first level must then be above 0.9" in finding.detail
