@@ -20,9 +20,9 @@ from torch import nn
 
 from flowsteer.rewards.doors import Door, blaming
 from flowsteer.rl.export import SECOND
-from flowsteer.rollout.lifting.conditioning import Conditioning
 from flowsteer.rollout.lifting.pipeline import FlowPipeline
 from flowsteer.rollout.lifting.protocol import ARGUMENTS, METHODS, Pipeline
+from flowsteer.rollout.lifting.several import Prepared
 
 DOOR = Door(group="flowsteer.pipelines", noun="pipeline adapter", article="a", kinds=("class", "function"))
 
@@ -83,7 +83,7 @@ def check_pipeline(name: str, made: Any) -> Pipeline:
     return made
 
 
-def tail_is_idle(pipeline: Pipeline, conditioning: Conditioning) -> bool:
+def tail_is_idle(pipeline: Pipeline, conditioning: Prepared) -> bool:
     """Whether a step leaves the next latents as they are; of an adapter that is tried at every denoising index."""
     if isinstance(pipeline, FlowPipeline):
         return pipeline.lifted.tail_is_idle

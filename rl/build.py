@@ -29,6 +29,7 @@ from flowsteer.rl.adapters import load_pipeline
 from flowsteer.rl.checkpoint import Checkpoints
 from flowsteer.rl.compare import compare
 from flowsteer.rl.config import Config
+from flowsteer.rl.config.data import name_of
 from flowsteer.rl.config.schema import EvaluationConfig, PlanConfig, RewardConfig
 from flowsteer.rl.engine.base import Engine, prepare
 from flowsteer.rl.engine.optimizer import OptimizerSettings
@@ -42,7 +43,8 @@ from flowsteer.rl.saving import Saving
 from flowsteer.rl.scoring import StepScorer, check_scorable, warn_of_single_images
 from flowsteer.rl.types import Algorithm, Comparison, Facts
 from flowsteer.rollout.branches import Branching
-from flowsteer.rollout.data.prompts import Prompts, step_rows
+from flowsteer.rollout.data.batches import step_rows
+from flowsteer.rollout.data.prompts import Prompts
 from flowsteer.rollout.lifting.protocol import Pipeline
 from flowsteer.rollout.steps.plan import Plan, all_steps, decay, fixed_steps, no_steps, window
 from flowsteer.rollout.worker import RolloutWorker
@@ -52,10 +54,13 @@ logger = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def build_plan(section: PlanConfig, config: Config) -> Plan:
-    """Which steps are stochastic when."""
+def build_plan(section: PlanConfig, config: Config, *, num_steps: int | None = None) -> Plan:
+    """Which steps are stochastic when.
+
+    ``num_steps`` is how many denoising steps are taken, where a pipeline takes fewer than it is asked for.
+    """
     rollout = config.rollout
-    count, level = rollout.num_inference_steps, rollout.kernel.noise_level
+    count, level = num_steps or rollout.num_inference_steps, rollout.kernel.noise_level
     if section.name == "none":
         return no_steps(count)
     if level == 0:
@@ -91,7 +96,7 @@ def build_algorithm(config: Config, plan: Plan, processes: Processes, *, common_
     facts = Facts(
         kernel=kernel.name,
         log_prob_weight=kernel.log_prob_weight,
-        num_inference_steps=rollout.num_inference_steps,
+        num_inference_steps=plan.num_steps,
         num_transitions=pools if branching else plan.num_transitions,
         group_size=rollout.group_size,
         advantage_clip=config.advantage.clip,
@@ -192,10 +197,13 @@ def check_groupwise(rewards: RewardSet, config: Config) -> None:
 def check_columns_of_prompts(config: Config, train: Prompts, evaluation: Prompts | None) -> None:
     """Raise ValueError where a reward in this process requires a column that a prompt file lacks."""
     files = {
-        f"prompts.train={config.prompts.train}": [*train.columns, *(["sigma"] if config.rollout.branching else [])]
+        f"prompts.train={name_of(config.prompts.train)}": [
+            *train.columns,
+            *(["sigma"] if config.rollout.branching else []),
+        ]
     }
     if config.evaluation is not None and evaluation is not None:
-        files[f"evaluation.prompts={config.evaluation.prompts}"] = list(evaluation.columns)
+        files[f"evaluation.prompts={name_of(config.evaluation.prompts)}"] = list(evaluation.columns)
     own = {name: section.options for name, section in config.rewards.items() if section.host is None}
     check_columns(own, files)
 
@@ -203,11 +211,11 @@ def check_columns_of_prompts(config: Config, train: Prompts, evaluation: Prompts
 def check_prompts(rewards: RewardSet, config: Config, train: Prompts, evaluation: Prompts | None) -> None:
     """Warn of prompts that the rewards cannot score. Raises ValueError where a training step would fail."""
     each = {"seed": config.seed, "prompts_per_step": config.rollout.prompts_per_step}
-    steps = (step_rows(len(train), step=step, **each) for step in range(config.num_steps))
-    key = f"prompts.train={config.prompts.train}"
+    steps = (step_rows(train, step=step, **each) for step in range(config.num_steps))
+    key = f"prompts.train={name_of(config.prompts.train)}"
     check_scorable(rewards, train.texts, key=key, steps=steps, min_scored=config.advantage.min_scored)
     if config.evaluation is not None and evaluation is not None:
-        check_scorable(rewards, evaluation.texts, key=f"evaluation.prompts={config.evaluation.prompts}")
+        check_scorable(rewards, evaluation.texts, key=f"evaluation.prompts={name_of(config.evaluation.prompts)}")
 
 
 def build_processes(config: Config) -> Processes:

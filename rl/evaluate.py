@@ -27,7 +27,7 @@ from flowsteer.rl.intervals import Estimate, estimate, mean_and_interval
 from flowsteer.rl.metrics import all_names
 from flowsteer.rollout.data.prompts import Prompts
 from flowsteer.rollout.lifting.pipeline import Pipeline, UnlikeConditioning
-from flowsteer.rollout.sample import sample
+from flowsteer.rollout.sample import prepare_rows, sample
 
 logger = logging.getLogger(__name__)
 
@@ -93,22 +93,27 @@ def evaluate(
 
     def draw(batch: Sequence[tuple[int, int]]) -> Tensor:
         """Pictures [B, 3, H, W] of (prompt, seed) pairs."""
-        texts = [prompts.texts[chosen[p]] for p, _ in batch]
-        distinct = list(dict.fromkeys(texts))
+        rows = [prompts.row(chosen[p]) for p, _ in batch]
         try:
-            conditioning = pipeline.prepare(
-                distinct,
+            conditioning = prepare_rows(
+                pipeline,
+                rows,
                 num_inference_steps=num_inference_steps,
                 guidance_scale=guidance_scale,
                 negative_prompt=negative_prompt,
-            ).take([distinct.index(text) for text in texts])
+            )
         except UnlikeConditioning:  # of a model that does not pad: each prompt by itself
-            if len(distinct) == 1:
+            if len({*rows}) == 1:
                 raise
             return torch.cat([draw(list(same)) for _, same in itertools.groupby(batch, key=lambda pair: pair[0])])
         seeds = torch.tensor([num_seeds * p + s for p, s in batch])
         latents, _ = sample(
-            pipeline, conditioning, seeds=seeds, noise_levels=[0.0] * num_inference_steps, dtype=dtype, device=device
+            pipeline,
+            conditioning,
+            seeds=seeds,
+            noise_levels=[0.0] * conditioning.schedule.num_steps,
+            dtype=dtype,
+            device=device,
         )
         return pipeline.decode(latents, conditioning).float().cpu()
 

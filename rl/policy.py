@@ -18,8 +18,8 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from flowsteer.rl.engine.zero import kept
-from flowsteer.rollout.lifting.conditioning import Conditioning
 from flowsteer.rollout.lifting.protocol import Pipeline
+from flowsteer.rollout.lifting.several import Prepared
 from flowsteer.rollout.types import ConditioningRows
 
 CURRENT = "current"
@@ -77,7 +77,7 @@ class Policy:
 
     def velocity(self, latents: Tensor, index: int, conditioning: ConditioningRows) -> Tensor:
         """The active policy's prediction at a denoising index, [B, *X] -> [B, *X]."""
-        prepared = cast(Conditioning, conditioning)  # the rows of a rollout are those that its pipeline prepared
+        prepared = cast(Prepared, conditioning)  # the rows of a rollout are those that its pipeline prepared
         return self.pipeline.begin(latents, index, prepared).velocity
 
     @contextmanager

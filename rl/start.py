@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from flowsteer.rl import build
 from flowsteer.rl.adapters import name_of, tail_is_idle
 from flowsteer.rl.checkpoint import Checkpoints, fingerprint, open_run, write_whole
 from flowsteer.rl.config import Config, check_config, save_config
+from flowsteer.rl.config.data import inputs_of, sources_of
 from flowsteer.rl.engine.base import Engine
 from flowsteer.rl.engine.processes import Processes
 from flowsteer.rl.evaluations import Evaluations
@@ -27,10 +29,11 @@ from flowsteer.rl.report.screen import Screen
 from flowsteer.rl.run import Run
 from flowsteer.rl.scoring import StepScorer
 from flowsteer.rl.types import Algorithm
-from flowsteer.rollout.data.prompts import Prompts, read_prompts
+from flowsteer.rollout.data.prompts import Prompts, Row, read_prompts
 from flowsteer.rollout.lifting import selfcheck
 from flowsteer.rollout.lifting.pipeline import UnlikeConditioning
 from flowsteer.rollout.lifting.protocol import Pipeline
+from flowsteer.rollout.sample import prepare_rows
 from flowsteer.rollout.steps import kernels
 from flowsteer.rollout.steps.plan import Plan
 
@@ -73,8 +76,11 @@ def check(config: Config) -> Checked:
         config
     )  # before the rewards: a model of theirs then lands on this process's device
     build.build_algorithm(config, plan, processes)  # likewise; made again when the pipeline's denoisers are known
-    prompts = read_prompts(config.prompts.train)
-    evaluation_prompts = read_prompts(config.evaluation.prompts) if config.evaluation else None
+    inputs = inputs_of(config.inputs)
+    prompts = read_prompts(sources_of(config.prompts.train), inputs=inputs)
+    evaluation_prompts = (
+        read_prompts(sources_of(config.evaluation.prompts), inputs=inputs) if config.evaluation else None
+    )
     build.check_columns_of_prompts(config, prompts, evaluation_prompts)  # a reward may require some
     return Checked(plan=plan, processes=processes, prompts=prompts, evaluation_prompts=evaluation_prompts)
 
@@ -213,6 +219,14 @@ def derived(config: Config, policy: Policy, engine: Engine, prompts: Prompts) ->
     return lines
 
 
+def check_rows(pipeline: Pipeline, rows: Sequence[Row], guidance: dict[str, Any]) -> None:
+    """Raise ValueError with the whole report where a pipeline cannot be trained on such rows."""
+    inputs = {"inputs": [dict(row.inputs) for row in rows]} if any(row.inputs for row in rows) else {}
+    report = selfcheck.check(pipeline, prompts=[row.text for row in rows], **inputs, **guidance)
+    if not report.ok:
+        raise ValueError(report.text())
+
+
 def checked_plan(config: Config, pipeline: Pipeline, plan: Plan, prompts: Prompts) -> Plan:
     """Can this pipeline be trained so? A few network passes; raises ValueError that says what does not hold.
 
@@ -220,15 +234,23 @@ def checked_plan(config: Config, pipeline: Pipeline, plan: Plan, prompts: Prompt
     """
     rollout = config.rollout
     guidance = {"guidance_scale": rollout.guidance_scale, "negative_prompt": rollout.negative_prompt}
-    some = list(dict.fromkeys([*prompts.texts[:64], *selfcheck.PROMPTS]))
-    report = selfcheck.check(pipeline, prompts=some[:2], **guidance)
-    if not report.ok:
-        raise ValueError(report.text())
+    first = [prompts.row(place) for place in range(min(len(prompts), 64))]
+    some = [*{row.text: row for row in first}.values(), *(first[0]._replace(text=text) for text in selfcheck.PROMPTS)]
+    two = {row.text: row for row in some}
+    check_rows(pipeline, list(two.values())[:2], guidance)
     settings = {"num_inference_steps": rollout.num_inference_steps, **guidance}
-    conditioning = pipeline.prepare(some[:1], **settings)
+    conditioning = prepare_rows(pipeline, some[:1], **settings)
+    if (taken := conditioning.schedule.num_steps) != plan.num_steps:
+        logger.warning(
+            "%s takes %d of the %d denoising steps of rollout.num_inference_steps; the plan is for those",
+            name_of(pipeline),
+            taken,
+            rollout.num_inference_steps,
+        )
+        plan = build.build_plan(rollout.plan, config, num_steps=taken)
     if rollout.batch_size > rollout.group_size:
         try:
-            pipeline.prepare(list(dict.fromkeys(prompts.texts[:64])), **settings)
+            prepare_rows(pipeline, first, **settings)
         except UnlikeConditioning as error:
             raise ValueError(
                 f"rollout.batch_size={rollout.batch_size} puts several prompts into a batch, but {error}; set it to "

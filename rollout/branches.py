@@ -20,8 +20,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from flowsteer.rollout.lifting.conditioning import Conditioning
 from flowsteer.rollout.lifting.protocol import Pipeline
+from flowsteer.rollout.lifting.several import Prepared
 from flowsteer.rollout.sample import Transition, distinct, trajectory_of
 from flowsteer.rollout.steps import kernels
 from flowsteer.rollout.steps.kernels import LogProbWeight
@@ -73,7 +73,7 @@ class Branch:
 @torch.no_grad()
 def sample_branches(
     pipeline: Pipeline,
-    conditioning: Conditioning,
+    conditioning: Prepared,
     branching: Branching,
     *,
     seeds: Tensor,
@@ -124,7 +124,7 @@ def sample_branches(
 
 def _finished(
     pipeline: Pipeline,
-    conditioning: Conditioning,
+    conditioning: Prepared,
     branching: Branching,
     trajectory: Trajectory,
     solver: str,

@@ -6,23 +6,33 @@ Letters: B samples, S states, P distinct rows, X latent shape of one sample.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from flowsteer.rollout.lifting.conditioning import Conditioning
+from flowsteer.rollout.data.prompts import Row
 from flowsteer.rollout.lifting.protocol import Pipeline
+from flowsteer.rollout.lifting.several import Prepared
 from flowsteer.rollout.steps import kernels
 from flowsteer.rollout.steps.noise import initial_noise, stream_noise
 from flowsteer.rollout.steps.solvers import SOLVERS, remember
 from flowsteer.rollout.types import SharedStates, Trajectory
 
 
+def prepare_rows(pipeline: Pipeline, rows: Sequence[Row], **settings: Any) -> Prepared:
+    """Prepared for rows of prompts, in their order; equal ones are prepared once. ``settings`` are those of ``prepare``."""
+    distinct = list(dict.fromkeys(rows))
+    if any(row.inputs for row in distinct):
+        settings["inputs"] = [dict(row.inputs) for row in distinct]
+    prepared = pipeline.prepare([row.text for row in distinct], **settings)
+    return prepared.take([distinct.index(row) for row in rows])
+
+
 @torch.no_grad()
 def sample(
     pipeline: Pipeline,
-    conditioning: Conditioning,
+    conditioning: Prepared,
     *,
     seeds: Tensor,
     noise_levels: Sequence[float],

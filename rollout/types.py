@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol, Self
 
+import torch
 from torch import Tensor
 
 
@@ -39,6 +40,10 @@ class Schedule:
     def num_steps(self) -> int:
         """T, how many denoising steps there are."""
         return len(self.timesteps)
+
+    def equals(self, other: Schedule) -> bool:
+        """Whether the levels and timesteps are the same, bit for bit."""
+        return self is other or (torch.equal(self.sigma, other.sigma) and torch.equal(self.timesteps, other.timesteps))
 
     def along(self, path: Sequence[int]) -> Schedule:
         """The schedule that visits only the denoising indices ``path``, increasing, and then ends where this one ends."""

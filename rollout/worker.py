@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from flowsteer.rollout.branches import Branching, sample_branches
-from flowsteer.rollout.data.prompts import Batch, Prompts, step_batches
-from flowsteer.rollout.lifting.conditioning import Conditioning
+from flowsteer.rollout.data.batches import Batch, step_batches
+from flowsteer.rollout.data.prompts import Prompts
 from flowsteer.rollout.lifting.protocol import Pipeline
-from flowsteer.rollout.sample import sample
+from flowsteer.rollout.lifting.several import Prepared
+from flowsteer.rollout.sample import prepare_rows, sample
 from flowsteer.rollout.steps.kernels import LogProbWeight
 from flowsteer.rollout.steps.noise import mix
 from flowsteer.rollout.steps.plan import Plan, compressed_path
@@ -119,9 +120,9 @@ class RolloutWorker:
     def _draw(self, batch: Batch, step: int, policy_version: int) -> Iterator[Rollout]:
         """One rollout, or one for every way in which each of the pools of branches is finished."""
         texts = tuple(self.prompts.texts[row] for row in batch.rows)
-        conditioning = self._prepare(texts, self.guidance_scale)
+        conditioning = self._prepare(batch, self.guidance_scale)
         guided_alike = self.train_guidance_scale == self.guidance_scale
-        for_training = conditioning if guided_alike else self._prepare(texts, self.train_guidance_scale)
+        for_training = conditioning if guided_alike else self._prepare(batch, self.train_guidance_scale)
         columns = {name: tuple(values[row] for row in batch.rows) for name, values in self.prompts.columns.items()}
         noise_levels = self.plan.noise_levels(step)
 
@@ -160,7 +161,7 @@ class RolloutWorker:
             )
 
     def _sample(
-        self, conditioning: Conditioning, batch: Batch, step: int, noise_levels: tuple[float, ...]
+        self, conditioning: Prepared, batch: Batch, step: int, noise_levels: tuple[float, ...]
     ) -> tuple[Tensor, Trajectory | None]:
         last = max((index for index, level in enumerate(noise_levels) if level > 0), default=-1)
         return sample(
@@ -169,19 +170,19 @@ class RolloutWorker:
             seeds=batch.seeds,
             initial_seeds=self._group_seeds(batch.group, step) if self.shared_noise else None,
             noise_levels=noise_levels,
-            path=compressed_path(self.num_inference_steps, last, self.tail_fraction),
+            path=compressed_path(len(noise_levels), last, self.tail_fraction),
             **self.settings,
         )
 
-    def _prepare(self, texts: tuple[str, ...], guidance_scale: float) -> Conditioning:
-        """Conditioning, a row for each text."""
-        distinct = list(dict.fromkeys(texts))
-        return self.pipeline.prepare(
-            distinct,
+    def _prepare(self, batch: Batch, guidance_scale: float) -> Prepared:
+        """Prepared, a row for each sample."""
+        return prepare_rows(
+            self.pipeline,
+            [self.prompts.row(row) for row in batch.rows],
             num_inference_steps=self.num_inference_steps,
             guidance_scale=guidance_scale,
             negative_prompt=self.negative_prompt,
-        ).take([distinct.index(text) for text in texts])
+        )
 
     def _group_seeds(self, group: Tensor, step: int) -> Tensor:
         """The same seed for all samples of a group, whichever batches they are in: [B] -> [B]."""

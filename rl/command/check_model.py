@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from flowsteer.rl.policy import Policy
+from flowsteer.rollout.data.inputs import Value
+from flowsteer.rollout.data.prompts import Row
 from flowsteer.rollout.lifting.pipeline import Pipeline
 from flowsteer.rollout.lifting.selfcheck import PROMPTS, Finding
+from flowsteer.rollout.sample import prepare_rows
 
 _NAMED = 6  # layers that a finding lists before it only counts
 
@@ -21,6 +24,7 @@ def trainable_findings(
     *,
     rank: int = 32,
     num_inference_steps: int = 3,
+    inputs: Mapping[str, Value] | None = None,
 ) -> list[Finding]:
     """What a LoRA with these targets finds in the pipeline, and which of its tensors a gradient reaches.
 
@@ -44,7 +48,7 @@ def trainable_findings(
     counts = {target: sum(len(found[component, target]) for component in policy.denoisers) for target in targets}
     trained = sum(parameter.numel() for parameter in parameters.values())
 
-    gradients = _gradients(pipeline, policy, guidance_scale, num_inference_steps)
+    gradients = _gradients(pipeline, policy, guidance_scale, num_inference_steps, inputs)
     idle = [name for name, gradient in gradients.items() if gradient is None or not gradient.any()]
     broken = [name for name, gradient in gradients.items() if gradient is not None and not gradient.isfinite().all()]
     reached = {layers[name] for name in parameters.keys() - idle}
@@ -68,7 +72,11 @@ def trainable_findings(
 
 
 def _gradients(
-    pipeline: Pipeline, policy: Policy, guidance_scale: float, num_inference_steps: int
+    pipeline: Pipeline,
+    policy: Policy,
+    guidance_scale: float,
+    num_inference_steps: int,
+    inputs: Mapping[str, Value] | None,
 ) -> dict[str, Tensor | None]:
     """The gradient of a random projection of the velocities, summed over the steps, by the names of the parameters."""
     generator = torch.Generator().manual_seed(0)
@@ -77,14 +85,15 @@ def _gradients(
         for name, parameter in parameters.items():
             if ".lora_B" in name:  # at its initial 0 no gradient would reach the other factor
                 parameter += 0.01 * torch.randn(parameter.shape, generator=generator).to(parameter)
-    conditioning = pipeline.prepare(
-        [PROMPTS[0]], num_inference_steps=num_inference_steps, guidance_scale=guidance_scale
-    )
+    row = Row(PROMPTS[0], tuple(sorted((inputs or {}).items())))
+    settings = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+    conditioning = prepare_rows(pipeline, [row], **settings)
     device = next(iter(parameters.values())).device
     for index in range(conditioning.schedule.num_steps):
-        latents = torch.randn((1, *conditioning.latent_shape), generator=generator)
-        probe = torch.randn(latents.shape, generator=generator).to(device)
-        velocity = policy.velocity(latents.to(device, conditioning.latent_dtype), index, conditioning)
+        noise = torch.randn((1, *conditioning.latent_shape), generator=generator)
+        probe = torch.randn(noise.shape, generator=generator).to(device)
+        latents, started = conditioning.start(noise.to(device, conditioning.latent_dtype))
+        velocity = policy.velocity(latents, index, started)
         (velocity.float() * probe).mean().backward()
     return {name: parameter.grad for name, parameter in parameters.items()}
 

@@ -15,8 +15,10 @@ from flowsteer.rl.command.options import (
     DeviceOption,
     DTypeOption,
     HeightOption,
+    InputOption,
     WidthOption,
     choose,
+    files_as_inputs,
 )
 
 console, stderr = Console(), Console(stderr=True)
@@ -30,24 +32,28 @@ def check_model(
     height: HeightOption = None,
     width: WidthOption = None,
     call: CallOption = None,
+    given: InputOption = None,
     dtype: DTypeOption = None,
     device: DeviceOption = "auto",
 ) -> None:
-    """Say on one screen whether a pipeline can be trained: lifted, axes, purity, parity, LoRA targets, gradients.
+    """Say on one screen whether a pipeline can be trained: lifted, inputs, axes, purity, parity, LoRA targets, gradients.
 
     Ends with exit code 1 when it cannot.
 
     **Example**: `flowsteer check-model stabilityai/stable-diffusion-3.5-medium --height 256 --width 256`
     """
     from flowsteer.rl.command.check_model import trainable_findings
-    from flowsteer.rollout.lifting.selfcheck import check
+    from flowsteer.rollout.lifting.selfcheck import PROMPTS, check
 
+    inputs = files_as_inputs(given)
     pipeline = choose(
         model=path, adapter=adapter, height=height, width=width, call=call, dtype=dtype, device=device
     ).load()
-    report = check(pipeline, guidance_scale=guidance_scale)
+    each = [inputs] * len(PROMPTS) if inputs else None
+    report = check(pipeline, guidance_scale=guidance_scale, inputs=each)
     if report.ok:
-        report = report.with_findings(trainable_findings(pipeline, targets.split(","), guidance_scale))
+        found = trainable_findings(pipeline, targets.split(","), guidance_scale, inputs=inputs)
+        report = report.with_findings(found)
     console.print(report.text(), markup=False, highlight=False, soft_wrap=True)
     if not report.ok:
         raise typer.Exit(1)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:  # imported when a command needs them: `flowsteer --help` shal
     from flowsteer.rewards.combine import RewardSet
     from flowsteer.rl.config import Config
     from flowsteer.rl.config.schema import EvaluationConfig
+    from flowsteer.rollout.data.inputs import Input, Value
     from flowsteer.rollout.lifting.protocol import Pipeline
 
 DEFAULT_REWARDS = ["composition"]  # where no reward is named
@@ -65,6 +66,25 @@ DTypeOption = Annotated[
 DeviceOption = Annotated[
     str,
     typer.Option("--device", help="`cpu`, `cuda`, or `auto`: an accelerator if there is one.", rich_help_panel=_PANEL),
+]
+InputOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--input",
+        metavar="ARGUMENT=FILE",
+        help="What the pipeline's argument gets with every prompt, such as `image=photo.png`; may be repeated.",
+        rich_help_panel=_PANEL,
+    ),
+]
+ColumnOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--input",
+        metavar="ARGUMENT=COLUMN",
+        help="The column of the prompt file that the pipeline's argument is taken from, such as `image=source`; may be "
+        "repeated; default none, or as in the run.",
+        rich_help_panel=_PANEL,
+    ),
 ]
 StepsOption = Annotated[
     int | None, typer.Option("--num-inference-steps", min=1, help="Denoising steps; default 10, or as in the run.")
@@ -123,6 +143,15 @@ class Chosen:
 
         return (self.config.evaluation if self.config else None) or EvaluationConfig()
 
+    def inputs(self, columns: list[str] | None) -> dict[str, Input]:
+        """What the pipeline takes from a prompt file: the columns of the options, or the run's."""
+        from flowsteer.rl.config.data import inputs_of
+        from flowsteer.rollout.data.inputs import Input, kind_of
+
+        if columns or self.config is None:
+            return {name: Input(column=column, kind=kind_of(name)) for name, column in pairs(columns or [])}
+        return inputs_of(self.config.inputs)
+
     def load(self) -> Pipeline:
         """The pipeline with the weights."""
         from flowsteer.rl.adapters import load_pipeline
@@ -159,6 +188,31 @@ class Chosen:
         if options:
             raise ValueError("--option is for rewards that --reward names; those of --run have the run's own options")
         return build_rewards(self.config, torch.device(self.device))
+
+
+def pairs(options: list[str]) -> list[tuple[str, str]]:
+    """The two halves of each ``NAME=VALUE``. Raises ValueError for another text."""
+    for option in options:
+        if not all(option.partition("=")):
+            raise ValueError(
+                f"--input {option}: give an argument of the pipeline and what it gets, as in image=photo.png"
+            )
+    return [(option.partition("=")[0], option.partition("=")[2]) for option in options]
+
+
+def files_as_inputs(options: list[str] | None) -> dict[str, Value]:
+    """Inputs that are given by their files, one row's. Raises ValueError for a file that cannot be read."""
+    from flowsteer.rollout.data.inputs import Input, kind_of, read_inputs
+
+    given = dict(pairs(options or []))
+    inputs = {name: Input(column=name, kind=kind_of(name)) for name in given}
+    columns = {name: [_number(value) if inputs[name].kind == "number" else value] for name, value in given.items()}
+    read = read_inputs(inputs, columns, where=["--input"], folder=Path.cwd())
+    return {name: value for name, (value,) in read.items()}
+
+
+def _number(text: str) -> int | float:
+    return int(text) if text.lstrip("+-").isdigit() else float(text)
 
 
 def named_rewards(names: list[str] | None, options: list[str] | None = None) -> RewardSet:

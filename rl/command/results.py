@@ -16,10 +16,12 @@ from flowsteer.rl.command.options import (
     DEFAULT_REWARDS,
     AdapterOption,
     CallOption,
+    ColumnOption,
     DeviceOption,
     DTypeOption,
     GuidanceOption,
     HeightOption,
+    InputOption,
     LoRAOption,
     ModelOption,
     NegativeOption,
@@ -30,6 +32,7 @@ from flowsteer.rl.command.options import (
     StepsOption,
     WidthOption,
     choose,
+    files_as_inputs,
     named_rewards,
     read_run,
     refuse_existing,
@@ -59,6 +62,7 @@ def evaluate(
     device: DeviceOption = "auto",
     reward: RewardOption = None,
     option: RewardOptionOption = None,
+    columns: ColumnOption = None,
     num_prompts: Annotated[int, typer.Option(min=1, help="Prompts, spread evenly over the file.")] = 48,
     num_seeds: SeedsOption = 4,
     num_inference_steps: StepsOption = None,
@@ -79,6 +83,7 @@ def evaluate(
     """
     from flowsteer.rewards.columns import check_columns
     from flowsteer.rl.build import DTYPES
+    from flowsteer.rl.config.data import SourceConfig, name_of, sources_of
     from flowsteer.rl.evaluate import evaluate as run_evaluation
     from flowsteer.rl.evaluate import save_grid
     from flowsteer.rl.scoring import warn_of_single_images
@@ -99,9 +104,9 @@ def evaluate(
         dtype=dtype,
         device=device,
     )
-    file = prompts or chosen.evaluation.prompts
-    texts = read_prompts(file)
-    check_columns(chosen.rewards_in_this_process(reward, option), {file: list(texts.columns)})
+    given = (SourceConfig(file=prompts),) if prompts else chosen.evaluation.prompts
+    texts = read_prompts(sources_of(given), inputs=chosen.inputs(columns))
+    check_columns(chosen.rewards_in_this_process(reward, option), {name_of(given): list(texts.columns)})
     with closing(chosen.rewards(reward, option)) as rewards, console.status("loading") as status:
         warn_of_single_images(rewards, num_seeds=num_seeds, key="--num-seeds")
         result = run_evaluation(
@@ -199,6 +204,7 @@ def sample(
     num_inference_steps: StepsOption = None,
     guidance_scale: GuidanceOption = None,
     negative_prompt: NegativeOption = None,
+    given: InputOption = None,
 ) -> None:
     """Draw pictures, a line of seeds per prompt; of a video the first frame.
 
@@ -208,6 +214,8 @@ def sample(
 
     from flowsteer.rl.build import DTYPES
     from flowsteer.rl.evaluate import save_files, save_grid
+    from flowsteer.rollout.data.prompts import Row
+    from flowsteer.rollout.sample import prepare_rows
     from flowsteer.rollout.sample import sample as draw
 
     refuse_existing(output)
@@ -227,21 +235,22 @@ def sample(
     pipeline = chosen.load()
     steps = num_inference_steps or chosen.evaluation.num_inference_steps
     guidance = chosen.evaluation.guidance_scale if guidance_scale is None else guidance_scale
+    inputs = tuple(sorted(files_as_inputs(given).items()))
     pictures = []
     with torch.no_grad():
         for prompt in prompts:
-            conditioning = pipeline.prepare(
-                [prompt],
+            conditioning = prepare_rows(
+                pipeline,
+                [Row(prompt, inputs)] * num_seeds,
                 num_inference_steps=steps,
                 guidance_scale=guidance,
                 negative_prompt=chosen.evaluation.negative_prompt if negative_prompt is None else negative_prompt,
             )
-            conditioning = conditioning.take([0] * num_seeds)
             latents, _ = draw(
                 pipeline,
                 conditioning,
                 seeds=torch.arange(num_seeds),
-                noise_levels=[0.0] * steps,
+                noise_levels=[0.0] * conditioning.schedule.num_steps,
                 dtype=DTYPES[chosen.dtype],
                 device=chosen.device,
             )

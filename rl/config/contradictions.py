@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from flowsteer.rewards.doors import blaming
 from flowsteer.rl.config.schema import Config, KernelConfig, WindowPlan
 from flowsteer.rl.types import Setting, changed, not_whole
-from flowsteer.rollout.data.prompts import check_divisible
+from flowsteer.rollout.data.batches import check_divisible
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal, Union
 from pydantic import BeforeValidator, Field, create_model
 
 from flowsteer.rl.algorithms import ALGORITHMS
-from flowsteer.rl.config.schema import Config, by_name
+from flowsteer.rl.config.schema import Config
+from flowsteer.rl.config.section import by_name
 from flowsteer.rl.plugins import find_algorithm, is_foreign
 from flowsteer.rl.types import Algorithm
 

@@ -80,10 +80,12 @@ def _keys_of(section: type[BaseModel], prefix: str, variant: str) -> Iterator[Ke
                 names = " | ".join(child.model_fields["name"].default for child in below)
                 kind = f"section with name: {names}"
             yield Key(path=path, variant=variant, kind=kind, default=default, about=_about(section, name))
-        many = isinstance(schema["properties"][name].get("additionalProperties"), dict)
+        node = schema["properties"][name]
+        many = f".{NAME}" if isinstance(node.get("additionalProperties"), dict) else ""
+        many = "[]" if node.get("type") == "array" else many
         for child in below:
             own = child.model_fields["name"].default if len(below) > 1 else variant
-            yield from _keys_of(child, f"{path}.{NAME}." if many else f"{path}.", own)
+            yield from _keys_of(child, f"{path}{many}.", own)
 
 
 def _about(section: type[BaseModel], name: str) -> str:
@@ -107,6 +109,8 @@ def _default(field: FieldInfo) -> str:
     if isinstance(value, BaseModel):
         name = value.model_dump().get("name")
         return f"name: {name}" if name else OF_ITS_KEYS
+    if isinstance(value, tuple) and any(isinstance(own, BaseModel) for own in value):
+        value = [own.model_dump(exclude_defaults=True) for own in value]
     return value if isinstance(value, str) and value else json.dumps(value)
 
 

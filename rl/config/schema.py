@@ -10,9 +10,7 @@ import logging
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
@@ -22,19 +20,10 @@ from pydantic import (
 )
 
 from flowsteer.rl.algorithms import AnyAlgorithm
+from flowsteer.rl.config.data import Inputs, PromptsConfig, SourceConfig, Sources
+from flowsteer.rl.config.section import Section, by_name
 
 logger = logging.getLogger(__name__)
-
-
-class Section(BaseModel):
-    """A part of the configuration: frozen, and strict about its keys."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
-
-
-def by_name(given: Any) -> Any:
-    """A text stands for the section of that name: ``all`` for ``{name: all}``."""
-    return {"name": given} if isinstance(given, str) else given
 
 
 def by_names(given: Any) -> Any:
@@ -81,13 +70,6 @@ class ModelConfig(Section):
     """Compute activations again in the backward pass: less memory, more time."""
     call: dict[str, Any] = {}
     """Further arguments of the pipeline's own ``__call__``, such as ``max_sequence_length``."""
-
-
-class PromptsConfig(Section):
-    """What to draw."""
-
-    train: str = "shapes_train.txt"
-    """A text file with a prompt a line, JSON lines with a ``prompt`` key, or the name of a file that is shipped."""
 
 
 class KernelConfig(Section):
@@ -315,8 +297,8 @@ class EngineConfig(Section):
 class EvaluationConfig(Section):
     """Fixed prompts and seeds, the deterministic sampler."""
 
-    prompts: str = "shapes_reserved.txt"
-    """A prompt file, as in ``prompts.train``."""
+    prompts: Sources = (SourceConfig(file="shapes_reserved.txt"),)
+    """As ``prompts.train``; ``inputs`` are taken from it, too."""
     num_prompts: PositiveInt = 48
     """So many of the file's, spread evenly over it."""
     num_seeds: PositiveInt = 1
@@ -350,6 +332,9 @@ class Config(Section):
     """Used where installed; JSON lines are always written."""
     model: ModelConfig = ModelConfig()
     prompts: PromptsConfig = PromptsConfig()
+    inputs: Inputs = {}
+    """What the pipeline is given besides prompts: its argument and the column of the prompt file that holds it. A column's name
+    alone stands for the kind that the argument's name says, as in ``inputs={image: source}``."""
     rollout: RolloutConfig = RolloutConfig()
     rewards: Annotated[dict[str, RewardConfig], Field(min_length=1), BeforeValidator(by_names)]
     """By name: one of `flowsteer rewards list`, ``package.module:attribute``, or ``path/to/file.py:attribute``."""

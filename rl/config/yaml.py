@@ -15,7 +15,8 @@ from pydantic import ValidationError
 from flowsteer.rewards.doors import nearest_of
 from flowsteer.rl.config.foreign import config_for
 from flowsteer.rl.config.messages import explain
-from flowsteer.rl.config.schema import Config, by_name, by_names
+from flowsteer.rl.config.schema import Config, by_names
+from flowsteer.rl.config.section import by_name
 
 
 class _Loader(yaml.SafeLoader):

@@ -8,11 +8,17 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
+from flowsteer.rollout.data.inputs import kind_of
+
+PER_ROW = ("negative_prompt", "height", "width")  # settings that a row may have of its own
+_MEDIA = re.compile(r"(^|.*_)(image|images|video|audio|frames|waveforms|image_reference)|mask|control_mask")
+_SWITCHES = ("render_", "freeze_", "sample_")  # of names of truth values
 OURS = frozenset(
     {"self", "prompt", "negative_prompt", "num_inference_steps", "height", "width", "latents", "generator"}
     | {"output_type", "return_dict", "num_images_per_prompt", "num_videos_per_prompt"}
@@ -60,14 +66,36 @@ class CallArguments:
                 f"the call argument {key!r} is a setting of its own, or not for the user to set; leave it out of the further "
                 "call arguments"
             )
+        for key, value in call_kwargs.items():
+            if key in self.media and isinstance(value, (str, list)):
+                raise ValueError(
+                    f"the call argument {key!r} takes what a file holds, which differs from row to row: map a column of the "
+                    f"prompt file to it, as in inputs={{{key}: {{column: {key}, kind: {kind_of(key)}}}}}"
+                )
         for key in self.fixed.keys() - self.parameters.keys():
             near = difflib.get_close_matches(key, self.parameters, n=1)
             takes = ", ".join(name for name in self.parameters if name not in OURS)
             hint = f"did you mean {near[0]!r}?" if near else f"it takes {takes}"
             raise ValueError(f"{self.name}.__call__ has no argument {key!r}; {hint}")
 
-    def build(self, prompts: list[str], settings: Settings) -> dict[str, Any]:
-        """Everything but ``latents``. ``prompts`` has B entries."""
+    def build(
+        self,
+        prompts: list[str],
+        settings: Settings,
+        inputs: Sequence[Mapping[str, Any]] | None = None,
+        *,
+        once: bool = False,
+    ) -> dict[str, Any]:
+        """Everything but ``latents``.
+
+        Args:
+            prompts: B of them.
+            settings: what all rows share.
+            inputs: further arguments of each row, B with the same names. Of one row they are passed as they are, of several
+                as a list of their values, but for those of `PER_ROW` that all rows must share.
+            once: several rows are passed one row's values as they are: a pipeline may repeat them itself.
+        """
+        own = self._of_rows(inputs or [{}] * len(prompts), once=once)
         wanted = {
             "prompt": prompts,
             "num_inference_steps": settings.num_inference_steps,
@@ -79,7 +107,8 @@ class CallArguments:
             **self._guidance(settings.guidance_scale),
         }
         arguments = {name: value for name, value in wanted.items() if name in self.parameters} | self.fixed
-        negative = settings.negative_prompt
+        arguments |= own
+        negative = own.get("negative_prompt", settings.negative_prompt)
         if negative is None and (arguments.get("true_cfg_scale") or 0) > 1:
             negative = ""  # these pipelines take a missing negative prompt for guidance off
         if negative is not None:
@@ -87,6 +116,33 @@ class CallArguments:
                 raise ValueError(f"{self.name} takes no negative prompt; leave it out")
             arguments["negative_prompt"] = [negative] * len(prompts)
         return arguments
+
+    def check_inputs(self, names: Iterable[str]) -> None:
+        """Raise ValueError where an input is no argument of the pipeline, or not one that a row may have of its own."""
+        for name in names:
+            if name in OURS and name not in PER_ROW:
+                raise ValueError(
+                    f"inputs.{name}: {name!r} is not for a row to set; of the settings, a row may have {', '.join(PER_ROW)}"
+                )
+            if name not in self.parameters:
+                near = difflib.get_close_matches(name, self.parameters, n=1)
+                hint = f"did you mean {near[0]!r}?" if near else f"it takes {', '.join(self.media) or 'no pictures'}"
+                raise ValueError(f"inputs.{name}: {self.name}.__call__ has no argument {name!r}; {hint}")
+
+    @property
+    def media(self) -> tuple[str, ...]:
+        """The arguments that take pictures, masks, videos or sound, by their names."""
+        names = (name for name in self.parameters if not name.startswith(_SWITCHES))
+        return tuple(name for name in names if _MEDIA.fullmatch(name))
+
+    def _of_rows(self, inputs: Sequence[Mapping[str, Any]], *, once: bool) -> dict[str, Any]:
+        """One argument for all rows from one for each."""
+        merged: dict[str, Any] = {}
+        for name in inputs[0]:
+            values = [own[name] for own in inputs]
+            shared = once or len(values) == 1 or name in PER_ROW
+            merged[name] = values[0] if shared else values
+        return merged
 
     def _guidance(self, scale: float) -> dict[str, float]:
         """``true_cfg_scale`` where that is on by default (Qwen-Image), else ``guidance_scale``."""

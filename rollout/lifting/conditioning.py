@@ -210,6 +210,7 @@ class Conditioning:
     values: Mapping[Key, Any]
     layout: Mapping[Key, Layout]
     items: tuple[Any, ...]  # T, what the pipeline's loop iterates over, mostly (i, timestep)
+    alone: bool = False  # the pipeline takes one row at a time: B is 1
     base: Tensor | None = None  # [B, *X], what sampling starts from besides noise, such as a picture; None is nothing
     gain: Tensor | float = 1.0  # [*X] or one number: sampling starts from base + gain * noise
     noise_names: frozenset[Key] = frozenset()  # values [B, *X] that are this noise, for the loop to use again
@@ -268,10 +269,9 @@ class Conditioning:
             raise ValueError("there is no conditioning to join; give at least one")
         first = parts[0]
         for place, other in enumerate(parts[1:], start=1):
-            difference = _difference(first, other)
-            if difference:
+            if unlike := difference(first, other):
                 raise UnlikeConditioning(
-                    f"conditioning 0 and conditioning {place} cannot stand in one batch: {difference}; "
+                    f"conditioning 0 and conditioning {place} cannot stand in one batch: {unlike}; "
                     "prepare and sample these prompts one by one"
                 )
         joined = {
@@ -295,13 +295,11 @@ class Conditioning:
         )
 
 
-def _difference(a: Conditioning, b: Conditioning) -> str | None:
+def difference(a: Conditioning, b: Conditioning) -> str | None:
     """Why two conditionings cannot be joined, or None."""
     if a.latent_shape != b.latent_shape or a.latent_dtype != b.latent_dtype:
         return f"latents {a.latent_shape} {a.latent_dtype} and {b.latent_shape} {b.latent_dtype}"
-    if a.schedule is not b.schedule and not (
-        torch.equal(a.schedule.sigma, b.schedule.sigma) and torch.equal(a.schedule.timesteps, b.schedule.timesteps)
-    ):
+    if not a.schedule.equals(b.schedule):
         return f"noise levels {a.schedule.sigma.tolist()} and {b.schedule.sigma.tolist()}"
     if (a.base is None) != (b.base is None) or not same(a.gain, b.gain):
         return "one starts from noise alone and the other does not, or from another share of noise"

@@ -5,12 +5,12 @@ Letters: B samples, T frames, X latent shape of one sample.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from flowsteer.rollout.lifting.conditioning import Conditioning
+from flowsteer.rollout.lifting.several import Prepared
 from flowsteer.rollout.lifting.step import LiftedStep
 
 ARGUMENTS = ("path", "dtype", "device", "height", "width", "call")
@@ -49,17 +49,26 @@ class Pipeline(Protocol):
         ...
 
     def prepare(
-        self, prompts: list[str], *, num_inference_steps: int, guidance_scale: float, negative_prompt: str | None = None
-    ) -> Conditioning:
-        """One row per prompt."""
+        self,
+        prompts: Sequence[str],
+        *,
+        num_inference_steps: int,
+        guidance_scale: float,
+        negative_prompt: str | None = None,
+    ) -> Prepared:
+        """One row per prompt.
+
+        An adapter that takes pictures has a further argument ``inputs``: for each prompt a mapping of the names in the
+        configuration's ``inputs`` to the row's values: a `Media`, whose ``load()`` gives the picture, a number or a text.
+        """
         ...
 
-    def begin(self, latents: Tensor, index: int, conditioning: Conditioning) -> LiftedStep:
+    def begin(self, latents: Tensor, index: int, conditioning: Prepared) -> LiftedStep:
         """A denoising step from latents [B, *X], for any index in any order, its velocity differentiable:
         ``LiftedStep(velocity)``, or ``LiftedStep(velocity, finish)`` where the loop does something to the next latents.
         """
         ...
 
-    def decode(self, latents: Tensor, conditioning: Conditioning) -> Tensor:
+    def decode(self, latents: Tensor, conditioning: Prepared) -> Tensor:
         """[B, *X] -> images float32 [B, 3, H, W] in [0, 1], video [B, T, 3, H, W]."""
         ...

@@ -10,7 +10,7 @@ Letters: B samples, X latent shape of one sample.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,9 +18,12 @@ import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
+from flowsteer.rollout.data.inputs import Value
 from flowsteer.rollout.lifting.conditioning import Attribute, Conditioning, Key, UnlikeConditioning, same
-from flowsteer.rollout.lifting.pipeline import FlowPipeline, fixed_randomness
+from flowsteer.rollout.lifting.loop import fixed_randomness
+from flowsteer.rollout.lifting.pipeline import FlowPipeline
 from flowsteer.rollout.lifting.protocol import Pipeline
+from flowsteer.rollout.lifting.several import Prepared, Several, join
 from flowsteer.rollout.lifting.step import StepOutput, finish, join_states, run_to_step, split_state
 from flowsteer.rollout.steps.solvers import euler
 from flowsteer.rollout.types import Schedule
@@ -74,11 +77,13 @@ def check(
     num_inference_steps: int = 3,
     guidance_scale: float = 1.0,
     negative_prompt: str | None = None,
+    inputs: Sequence[Mapping[str, Value]] | None = None,
 ) -> Report:
     """Prepare, step and decode a pipeline at small cost, and say what holds.
 
-    Costs about ten network passes at batch 3 (``len(prompts)``, at least 2 different ones). Never raises for a pipeline
-    that does not hold: the report says so. Raises ValueError for fewer than two different prompts.
+    ``inputs`` are further arguments of each prompt's row, such as its picture. Costs about ten network passes at batch 3
+    (``len(prompts)``, at least 2 different ones). Never raises for a pipeline that does not hold: the report says so.
+    Raises ValueError for fewer than two different prompts.
     """
     if len(set(prompts)) < 2:
         raise ValueError(f"a check needs at least two different prompts, got {list(prompts)}")
@@ -90,7 +95,8 @@ def check(
     title = type(pipeline.pipe).__name__ if isinstance(pipeline, FlowPipeline) else type(pipeline).__name__
     report = Report(title=title, findings=(_lifted(pipeline),))
     try:
-        rows = [pipeline.prepare([prompt], **settings) for prompt in prompts]
+        given: list[dict[str, Any]] = [{"inputs": [own]} for own in inputs] if inputs else [{}] * len(prompts)
+        rows = [pipeline.prepare([prompt], **settings, **own) for prompt, own in zip(prompts, given, strict=True)]
         conditioning, axes = _together(rows)
         report = report.with_findings([axes, _levels(conditioning)])
         noise = torch.randn((len(conditioning), *conditioning.latent_shape), generator=torch.Generator().manual_seed(0))
@@ -98,8 +104,11 @@ def check(
         with torch.no_grad():
             report = report.with_findings([_live(pipeline, latents, rows), _pure(pipeline, latents, conditioning)])
             report = report.with_findings([_rows(pipeline, latents, conditioning)])
+            if inputs is not None and len({*map(_key, inputs)}) > 1:
+                swapped = pipeline.prepare([prompts[0]] * len(prompts), inputs=inputs, **settings)  # type: ignore[call-arg]
+                report = report.with_findings([_seen(pipeline, noise, swapped, inputs)])
             if isinstance(pipeline, FlowPipeline):
-                report = report.with_findings([_parity(pipeline, prompts[0], settings)])
+                report = report.with_findings([_parity(pipeline, prompts[0], inputs[0] if inputs else {}, settings)])
             else:
                 report = report.with_findings([_layout(rows[0]), _pictures(pipeline.decode(latents, conditioning))])
     except Exception as error:  # whatever an adapter does, the report says it
@@ -121,17 +130,22 @@ def _lifted(pipeline: Pipeline) -> Finding:
     return Finding(name="lifts", ok=True, detail=f"one loop at {where}, {tail}; it calls {networks}")
 
 
-def _together(rows: list[Conditioning]) -> tuple[Conditioning, Finding]:
+def _together(rows: list[Prepared]) -> tuple[Prepared, Finding]:
     """All prompts in one conditioning, or where they do not join the first one repeated."""
+    singles = [part for row in rows for part in (row.parts if isinstance(row, Several) else (row,))]
+    if singles[0].alone:
+        return join(singles), Finding(
+            name="batch axes", ok=True, detail="none: one row at a time, a pass for each sample"
+        )
     carried = ", ".join(sorted(map(str, rows[0].layout))) or "none"
     try:
-        return Conditioning.join(rows), Finding(name="batch axes", ok=bool(rows[0].layout), detail=f"rows in {carried}")
+        return join(singles), Finding(name="batch axes", ok=bool(rows[0].layout), detail=f"rows in {carried}")
     except UnlikeConditioning:
         detail = f"rows in {carried}; prompts of different lengths need batches of their own"
         return rows[0].take([0] * len(rows)), Finding(name="batch axes", ok=bool(rows[0].layout), detail=detail)
 
 
-def _levels(conditioning: Conditioning) -> Finding:
+def _levels(conditioning: Prepared) -> Finding:
     """The noise levels, and what samples start from: a schedule that begins late needs a picture to begin with."""
     schedule, base = conditioning.schedule, conditioning.base
     levels = " ".join(f"{sigma:.4g}" for sigma in schedule.sigma.tolist())
@@ -142,7 +156,7 @@ def _levels(conditioning: Conditioning) -> Finding:
     return Finding(name="noise levels", ok=not late, detail=f"{levels} ({schedule.prediction}); samples start {start}")
 
 
-def _live(pipeline: Pipeline, latents: Tensor, rows: list[Conditioning]) -> Finding:
+def _live(pipeline: Pipeline, latents: Tensor, rows: list[Prepared]) -> Finding:
     """Different prompts must give different velocities, or parity and learning would both be void."""
     first, second = (pipeline.begin(latents[:1], 0, row).velocity for row in rows[:2])
     scale, difference = first.float().std().item(), _difference(first, second)
@@ -152,10 +166,29 @@ def _live(pipeline: Pipeline, latents: Tensor, rows: list[Conditioning]) -> Find
     )
 
 
-def _pure(pipeline: Pipeline, latents: Tensor, conditioning: Conditioning) -> Finding:
+def _key(inputs: Mapping[str, Value]) -> tuple[tuple[str, Value], ...]:
+    return tuple(sorted(inputs.items()))
+
+
+def _seen(pipeline: Pipeline, noise: Tensor, rows: Prepared, inputs: Sequence[Mapping[str, Value]]) -> Finding:
+    """Rows of one prompt with different inputs must start or go on differently."""
+    other = next(place for place, own in enumerate(inputs) if _key(own) != _key(inputs[0]))
+    latents, rows = rows.start(noise[:1].expand_as(noise).to(_device(pipeline), rows.latent_dtype))
+    two = [0, other]
+    velocity = pipeline.begin(latents[two], 0, rows.take(two)).velocity
+    difference = max(_difference(own[:1], own[1:]) for own in (velocity, latents[two]))
+    names = ", ".join(inputs[0].keys() | inputs[other].keys())
+    what = "differ by" if difference else "make no difference: is the pipeline's strength too high for so few steps?"
+    detail = f"two rows with other {names} {what}" + (f" {difference:.3g}" if difference else "")
+    return Finding(name="inputs", ok=difference > 0, detail=detail)
+
+
+def _pure(pipeline: Pipeline, latents: Tensor, conditioning: Prepared) -> Finding:
     """Velocities in order, in the loop's own company, against velocities by themselves in reverse order: bit for bit."""
-    forward = _carried(pipeline, latents, conditioning) if isinstance(pipeline, FlowPipeline) else None
-    visited, velocities, changed = forward or _visited(pipeline, latents, conditioning)
+    if isinstance(pipeline, FlowPipeline) and isinstance(conditioning, Conditioning):
+        visited, velocities, changed = _carried(pipeline, latents, conditioning)
+    else:
+        visited, velocities, changed = _visited(pipeline, latents, conditioning)
     worst = 0.0
     for index in reversed(range(len(visited))):
         again = pipeline.begin(visited[index], index, conditioning).velocity
@@ -174,9 +207,9 @@ def _pure(pipeline: Pipeline, latents: Tensor, conditioning: Conditioning) -> Fi
     return Finding(name="purity", ok=False, detail=f"steps by themselves differ by {max(worst, twice):.3g}; {cause}")
 
 
-def _layout(row: Conditioning) -> Finding:
+def _layout(row: Prepared) -> Finding:
     """Of an adapter: a layout for a value that is not there would be passed over, and its rows never taken."""
-    unknown = ", ".join(sorted(map(str, row.layout.keys() - row.values.keys())))
+    unknown = "" if isinstance(row, Several) else ", ".join(sorted(map(str, row.layout.keys() - row.values.keys())))
     detail = f"layout names {unknown}, of which there is no value" if unknown else "every layout has its value"
     return Finding(name="layout", ok=not unknown, detail=detail)
 
@@ -193,7 +226,7 @@ def _pictures(images: Tensor) -> Finding:
 Visited = tuple[list[Tensor], list[Tensor], list[str]]  # latents and velocity at each index, names of changed locals
 
 
-def _visited(pipeline: Pipeline, latents: Tensor, conditioning: Conditioning) -> Visited:
+def _visited(pipeline: Pipeline, latents: Tensor, conditioning: Prepared) -> Visited:
     """The deterministic path through the protocol alone."""
     visited, velocities = [], []
     for index in range(conditioning.schedule.num_steps):
@@ -226,7 +259,7 @@ def _carried(pipeline: FlowPipeline, latents: Tensor, conditioning: Conditioning
     return visited, velocities, sorted(changed)
 
 
-def _rows(pipeline: Pipeline, latents: Tensor, conditioning: Conditioning) -> Finding:
+def _rows(pipeline: Pipeline, latents: Tensor, conditioning: Prepared) -> Finding:
     """Rows taken out of a batch, in another order, must have the velocities that they had in it."""
     order = [len(conditioning) - 1, 0]
     index = min(1, conditioning.schedule.num_steps - 1)
@@ -238,10 +271,10 @@ def _rows(pipeline: Pipeline, latents: Tensor, conditioning: Conditioning) -> Fi
     return Finding(name="sub-batch", ok=difference <= allowed, detail=detail)
 
 
-def _parity(pipeline: FlowPipeline, prompt: str, settings: dict[str, Any]) -> Finding:
+def _parity(pipeline: FlowPipeline, prompt: str, inputs: Mapping[str, Value], settings: dict[str, Any]) -> Finding:
     """The picture by lifted steps against the picture by the pipeline's own ``__call__``, from what it starts with itself."""
     pipe, owner = pipeline.pipe, type(pipeline.pipe).__name__
-    current, row = pipeline.own_start(prompt, **settings)
+    current, row = pipeline.own_start(prompt, inputs=inputs, **settings)
     private = copy.copy(pipe)
     own_step = not isinstance(pipe.scheduler, (FlowMatchEulerDiscreteScheduler, DDIMScheduler))
     private.__dict__["scheduler"] = copy.deepcopy(pipe.scheduler)
@@ -250,9 +283,9 @@ def _parity(pipeline: FlowPipeline, prompt: str, settings: dict[str, Any]) -> Fi
     if "guider" in vars(pipe):
         private.__dict__["guider"] = copy.deepcopy(pipe.guider)
         private.guider.guidance_scale = settings["guidance_scale"]
-    private.__dict__.update({"_progress_bar_config": {"disable": True}, **pipeline.unchecked})
+    private.__dict__.update({"_progress_bar_config": {"disable": True}, **pipeline.loop.unchecked})
     with fixed_randomness(current.device):  # as the prologue had it
-        expected = private(**pipeline.call_arguments([prompt], **settings))[0].float()
+        expected = private(**pipeline.call_arguments([prompt], inputs=[inputs], **settings))[0].float()
     for index in range(row.schedule.num_steps):
         step = pipeline.begin(current, index, row)
         current = step.finish(_step(step.velocity, current, row.schedule, index))

@@ -40,6 +40,17 @@ class LiftedStep:
         self._finish = finish
         self._finished = False
 
+    @classmethod
+    def of(cls, steps: Sequence[LiftedStep]) -> LiftedStep:
+        """One step for the rows of several, one after the other."""
+        sizes = [len(step.velocity) for step in steps]
+
+        def finished(next_latents: Tensor) -> Tensor:
+            return torch.cat([step.finish(own) for step, own in zip(steps, next_latents.split(sizes))])
+
+        idle = all(step._finish is None for step in steps)
+        return cls(torch.cat([step.velocity for step in steps]), None if idle else finished)
+
     def finish(self, next_latents: Tensor) -> Tensor:
         """What enters the next step, [B, *X]: most pipelines leave ``next_latents`` as they are, some paste an inpainting
         mask or cast.

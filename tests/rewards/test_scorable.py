@@ -20,7 +20,8 @@ from flowsteer.rl.command.main import app
 from flowsteer.rl.config import parse_config
 from flowsteer.rl.scoring import check_scorable
 from flowsteer.rl.start import start
-from flowsteer.rollout.data.prompts import read_prompts, step_batches
+from flowsteer.rollout.data.batches import step_batches
+from flowsteer.rollout.data.prompts import read_prompts
 
 Make = Callable[..., dict[str, Any]]
 

@@ -19,14 +19,20 @@ from typing import Any
 
 import pytest
 from conftest import SIZE
+from datasets import Dataset, DatasetDict
 from pydantic import BaseModel
 from spies import observe
 from variants import VARIANTS
 
 from flowsteer.rl.algorithms import ALGORITHMS
 from flowsteer.rl.config import Config
+from flowsteer.rl.config.data import SourceConfig
 
-NOTHING_OBSERVED: dict[str, str] = {}
+_SOURCES = "the class of prompts.train, read by the same function; prompts.train.* has the cases"
+NOTHING_OBSERVED: dict[str, str] = {
+    **{f"evaluation.prompts.*.{name}": _SOURCES for name in SourceConfig.model_fields},
+    "inputs.*.kind": "no argument of this pipeline takes values of two kinds; tests/rollout/test_inputs.py reads each kind",
+}
 """Keys that no place can see, each with the reason."""
 
 
@@ -113,6 +119,32 @@ CASES: dict[str, list[Case]] = {
         direct("rollout.pipe.max_sequence_length", {"max_sequence_length": 16}, "rollout.conditioning", reads=(16,))
     ],
     "prompts.train": [moves("OTHER", "rollout.prompts")],
+    "prompts.train.*.file": [moves("OTHER", "rollout.prompts", prompts__train=[{"file": "TRAIN"}])],
+    "prompts.train.*.dataset": [
+        Case("DATA", ("rollout.prompts",), {"prompts.train": [{"file": "TRAIN"}]}, None, {"prompts.train.*.file": None})
+    ],
+    "prompts.train.*.split": [moves("second", "rollout.prompts", prompts__train=[{"dataset": "DATA"}])],
+    "prompts.train.*.prompt": [moves("caption", "rollout.prompts", prompts__train=[{"file": "CAPTIONED"}])],
+    "prompts.train.*.weight": [moves(7, "rollout.prompts", prompts__train=[{"file": "TRAIN"}, {"file": "OTHER"}])],
+    "prompts.train.*.comments": [moves(True, "rollout.prompts", prompts__train=[{"file": "COMMENTED"}])],
+    "inputs": [
+        Case(
+            {"negative_prompt": "caption"},
+            ("rollout.pipe.negative_prompt", "rollout.conditioning", "train.conditioning"),
+            {"prompts.train": [{"file": "CAPTIONED"}], "rollout.guidance_scale": 3.0},
+        )
+    ],
+    "inputs.*.column": [
+        Case(
+            "caption",
+            ("rollout.pipe.negative_prompt", "rollout.conditioning"),
+            {
+                "prompts.train": [{"file": "CAPTIONED"}],
+                "inputs": {"negative_prompt": {"column": "avoid"}},
+                "rollout.guidance_scale": 3.0,
+            },
+        )
+    ],
     "rollout.num_inference_steps": [direct("rollout.pipe.num_inference_steps", 4, "rollout.index", "train.indices")],
     "rollout.guidance_scale": [
         direct("rollout.pipe.guidance_scale", 3.0, "rollout.conditioning", "train.conditioning", "check.guidance_scale")
@@ -296,15 +328,16 @@ def keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
 
 
 def inside(annotation: Any) -> tuple[list[type[BaseModel]], bool, bool]:
-    """The sections that a key can hold, whether it can be null, and whether they stand under names of the user's."""
+    """The sections that a key can hold, whether it can be null, and whether there are several of the user's."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation], False, False
     origin, found = typing.get_origin(annotation), [inside(own) for own in typing.get_args(annotation)]
-    if origin not in (typing.Union, types.UnionType, typing.Annotated, dict):
+    if origin not in (typing.Union, types.UnionType, typing.Annotated, dict, tuple):
         return [], False, False
     sections = [section for own, _, _ in found for section in own]
     null = type(None) in typing.get_args(annotation) or any(own for _, own, _ in found)
-    return sections, null, origin is dict or any(own for _, _, own in found)
+    many = origin is dict or (origin is tuple and bool(sections))
+    return sections, null, many or any(own for _, _, own in found)
 
 
 KEYS = list(keys(Config))
@@ -348,7 +381,12 @@ def put(config: dict[str, Any], key: str, value: Any) -> None:
     section = config
     *parents, last = re.sub(r"\[\w+\]", "", key).split(".")
     for parent in parents:
-        section = section.setdefault(next(iter(section)) if parent == "*" else parent, {})
+        if isinstance(section, list):
+            section = section[0]
+        else:
+            section = section.setdefault(next(iter(section)) if parent == "*" else parent, {})
+    if isinstance(section, list):
+        section = section[0]
     section[last] = value
 
 
@@ -361,7 +399,19 @@ class World:
         other.write_text("a dog\na blue hat\na lake\na red house", encoding="utf-8")
         linked = tmp / "model"
         linked.symlink_to(model)
-        self.names = {"OTHER": str(other), "TRAIN": str(prompts), "OTHER_MODEL": str(linked)}
+        rows = [{"prompt": text, "caption": f"no {text}", "avoid": "blur"} for text in ("a dog", "a hat", "a lake")]
+        captioned = tmp / "captioned.jsonl"
+        captioned.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+        commented = tmp / "commented.txt"
+        commented.write_text("# animals\na dog\n# things\na hat\na cup", encoding="utf-8")
+        splits = {name: Dataset.from_list(own) for name, own in (("train", rows[:2]), ("second", rows[1:]))}
+        DatasetDict(splits).save_to_disk(tmp / "data")
+        self.names = {
+            "DATA": str(tmp / "data"),
+            "CAPTIONED": str(captioned),
+            "COMMENTED": str(commented),
+        }
+        self.names |= {"OTHER": str(other), "TRAIN": str(prompts), "OTHER_MODEL": str(linked)}
         self.seen: dict[str, dict[str, list[Any]]] = {}
         self.count = 0
 

@@ -7,7 +7,8 @@ from collections import Counter
 import pytest
 import torch
 
-from flowsteer.rollout.data.prompts import Prompts, check_divisible, read_prompts, sample_seeds, step_batches
+from flowsteer.rollout.data.batches import check_divisible, sample_seeds, step_batches
+from flowsteer.rollout.data.prompts import Prompts, read_prompts
 
 
 def numbered(count: int) -> Prompts:
@@ -74,7 +75,7 @@ class TestFiles:
         assert "2 of 4 prompts stand there more than once" in caplog.text
 
     def test_a_shipped_file_by_its_name_unless_there_is_one_here(self, tmp_path, monkeypatch):
-        monkeypatch.setattr("flowsteer.rollout.data.prompts.files", lambda package: tmp_path / "shipped")
+        monkeypatch.setattr("flowsteer.rollout.data.files.files", lambda package: tmp_path / "shipped")
         (tmp_path / "shipped").mkdir()
         (tmp_path / "shipped" / "some.txt").write_text("shipped")
         (tmp_path / "here").mkdir()
@@ -91,13 +92,16 @@ class TestFiles:
             ("x.txt", b"", r"x.txt holds no prompt; write one per line"),
             ("x.txt", b"\n  \n", r"x.txt holds no prompt"),
             ("x.txt", b"fine\nna\xefve\n", r"x.txt, line 2: not UTF-8 .*save the file in UTF-8"),
-            ("x.csv", b"a", r"ends in .txt .* or .jsonl"),
+            ("x.json", b"a", r"ends in .txt .*, .jsonl .*, .csv or .parquet"),
             ("x.jsonl", b'{"prompt": "a"}\n\n{"prompt": ', r"x.jsonl, line 3: not JSON"),
             ("x.jsonl", b'{"prompt": "a"}\n{"text": "b"}', r"x.jsonl, line 2: no prompt"),
             ("x.jsonl", b'{"prompt": 3}', r"line 1: no prompt"),
             ("x.jsonl", b'["a"]', r"line 1: no prompt"),
             ("x.jsonl", b'{"prompt": " "}', r"line 1: no prompt"),
-            ("x.jsonl", b'\n{"prompt": "a", "n": 1}\n{"prompt": "b"}', r"line 3: columns differ from line 2 in n"),
+            ("x.jsonl", b'{"prompt": "a"}\n{"prompt": "\\ud83d"}', r"line 2: the prompt holds half a character"),
+            ("x.csv", b"prompt,n\na,1,2\n", r"x.csv, line 2: more values than the header has columns"),
+            ("x.csv", b"text,n\na,1\n", r'x.csv, line 2: no prompt; each row needs a text under "prompt"'),
+            ("x.parquet", b"no", r"x.parquet is no parquet file"),
             ("x.jsonl", b'{"prompt": "a", "images": 1}', r"line 1: a column may not be called 'images'"),
         ],
     )

@@ -9,7 +9,8 @@ import torch
 import zoo
 from torch import Tensor
 
-from flowsteer.rollout.data.prompts import Prompts, sample_seeds
+from flowsteer.rollout.data.batches import sample_seeds
+from flowsteer.rollout.data.prompts import Prompts
 from flowsteer.rollout.lifting.pipeline import Conditioning, FlowPipeline
 from flowsteer.rollout.lifting.step import LiftedStep
 from flowsteer.rollout.sample import sample

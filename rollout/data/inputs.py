@@ -1,0 +1,219 @@
+"""What a prompt file gives a pipeline besides prompts: pictures, masks, videos, sound, numbers and texts for each row.
+
+A configuration maps columns of the file to arguments of the pipeline's own ``__call__``. Files are opened and checked when
+the prompt file is read, and loaded when a row is prepared.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import wave
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, ImageSequence, UnidentifiedImageError
+
+Kind = Literal["image", "images", "mask", "video", "audio", "number", "text"]
+MEDIA = ("image", "images", "mask", "video", "audio")
+_FILMS = (".mp4", ".mov", ".webm", ".mkv", ".avi")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Input:
+    """Which column an argument of the pipeline is taken from, and what it is.
+
+    Example: ``Input(column="source", kind="image")`` under the name ``image``.
+    """
+
+    column: str
+    kind: Kind
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(Kind):
+            raise ValueError(f"{self.kind!r} is no kind of input; one of {', '.join(get_args(Kind))}")
+
+
+@dataclass(frozen=True)
+class Media:
+    """A picture, a mask, some pictures, a video or sound of one row: where it is, and a hash of what it is.
+
+    Two of the same content and kind are equal.
+    """
+
+    kind: Kind
+    digest: str  # of the files' bytes
+    parts: tuple[Path | bytes, ...] = field(compare=False, repr=False)  # one, or one for each picture or frame
+
+    def load(self) -> Any:
+        """The value for the pipeline.
+
+        A picture is a PIL image in RGB, a mask one in grey; some pictures and the frames of a video are a list of them; sound
+        is a float32 tensor [channels, samples] in [-1, 1].
+        """
+        if self.kind == "audio":
+            return _sound(self.parts[0])
+        if self.kind == "video" and len(self.parts) == 1:
+            return _frames(self.parts[0])
+        pictures = [_picture(part, "L" if self.kind == "mask" else "RGB") for part in self.parts]
+        return pictures if self.kind in ("images", "video") else pictures[0]
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.digest}"
+
+
+Value = Media | int | float | str | None
+
+
+def kind_of(argument: str) -> Kind:
+    """The kind that an argument of a pipeline takes by its name; an image in doubt.
+
+    Example: ``control_video`` takes a video, ``mask_image`` a mask, ``height`` a number, ``negative_prompt`` a text.
+    """
+    if argument in ("height", "width"):
+        return "number"
+    if "prompt" in argument:
+        return "text"
+    if "mask" in argument:
+        return "mask"
+    last = argument.rsplit("_", 1)[-1]
+    kinds: dict[str, Kind] = {"video": "video", "frames": "video", "audio": "audio", "waveforms": "audio"}
+    return "images" if last.endswith("images") else kinds.get(last, "image")
+
+
+def read_inputs(
+    inputs: Mapping[str, Input], columns: Mapping[str, Sequence[Any]], *, where: Sequence[str], folder: Path
+) -> dict[str, tuple[Value, ...]]:
+    """The inputs of every row, by argument.
+
+    Args:
+        inputs: what each argument is taken from.
+        columns: the file's columns, N values each.
+        where: the place of each row, for messages: ``prompts.jsonl, line 3``.
+        folder: what relative paths are relative to.
+
+    Raises:
+        ValueError: no such column; a value of another kind, or a file that is not there or cannot be read, with its row.
+    """
+    found: dict[str, tuple[Value, ...]] = {}
+    for argument, own in inputs.items():
+        if own.column not in columns:
+            raise ValueError(
+                f"inputs.{argument}.column={own.column}: {where[0].partition(',')[0]} has no such column; it has "
+                f"{', '.join(columns) or 'none besides the prompt'}"
+            )
+        values = []
+        for value, place in zip(columns[own.column], where):
+            try:
+                values.append(_read(value, own.kind, folder))
+            except (ValueError, OSError, TypeError) as error:
+                raise ValueError(f"{place}, column {own.column!r} (inputs.{argument}): {error}") from error
+        found[argument] = tuple(values)
+    return found
+
+
+def load(value: Value) -> Any:
+    """A value as the pipeline takes it for one row."""
+    return value.load() if isinstance(value, Media) else value
+
+
+def _read(value: Any, kind: Kind, folder: Path) -> Value:
+    if value is None or value == "":
+        return None
+    if kind == "number":
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise ValueError(f"a number is needed, got {value!r}")
+        return value
+    if kind == "text":
+        if not isinstance(value, str):
+            raise ValueError(f"a text is needed, got {value!r}")
+        return value
+    several = kind in ("images", "video")
+    if isinstance(value, (list, tuple)):
+        if not several or not value:
+            raise ValueError(f"one {kind} is needed, got a list of {len(value)}")
+        parts = tuple(_part(one, folder) for one in value)
+    else:
+        parts = (_part(value, folder),)
+    digest = hashlib.sha256()
+    for part in parts:
+        data = part if isinstance(part, bytes) else part.read_bytes()
+        digest.update(hashlib.sha256(data).digest())
+    media = Media(kind, digest.hexdigest()[:16], parts)
+    if kind == "audio" or (kind == "video" and len(parts) == 1):
+        media.load()
+        return media
+    for part in parts:
+        try:
+            with Image.open(io.BytesIO(part) if isinstance(part, bytes) else part) as opened:
+                opened.verify()
+        except (UnidentifiedImageError, SyntaxError, OSError) as error:
+            raise ValueError(f"{_named(part)} is no picture that can be read ({error})") from error
+    return media
+
+
+def _part(value: Any, folder: Path) -> Path | bytes:
+    """A path, or the bytes of a picture as the `datasets` library keeps them."""
+    if isinstance(value, dict) and isinstance(value.get("bytes"), bytes):
+        return value["bytes"]
+    if isinstance(value, dict) and isinstance(value.get("path"), str):
+        value = value["path"]
+    if not isinstance(value, str):
+        raise ValueError(f"a path is needed, got a {type(value).__name__}")
+    path = Path(value)
+    path = path if path.is_absolute() else folder / path
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}")
+    return path
+
+
+def _named(part: Path | bytes) -> str:
+    return f"a value of {len(part)} bytes" if isinstance(part, bytes) else str(part)
+
+
+def _picture(part: Path | bytes, mode: str) -> Image.Image:
+    with Image.open(io.BytesIO(part) if isinstance(part, bytes) else part) as opened:
+        return ImageOps.exif_transpose(opened).convert(mode)
+
+
+def _frames(part: Path | bytes) -> list[Image.Image]:
+    """The frames of an animated GIF, PNG or WebP, or of a film where OpenCV is installed."""
+    if isinstance(part, Path) and part.suffix.lower() in _FILMS:
+        return _film(part)
+    try:
+        with Image.open(io.BytesIO(part) if isinstance(part, bytes) else part) as opened:
+            return [frame.convert("RGB") for frame in ImageSequence.Iterator(opened)]
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{_named(part)} is no video that can be read ({error})") from error
+
+
+def _film(path: Path) -> list[Image.Image]:
+    try:
+        import cv2
+    except ImportError as error:
+        raise ValueError(f"{path}: films are read with OpenCV; pip install opencv-python-headless") from error
+    film, frames = cv2.VideoCapture(str(path)), []
+    while (read := film.read())[0]:
+        frames.append(Image.fromarray(cv2.cvtColor(read[1], cv2.COLOR_BGR2RGB)))
+    film.release()
+    if not frames:
+        raise ValueError(f"{path} is no video that can be read")
+    return frames
+
+
+def _sound(part: Path | bytes) -> torch.Tensor:
+    """Sound of a WAV file with whole numbers of 16 or 32 bits, [channels, samples]."""
+    try:
+        with wave.open(io.BytesIO(part) if isinstance(part, bytes) else str(part)) as opened:
+            width, channels = opened.getsampwidth(), opened.getnchannels()
+            data = opened.readframes(opened.getnframes())
+    except (wave.Error, EOFError) as error:
+        raise ValueError(f"{_named(part)} is no WAV file of 16 or 32 bits ({error})") from error
+    if width not in (2, 4):
+        raise ValueError(f"{_named(part)} has {8 * width} bits a sample; 16 or 32 are read")
+    samples = np.frombuffer(data, dtype=np.int16 if width == 2 else np.int32).reshape(-1, channels).T
+    return torch.from_numpy(samples.astype(np.float32) / 2 ** (8 * width - 1))

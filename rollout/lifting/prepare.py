@@ -1,0 +1,237 @@
+"""Rows of prompts and inputs, prepared by a pipeline's own prologue, and what is found out about its batches on the way.
+
+Letters: B samples, X latent shape of one sample.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections import OrderedDict
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowsteer.rollout.data.inputs import kind_of, load
+from flowsteer.rollout.data.prompts import Row
+from flowsteer.rollout.lifting.arguments import CallArguments, Settings
+from flowsteer.rollout.lifting.beginning import Beginning, Draws, Prologue, find_beginning
+from flowsteer.rollout.lifting.conditioning import Attribute, Conditioning, Key, Layout, find_layout
+from flowsteer.rollout.lifting.lift import ADAPTER_ADVICE, LiftError
+from flowsteer.rollout.lifting.loop import Loop, fixed_randomness
+from flowsteer.rollout.lifting.schedules import read_schedule
+from flowsteer.rollout.lifting.step import finish, join_states
+
+logger = logging.getLogger(__name__)
+
+
+class _SilentBar:
+    """A progress bar that shows nothing."""
+
+    def update(self, count: int = 1) -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Run:
+    """What a run of the prologue left."""
+
+    conditioning: Conditioning
+    state: Tensor  # [B, *X]
+    drawn: tuple[Tensor, ...]  # its normal draws, in order
+
+    def prologue(self) -> Prologue:
+        return Prologue(
+            state=self.state, values=self.conditioning.values, schedule=self.conditioning.schedule, drawn=self.drawn
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Probed:
+    """What is known of a pipeline under one setting."""
+
+    layout: dict[Key, Layout]  # which values carry rows
+    alone: bool  # it takes one row at a time
+    from_loop: dict[str, Any]  # what the epilogue wants from the loop besides latents
+    beginning: Beginning  # how the start follows from noise
+
+
+class Preparer:
+    """Prepares rows one by one, and remembers them.
+
+    Args:
+        loop: the pipeline's lifted parts.
+        arguments: what its ``__call__`` is called with.
+        cache_size: how many prepared rows are kept.
+    """
+
+    def __init__(self, loop: Loop, arguments: CallArguments, cache_size: int) -> None:
+        self.loop, self.arguments, self.cache_size = loop, arguments, cache_size
+        self.name = type(loop.pipe).__name__
+        self.prepared: OrderedDict[tuple[Row, Settings], Conditioning] = OrderedDict()
+        self._probed: dict[Any, _Probed] = {}
+
+    def row(self, row: Row, settings: Settings) -> Conditioning:
+        """One row.
+
+        Raises:
+            ValueError: the pipeline refuses the prompt or its inputs, or lacks one that it needs.
+        """
+        key = (row, settings)
+        if key not in self.prepared:
+            self.arguments.check_inputs(name for name, _ in row.inputs)
+            probed = self._probe(row, settings)
+            beginning = probed.beginning
+            one = self.run([row], settings, draws=frozenset() if beginning.plain else beginning.draws)
+            self.prepared[key] = replace(
+                one.conditioning,
+                layout=probed.layout,
+                alone=probed.alone,
+                values={**probed.from_loop, **one.conditioning.values},
+                base=None if beginning.plain else one.state,
+                gain=beginning.gain,
+                noise_names=beginning.noise_names,
+            )
+        self.prepared.move_to_end(key)
+        while len(self.prepared) > self.cache_size:
+            self.prepared.popitem(last=False)
+        return self.prepared[key]
+
+    def own_start(self, row: Row, settings: Settings) -> tuple[Tensor, Conditioning]:
+        """The latents [1, *X] with which the pipeline itself would start from its argument ``generator``, and that row."""
+        prepared, own = self.row(row, settings), self.run([row], settings)
+        return own.state, replace(prepared, values={**prepared.values, **own.conditioning.values})
+
+    def call_arguments(self, rows: list[Row], settings: Settings, *, once: bool = False) -> dict[str, Any]:
+        """The arguments of the pipeline's ``__call__`` for some rows."""
+        inputs = [{name: load(value) for name, value in row.inputs} for row in rows]
+        return self.arguments.build([row.text for row in rows], settings, inputs, once=once)
+
+    def _probe(self, row: Row, settings: Settings) -> _Probed:
+        """What is known of the pipeline for rows like this one: of the same inputs and the same size."""
+        sizes = tuple(pair for pair in row.inputs if pair[0] in ("height", "width"))
+        key = (settings, tuple(name for name, _ in row.inputs), sizes)
+        if key not in self._probed:
+            one = self.run([row], settings)  # its errors are the user's, those of a batch are not
+            layout, two = self._batch(row, settings, one)
+            carried = one if two is None else two
+            missing = (self.loop.lifted.epilogue_reads & self.loop.lifted.writes) - {*self.loop.lifted.states}
+            missing -= carried.conditioning.values.keys()
+
+            def run(draws: frozenset[int], value: float) -> Prologue:
+                return self.run([row], settings, draws=draws, value=value).prologue()
+
+            self._probed[key] = _Probed(
+                layout=layout or {},
+                alone=layout is None,
+                from_loop=self._left_by_the_loop(carried.conditioning, missing) if missing else {},
+                beginning=find_beginning(run, self.name),
+            )
+        return self._probed[key]
+
+    def _batch(self, row: Row, settings: Settings, one: _Run) -> tuple[dict[Key, Layout] | None, _Run | None]:
+        """How values carry rows, from batches of two and three; None where the pipeline takes one row at a time."""
+        reasons = []
+        for once in (False, True) if row.inputs else (False,):
+            try:
+                two, three = (self.run([row] * size, settings, once=once) for size in (2, 3))
+                layout = _layout(two.conditioning, three.conditioning)
+                replace(one.conditioning, layout=layout)  # it checks that the row fits
+            except LiftError:
+                raise
+            except Exception as error:  # whatever a pipeline says of batches
+                reasons.append(f"{type(error).__name__}: {error}")
+                continue
+            return layout, two
+        logger.warning(
+            "%s prepares one row, but not two or three at once (%s): each sample takes a network pass of its own",
+            self.name,
+            reasons[0],
+        )
+        return None, None
+
+    def _left_by_the_loop(self, conditioning: Conditioning, names: frozenset[str]) -> dict[str, Any]:
+        """Plain values, such as a dtype, that an iteration leaves for the epilogue."""
+        shape = (conditioning.size, *conditioning.latent_shape)
+        latents = torch.zeros(shape, dtype=conditioning.latent_dtype, device=self.loop.device)
+        with torch.no_grad():
+            generator = self.loop.enter(latents, 0, conditioning)
+            next(generator)
+            left = finish(generator, latents)
+        plain = (torch.dtype, torch.device, int, float, str)
+        return {name: value for name, value in left.items() if name in names and isinstance(value, plain)}
+
+    def run(
+        self,
+        rows: list[Row],
+        settings: Settings,
+        *,
+        draws: frozenset[int] = frozenset(),
+        value: float = 0.0,
+        once: bool = False,
+    ) -> _Run:
+        """The prologue for some rows, on a private view of the pipeline; which values carry rows is not known yet.
+
+        Its normal draws numbered in ``draws`` are replaced by ``value``. ``once``: see `CallArguments.build`.
+        """
+        lifted, pipe = self.loop.lifted, self.loop.pipe
+        own: dict[str, Any] = {"scheduler": copy.deepcopy(pipe.scheduler)}
+        if "guider" in vars(pipe):  # may keep momentum
+            own["guider"] = copy.deepcopy(pipe.guider)
+            own["guider"].guidance_scale = settings.guidance_scale
+        view = self.loop.view({**own, "_progress_bar_config": {"disable": True}})
+        before = dict(vars(view))
+        arguments = self.call_arguments(rows, settings, once=once)
+        recorded = Draws(draws, value)
+        try:
+            with torch.no_grad(), fixed_randomness(self.loop.device), recorded:
+                local, iterable, around = lifted.prologue(view, **arguments)
+        except Exception as error:  # whatever a pipeline says of what it was given
+            given = {name for row in rows for name, _ in row.inputs} | self.arguments.fixed.keys()
+            if not (idle := [name for name in self.arguments.media if name not in given]):
+                raise
+            raise ValueError(
+                f"{self.name} cannot prepare {rows[0].text!r} ({type(error).__name__}: {error}). It was not given "
+                f"{', '.join(idle)}: if it needs one of them, map a column of the prompt file to it, as in "
+                f"inputs={{{idle[0]}: {{column: {idle[0]}, kind: {kind_of(idle[0])}}}}}"
+            ) from error
+        for line, outer in zip(lifted.outer, around):
+            if (passes := len(list(outer))) != 1:
+                raise LiftError(
+                    f"{self.name} denoises {passes} times in a loop around its denoising loop ({line}), one "
+                    f"after the other; call it so that one pass is enough, or {ADAPTER_ADVICE}"
+                )
+        states = [local[name] for name in lifted.states if isinstance(local.get(name), Tensor)]
+        if len(states) < len(lifted.states):
+            raise LiftError(
+                f"{self.name} gives {', '.join(map(repr, lifted.states))} to scheduler.step, not all of "
+                f"which are tensors before the loop: the loop's state is more than the step's latents; {ADAPTER_ADVICE}"
+            )
+        items = tuple(iterable)
+        read = ((lifted.body_reads | lifted.epilogue_reads) & local.keys()) - {*lifted.states}
+        values: dict[str, Any] = {name: local[name] for name in sorted(read)}
+        values |= dict.fromkeys(lifted.bars & values.keys(), _SilentBar())
+        set_by_prologue = {name: value for name, value in vars(view).items() if before.get(name, view) is not value}
+        attributes = {Attribute(name): value for name, value in {**own, **set_by_prologue}.items()}
+        state = join_states(states)
+        conditioning = Conditioning(
+            schedule=read_schedule(view.scheduler, len(items)),
+            latent_shape=tuple(state.shape[1:]),
+            latent_dtype=state.dtype,
+            size=len(rows),
+            values={**values, **attributes},
+            layout={},
+            items=items,
+            shapes=tuple(tuple(own.shape[1:]) for own in states) if len(states) > 1 else (),
+        )
+        return _Run(conditioning=conditioning, state=state, drawn=tuple(recorded.drawn))
+
+
+def _layout(two: Conditioning, three: Conditioning) -> dict[Key, Layout]:
+    """Which values carry rows. Raises ValueError where two batches have nothing to do with each other."""
+    some_only = sorted(map(str, two.values.keys() ^ three.values.keys()))
+    if some_only:
+        raise ValueError(f"{', '.join(some_only)} are there for some batch sizes only")
+    found = {key: find_layout(two.values[key], three.values[key], str(key)) for key in two.values}
+    return {name: rows for name, rows in found.items() if rows is not None}

@@ -1,0 +1,219 @@
+"""What a prompt file gives a pipeline besides prompts: every kind read, every fault with its line, and seen by pipelines."""
+
+from __future__ import annotations
+
+import io
+import json
+import wave
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import zoo
+from diffusers import FluxKontextPipeline, StableDiffusion3Img2ImgPipeline, StableDiffusion3Pipeline
+from PIL import Image
+
+from flowsteer.rollout.data.inputs import Input, Media, kind_of, read_inputs
+from flowsteer.rollout.data.prompts import Prompts, read_prompts
+from flowsteer.rollout.lifting.pipeline import FlowPipeline
+from flowsteer.rollout.lifting.selfcheck import check
+from flowsteer.rollout.sample import prepare_rows
+
+SETTINGS = {"num_inference_steps": 3, "guidance_scale": 1.0}
+
+
+def picture(path: Path, colour: tuple[int, ...], size: tuple[int, int] = (16, 16)) -> str:
+    """A gradient in a colour; returns the file's name."""
+    ramp = np.linspace(0, 1, size[0] * size[1]).reshape(size[1], size[0], 1)
+    Image.fromarray((ramp * np.array(colour)).astype(np.uint8)).save(path)
+    return path.name
+
+
+def sound(path: Path, samples: np.ndarray) -> str:
+    """A WAV file of whole numbers [samples, channels]; returns its name."""
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(samples.shape[1])
+        file.setsampwidth(samples.dtype.itemsize)
+        file.setframerate(8000)
+        file.writeframes(samples.tobytes())
+    return path.name
+
+
+def read(folder: Path, kind: str, *values: object) -> list:
+    """The values of one input, read and loaded."""
+    inputs = {"x": Input(column="c", kind=kind)}  # type: ignore[arg-type]
+    where = [f"file.jsonl, line {n}" for n, _ in enumerate(values, 1)]
+    found = read_inputs(inputs, {"c": list(values)}, where=where, folder=folder)["x"]
+    return [value.load() if isinstance(value, Media) else value for value in found]
+
+
+def test_each_kind_is_read(tmp_path: Path) -> None:
+    red, blue = picture(tmp_path / "red.png", (255, 0, 0)), picture(tmp_path / "blue.png", (0, 0, 255), (8, 16))
+    (image, none) = read(tmp_path, "image", red, None)
+    assert (image.mode, image.size, none) == ("RGB", (16, 16), None)
+    assert image.getpixel((15, 15)) == (255, 0, 0)
+    (mask,) = read(tmp_path, "mask", red)
+    assert mask.mode == "L"
+    (two,) = read(tmp_path, "images", [red, blue])
+    assert [one.size for one in two] == [(16, 16), (8, 16)]
+    frames = [Image.new("RGB", (4, 4), (shade, 0, 0)) for shade in (0, 100, 200)]
+    frames[0].save(tmp_path / "film.webp", save_all=True, append_images=frames[1:], lossless=True)
+    for film in read(tmp_path, "video", "film.webp", [red, red, red]):
+        assert len(film) == 3
+    assert read(tmp_path, "video", "film.webp")[0][2].getpixel((0, 0))[0] == 200
+    whole = np.array([[0, -(2**15)], [2**14, 2**15 - 1]], dtype=np.int16)
+    (heard,) = read(tmp_path, "audio", sound(tmp_path / "a.wav", whole))
+    assert torch.equal(heard, torch.tensor([[0.0, 0.5], [-1.0, 1 - 2**-15]]))
+    assert read(tmp_path, "number", 3, 0.5, None, "") == [3, 0.5, None, None]
+    assert read(tmp_path, "text", "blurry", None) == ["blurry", None]
+
+
+def test_a_picture_of_a_data_set_is_bytes(tmp_path: Path) -> None:
+    kept = io.BytesIO()
+    Image.new("RGB", (4, 4), (9, 8, 7)).save(kept, "PNG")
+    (image,) = read(tmp_path, "image", {"bytes": kept.getvalue(), "path": None})
+    assert image.getpixel((0, 0)) == (9, 8, 7)
+
+
+def test_equal_content_is_equal(tmp_path: Path) -> None:
+    for name in ("a.png", "b.png"):
+        picture(tmp_path / name, (255, 0, 0))
+    picture(tmp_path / "c.png", (0, 255, 0))
+    inputs = {"x": Input(column="c", kind="image")}
+    a, b, c = read_inputs(inputs, {"c": ["a.png", "b.png", "c.png"]}, where=["1", "2", "3"], folder=tmp_path)["x"]
+    assert a == b
+    assert a != c
+    assert len({a, b, c}) == 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "message"),
+    [
+        ("image", "none.png", r"file.jsonl, line 1, column 'c' \(inputs.x\): there is no file .*none.png"),
+        ("image", "text.png", r"line 1, .*text.png is no picture that can be read"),
+        ("image", 3, r"a path is needed, got a int"),
+        ("image", ["a.png"], r"one image is needed, got a list of 1"),
+        ("images", [], r"one images is needed, got a list of 0"),
+        ("video", "text.png", r"no video that can be read"),
+        ("audio", "text.png", r"no WAV file of 16 or 32 bits"),
+        ("number", "3", r"a number is needed, got '3'"),
+        ("number", True, r"a number is needed, got True"),
+        ("text", 3, r"a text is needed, got 3"),
+    ],
+)
+def test_a_bad_value_is_refused_with_its_line(tmp_path: Path, kind: str, value: object, message: str) -> None:
+    (tmp_path / "text.png").write_text("no picture")
+    with pytest.raises(ValueError, match=message):
+        read(tmp_path, kind, value)
+
+
+def test_kinds_are_read_off_names() -> None:
+    named = {
+        "image": "image",
+        "control_image": "image",
+        "mask_image": "mask",
+        "reference_images": "images",
+        "video": "video",
+        "initial_audio_waveforms": "audio",
+        "height": "number",
+        "negative_prompt": "text",
+    }
+    assert {name: kind_of(name) for name in named} == named
+
+
+def test_a_prompt_file_with_inputs(tmp_path: Path) -> None:
+    picture(tmp_path / "a.png", (255, 0, 0))
+    rows = [{"prompt": "x", "source": "a.png"}, {"prompt": "y"}]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    inputs = {"image": Input(column="source", kind="image")}
+    prompts = read_prompts(file, inputs=inputs)
+    first, second = prompts.row(0), prompts.row(1)
+    assert dict(first.inputs)["image"].load().size == (16, 16)  # type: ignore[union-attr]
+    assert second.inputs == ()
+    before = prompts.fingerprint()
+    assert before != read_prompts(file).fingerprint()
+    picture(tmp_path / "a.png", (0, 255, 0))
+    assert read_prompts(file, inputs=inputs).fingerprint() != before  # another picture is other data
+    with pytest.raises(ValueError, match=r"inputs.mask.column=hole: .*rows.jsonl has no such column; it has source"):
+        read_prompts(file, inputs={"mask": Input(column="hole", kind="mask")})
+
+
+# --- pipelines ---
+
+
+@pytest.fixture
+def two_rows(tmp_path: Path) -> Prompts:
+    picture(tmp_path / "a.png", (255, 0, 0))
+    picture(tmp_path / "b.png", (0, 255, 255))
+    rows = [{"prompt": text, "image": name} for text, name in (("a red circle", "a.png"), ("a blue field", "b.png"))]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return read_prompts(tmp_path / "rows.jsonl", inputs={"image": Input(column="image", kind="image")})
+
+
+def kontext() -> FlowPipeline:
+    """A picture along the sequence; the class also draws without one."""
+    components = {**zoo.build("flux").components, "image_encoder": None, "feature_extractor": None}
+    call = {"max_sequence_length": 48, "max_area": 256, "_auto_resize": False}
+    return FlowPipeline(FluxKontextPipeline(**components), height=16, width=16, call_kwargs=call)
+
+
+def image_to_image() -> FlowPipeline:
+    """A picture that the samples start from."""
+    pipe = StableDiffusion3Img2ImgPipeline(**zoo.build("sd3").components)
+    return FlowPipeline(pipe, height=16, width=16, call_kwargs={"max_sequence_length": 32, "strength": 0.5})
+
+
+@pytest.mark.parametrize("make", [kontext, image_to_image])
+def test_the_picture_of_its_row_is_seen(make, two_rows: Prompts) -> None:
+    pipeline = make()
+    rows = [two_rows.row(0), two_rows.row(1)]
+    report = check(pipeline, prompts=[row.text for row in rows], inputs=[dict(row.inputs) for row in rows])
+    assert report.ok, report.text()
+    assert "bit for bit" in report.text()
+    swapped = [rows[0], rows[0]._replace(inputs=rows[1].inputs)]  # one prompt, two pictures
+    conditioning = prepare_rows(pipeline, [*swapped, swapped[0]], **SETTINGS)
+    noise = torch.randn((1, *conditioning.latent_shape), generator=torch.Generator().manual_seed(0))
+    latents, conditioning = conditioning.start(noise.repeat(3, *[1] * len(conditioning.latent_shape)))
+    velocity = pipeline.velocity(latents, 0, conditioning)
+    assert torch.equal(velocity[0], velocity[2])
+    assert (velocity[0] - velocity[1]).abs().max() > 1e-3
+    alone = prepare_rows(pipeline, swapped[1:], **SETTINGS)
+    start, alone = alone.start(noise)
+    assert (pipeline.velocity(start, 0, alone)[0] - velocity[1]).abs().max() < 1e-4 * velocity.std()
+
+
+def test_a_pipeline_that_needs_a_picture_says_so() -> None:
+    with pytest.raises(
+        ValueError,
+        match=r"StableDiffusion3Img2ImgPipeline cannot prepare 'a' .*It was not given image.*"
+        r"inputs=\{image: \{column: image, kind: image\}\}",
+    ):
+        image_to_image().prepare(["a"], **SETTINGS)
+
+
+def test_inputs_that_cannot_be(two_rows: Prompts) -> None:
+    pipeline = zoo.shared("sd3")
+    with pytest.raises(ValueError, match=r"inputs.image: StableDiffusion3Pipeline.__call__ has no argument 'image'"):
+        prepare_rows(pipeline, [two_rows.row(0)], **SETTINGS)
+    with pytest.raises(ValueError, match=r"inputs.latents: 'latents' is not for a row to set"):
+        pipeline.prepare(["a"], inputs=[{"latents": 1}], **SETTINGS)
+    with pytest.raises(ValueError, match=r"1 rows of inputs for 2 prompts"):
+        pipeline.prepare(["a", "b"], inputs=[{}], **SETTINGS)
+    with pytest.raises(ValueError, match=r"the call argument 'image' takes what a file holds, .*inputs=\{image:"):
+        FlowPipeline(StableDiffusion3Img2ImgPipeline(**zoo.build("sd3").components), call_kwargs={"image": "in.png"})
+
+
+def test_a_row_may_have_settings_of_its_own() -> None:
+    pipe = StableDiffusion3Pipeline(**zoo.build("sd3").components)
+    pipeline = FlowPipeline(pipe, height=16, width=16, call_kwargs={"max_sequence_length": 32})
+    guided = {"num_inference_steps": 3, "guidance_scale": 4.0}
+    plain = pipeline.prepare(["a", "a"], inputs=[{}, {"negative_prompt": "blur"}], **guided)
+    same = pipeline.prepare(["a"], negative_prompt="blur", **guided)
+    noise = torch.randn((2, *plain.latent_shape), generator=torch.Generator().manual_seed(0))
+    velocity = pipeline.velocity(noise, 0, plain)
+    assert torch.allclose(velocity[1:], pipeline.velocity(noise[1:], 0, same), atol=1e-4)
+    assert (pipeline.velocity(noise[1:], 0, plain.take([0])) - velocity[1:]).abs().max() > 1e-3
+    wide = pipeline.prepare(["a"], inputs=[{"height": 16, "width": 32}], **guided)
+    assert wide.latent_shape[-2:] == (8, 16)
