@@ -1,0 +1,115 @@
+"""A wider zoo: one entry for each pipeline class, with its pictures; the modules ``zoo.*_*`` hold them.
+
+An entry says how to build a tiny pipeline of one class offline and how the class wants to be called.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+from torch import nn
+
+from zoo import NOISE
+
+MODULES = (
+    "zoo.flow_images_sd3",
+    "zoo.flow_images_flux",
+    "zoo.flow_images_flux2",
+    "zoo.flow_images_qwen",
+    "zoo.flow_images_zimage",
+    "zoo.flow_images_sana",
+    "zoo.flow_images_text",
+    "zoo.flow_images_vision",
+    "zoo.video",
+    "zoo.audio",
+    "zoo.epsilon_images",
+    "zoo.epsilon_video",
+)
+
+NOT_BUILT: dict[str, str] = {}
+
+Build = Callable[[], DiffusionPipeline]
+Inputs = Callable[[int], dict[str, Any]]
+
+
+def no_media(_: int) -> dict[str, Any]:
+    return {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """How to build a tiny pipeline of one class, and how the class wants to be called."""
+
+    build: Build
+    """A fresh pipeline of real classes. The caller seeds it and jitters its weights, as ``built`` does."""
+    call: dict[str, Any]
+    """Further arguments of every call, without height and width."""
+    size: dict[str, int]
+    """Height and width in pixels; empty if ``__call__`` takes none."""
+    guided: float | None
+    """A value of guidance that switches it on; None if the class has no such argument."""
+    guidance_name: str = "guidance_scale"
+    inputs: Inputs = no_media
+    """The media arguments for row k, one row's value each: a picture, a list of references, a mask."""
+    prompts: tuple[str, str, str] = ("a red circle", "a blue field", "a dark cloud")
+    """Three prompts of one length."""
+    prompt_name: str = "prompt"
+
+
+def picture(row: int, height: int = 16, width: int = 16) -> Image.Image:
+    """A picture of noise, another one for each row."""
+    pixels = np.random.default_rng(row).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def mask(row: int, height: int = 16, width: int = 16) -> Image.Image:
+    """A mask, white in the upper or the lower half and, from the second row on, in one column of each four as well."""
+    pixels = np.zeros((height, width), dtype=np.uint8)
+    half = height // 2
+    pixels[half * (row % 2) : half * (row % 2 + 1)] = 255
+    if row:
+        pixels[:, :: width // 4] = 255
+    return Image.fromarray(pixels, mode="L")
+
+
+def entries() -> dict[str, Entry]:
+    """The entries of every module of the zoo that is there, by the name of the pipeline's class."""
+    found: dict[str, Entry] = {}
+    for name in MODULES:
+        if importlib.util.find_spec(name) is not None:
+            found |= importlib.import_module(name).ENTRIES
+    return found
+
+
+def built(entry: Entry) -> DiffusionPipeline:
+    """The entry's pipeline with live random weights, the same at every call."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        pipe = entry.build()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for component in pipe.components.values():
+            if isinstance(component, nn.Module):
+                component.eval().requires_grad_(False)
+                for parameter in component.parameters():
+                    parameter += NOISE * torch.randn(parameter.shape, generator=generator)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def arguments(entry: Entry, row: int) -> dict[str, Any]:
+    """What a call of the entry's pipeline needs for one row: prompt, pictures, size, guidance."""
+    wanted = entry.call | entry.size | entry.inputs(row) | {entry.prompt_name: entry.prompts[row % 3]}
+    if entry.guided is not None:
+        wanted[entry.guidance_name] = entry.guided
+        if entry.guidance_name == "true_cfg_scale":
+            wanted["negative_prompt"] = ""  # without one these classes leave guidance off
+    return wanted
