@@ -52,9 +52,7 @@ def with_controlnet(cls: type[DiffusionPipeline]) -> DiffusionPipeline:
 
 
 def visual_cloze() -> DiffusionPipeline:
-    return VisualClozeGenerationPipeline(
-        **{name: part for name, part in of(FluxFillPipeline, 3 * LATENT).components.items()}, resolution=16
-    )
+    return VisualClozeGenerationPipeline(**of(FluxFillPipeline, 3 * LATENT).components, resolution=16)
 
 
 def chroma(cls: type[DiffusionPipeline] = ChromaPipeline) -> DiffusionPipeline:
@@ -71,6 +69,8 @@ def chroma(cls: type[DiffusionPipeline] = ChromaPipeline) -> DiffusionPipeline:
         approximator_hidden_dim=16,
         approximator_layers=1,
     )
+    # asked for by the inpainting class, though Chroma has no such setting
+    transformer.register_to_config(guidance_embeds=False)
     return cls(
         transformer=transformer,
         scheduler=base.scheduler,
@@ -176,15 +176,20 @@ ENTRIES: dict[str, Entry] = {
     ),
     "VisualClozeGenerationPipeline": Entry(
         build=visual_cloze,
-        call={"max_sequence_length": 48, "content_prompt": "a picture"},
+        call={"max_sequence_length": 256, "content_prompt": "a picture"},
         size={},
         guided=3.5,
         inputs=grid,
         prompt_name="task_prompt",
     ),
     "ChromaPipeline": entry(chroma, guided=4.0),
-    "ChromaImg2ImgPipeline": entry(lambda: chroma(ChromaImg2ImgPipeline), edited, guided=4.0),
+    "ChromaImg2ImgPipeline": entry(
+        lambda: chroma(ChromaImg2ImgPipeline),
+        edited,
+        guided=4.0,
+        strength=0.6,  # at 0.9, its default, three steps start from noise alone
+    ),
     "ChromaInpaintPipeline": entry(lambda: chroma(ChromaInpaintPipeline), inpainted, guided=4.0),
     "BriaPipeline": entry(bria, guided=4.0),
-    "OvisImagePipeline": entry(ovis, guided=4.0),
+    "OvisImagePipeline": entry(ovis, guided=4.0, max_sequence_length=256),
 }
