@@ -12,6 +12,8 @@ import transformers
 from diffusers import AutoencoderKL, AutoencoderKLFlux2, AutoencoderKLQwenImage, AutoencoderKLWan
 from torch import nn
 from transformers import (
+    Gemma2Config,
+    Gemma2Model,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
@@ -152,6 +154,10 @@ def qwen3(**more: Any) -> Qwen3ForCausalLM:
     return Qwen3ForCausalLM(Qwen3Config(**TEXT | more))
 
 
+def gemma2() -> Gemma2Model:
+    return Gemma2Model(Gemma2Config(**TEXT))
+
+
 def lively(module: nn.Module) -> None:
     """Let signals through, and only as they are.
 
@@ -162,7 +168,7 @@ def lively(module: nn.Module) -> None:
         if isinstance(layer, nn.Conv2d | nn.Conv3d):
             layer.weight.data *= 3**0.5
             if layer.bias is not None:
-                layer.bias.data = torch.randn_like(layer.bias).sign()
+                layer.bias.data = 0.3 * torch.randn_like(layer.bias).sign()
 
 
 def deep_autoencoder(latent_channels: int, depth: int, **more: Any) -> AutoencoderKL:
@@ -192,10 +198,10 @@ def flux2_autoencoder(latent_channels: int = 4, depth: int = 1) -> AutoencoderKL
     )
 
 
-def qwen_autoencoder(levels: int = 2, z_dim: int = 4, base_dim: int = 4, **more: Any) -> AutoencoderKLQwenImage:
+def qwen_autoencoder(levels: int = 2, z_dim: int = 4, **more: Any) -> AutoencoderKLQwenImage:
     """Compresses ``2 ** levels`` times on each side; without residual blocks at full size, for large pictures."""
     vae = AutoencoderKLQwenImage(
-        base_dim=base_dim,
+        base_dim=4,
         z_dim=z_dim,
         dim_mult=[1] * (levels + 1),
         num_res_blocks=0,
@@ -205,6 +211,8 @@ def qwen_autoencoder(levels: int = 2, z_dim: int = 4, base_dim: int = 4, **more:
         **more,
     )
     lively(vae)
+    for layer in (vae.encoder.conv_out, vae.quant_conv, vae.decoder.conv_out):
+        nn.init.zeros_(layer.bias)
     return vae
 
 
