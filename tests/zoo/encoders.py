@@ -10,10 +10,13 @@ from typing import Any
 import torch
 import transformers
 from diffusers import AutoencoderKL, AutoencoderKLFlux2, AutoencoderKLQwenImage, AutoencoderKLWan
+from tokenizers.processors import TemplateProcessing
 from torch import nn
 from transformers import (
     Gemma2Config,
     Gemma2Model,
+    GemmaConfig,
+    GemmaModel,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
@@ -23,6 +26,8 @@ from transformers import (
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
     Qwen3VLProcessor,
+    T5Config,
+    T5EncoderModel,
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.video_processing_utils import BaseVideoProcessor, VideoProcessorMixin
@@ -81,6 +86,15 @@ def chat_tokenizer(length: int = 4096, *more: str) -> Qwen2Tokenizer:
     tokenizer.add_tokens([*CHAT_TOKENS, *more], special_tokens=True)
     tokenizer.add_tokens([form for word in dict.fromkeys(WORDS) for form in (word, f" {word}")])
     tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def opening_tokenizer(length: int = 512) -> Qwen2Tokenizer:
+    """Bytes after a token that opens every text, as Gemma's and GLM's have one: an empty prompt is one token long."""
+    tokenizer = byte_tokenizer(length)
+    tokenizer.add_tokens(["<bos>"], special_tokens=True)
+    opening = [("<bos>", tokenizer.convert_tokens_to_ids("<bos>"))]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing("<bos> $A", "<bos> $A $B", opening)
     return tokenizer
 
 
@@ -154,8 +168,16 @@ def qwen3(**more: Any) -> Qwen3ForCausalLM:
     return Qwen3ForCausalLM(Qwen3Config(**TEXT | more))
 
 
+def gemma() -> GemmaModel:
+    return GemmaModel(GemmaConfig(**TEXT))
+
+
 def gemma2() -> Gemma2Model:
     return Gemma2Model(Gemma2Config(**TEXT))
+
+
+def t5(width: int = 16) -> T5EncoderModel:
+    return T5EncoderModel(T5Config(vocab_size=VOCABULARY, d_model=width, d_kv=8, d_ff=32, num_layers=1, num_heads=2))
 
 
 def lively(module: nn.Module) -> None:

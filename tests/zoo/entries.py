@@ -57,6 +57,7 @@ class Entry:
     guided: float | None
     """A value of guidance that switches it on; None if the class has no such argument."""
     guidance_name: str = "guidance_scale"
+    """``guider`` if guidance is a component of the pipeline, made with this value, and no argument."""
     inputs: Inputs = no_media
     """The media arguments for row k, one row's value each: a picture, a list of references, a mask."""
     prompts: tuple[str, str, str] = ("a red circle", "a blue field", "a dark cloud")
@@ -108,7 +109,7 @@ def built(entry: Entry) -> DiffusionPipeline:
 def arguments(entry: Entry, row: int) -> dict[str, Any]:
     """What a call of the entry's pipeline needs for one row: prompt, pictures, size, guidance."""
     wanted = entry.call | entry.size | entry.inputs(row) | {entry.prompt_name: entry.prompts[row % 3]}
-    if entry.guided is not None:
+    if entry.guided is not None and entry.guidance_name != "guider":
         wanted[entry.guidance_name] = entry.guided
         if entry.guidance_name == "true_cfg_scale":
             wanted["negative_prompt"] = ""  # without one these classes leave guidance off

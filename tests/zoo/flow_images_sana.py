@@ -18,9 +18,8 @@ from diffusers import (
     SCMScheduler,
 )
 
-from zoo.encoders import gemma2
+from zoo.encoders import gemma2, opening_tokenizer
 from zoo.entries import Build, Entry, Inputs, no_media, picture
-from zoo.parts import byte_tokenizer
 
 TRANSFORMER: dict[str, Any] = {
     "in_channels": 4,
@@ -60,7 +59,7 @@ def autoencoder() -> AutoencoderDC:
 
 def sana(cls: type[DiffusionPipeline], scheduler: Any = None, transformer: Any = None, **parts: Any) -> DiffusionPipeline:
     return cls(
-        tokenizer=byte_tokenizer(),
+        tokenizer=opening_tokenizer(),
         text_encoder=gemma2(),
         vae=autoencoder(),
         transformer=transformer or SanaTransformer2DModel(**TRANSFORMER),
