@@ -76,6 +76,7 @@ TEXT: dict[str, Any] = {
     "bos_token_id": 0,
     "eos_token_id": 0,
     "pad_token_id": 0,
+    "initializer_range": 0.25,  # one over the root of the width, so that layers say something about their tokens
 }
 ROPE = {"mrope_section": [1, 1, 2], "rope_type": "default"}
 
@@ -136,6 +137,7 @@ def qwen2_vl(tokenizer: Qwen2Tokenizer, **more: Any) -> Qwen2_5_VLForConditional
             "intermediate_size": 16,
             "num_heads": 2,
             "out_hidden_size": text["hidden_size"],
+            "initializer_range": 0.25,
         },
         **token_ids(tokenizer),
     )
@@ -155,6 +157,7 @@ def qwen3_vl_config(tokenizer: Qwen2Tokenizer, **more: Any) -> Qwen3VLConfig:
             "patch_size": 14,
             "num_position_embeddings": 16,
             "deepstack_visual_indexes": [0],
+            "initializer_range": 0.25,
         },
         **token_ids(tokenizer),
     )
@@ -240,7 +243,7 @@ def qwen_autoencoder(levels: int = 2, z_dim: int = 4, **more: Any) -> Autoencode
 
 def wan_autoencoder(levels: int = 3, z_dim: int = 16, **more: Any) -> AutoencoderKLWan:
     """Compresses ``2 ** levels`` times on each side."""
-    return AutoencoderKLWan(
+    vae = AutoencoderKLWan(
         base_dim=3,
         z_dim=z_dim,
         dim_mult=[1] * (levels + 1),
@@ -250,3 +253,7 @@ def wan_autoencoder(levels: int = 3, z_dim: int = 16, **more: Any) -> Autoencode
         latents_std=[1.1] * z_dim,
         **more,
     )
+    lively(vae)
+    for layer in (vae.encoder.conv_out, vae.quant_conv, vae.decoder.conv_out):
+        nn.init.zeros_(layer.bias)
+    return vae

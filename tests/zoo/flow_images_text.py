@@ -39,6 +39,7 @@ from diffusers import (
     PRXPixelPipeline,
     PRXTransformer2DModel,
 )
+from diffusers.utils import is_ftfy_available
 from torch import nn
 from transformers import (
     ByT5Tokenizer,
@@ -126,16 +127,18 @@ def lumina2() -> DiffusionPipeline:
 
 
 def lumina() -> DiffusionPipeline:
+    transformer = LuminaNextDiT2DModel(
+        sample_size=4,
+        hidden_size=32,
+        num_layers=2,
+        num_attention_heads=2,
+        num_kv_heads=1,
+        multiple_of=16,
+        cross_attention_dim=WIDTH,
+    )
+    nn.init.zeros_(transformer.pad_token)  # left as the memory happens to be
     return LuminaPipeline(
-        transformer=LuminaNextDiT2DModel(
-            sample_size=4,
-            hidden_size=32,
-            num_layers=2,
-            num_attention_heads=2,
-            num_kv_heads=1,
-            multiple_of=16,
-            cross_attention_dim=WIDTH,
-        ),
+        transformer=transformer,
         scheduler=euler(),
         vae=deep_autoencoder(4, 4),
         text_encoder=gemma(),
@@ -389,7 +392,7 @@ def cosmos2() -> DiffusionPipeline:
             max_size=(4, 32, 32),
             patch_size=(1, 2, 2),
             rope_scale=(2.0, 1.0, 1.0),
-            concat_padding_mask=True,
+            concat_padding_mask=False,  # the mask is enlarged by torchvision
             extra_pos_embed_type=None,
         ),
         vae=wan_autoencoder(2, 4),
@@ -469,10 +472,11 @@ ENTRIES: dict[str, Entry] = {
         build=hunyuan_image, call={}, size={"height": 16, "width": 16}, guided=4.0, guidance_name="guider"
     ),
     "Krea2Pipeline": entry(krea2, max_sequence_length=64),
-    "PRXPipeline": entry(prx, use_resolution_binning=False),
-    "PRXPixelPipeline": entry(prx_pixel, use_resolution_binning=False),
     "Kandinsky5T2IPipeline": entry(kandinsky5, side=32),
     "Cosmos2TextToImagePipeline": entry(cosmos2, max_sequence_length=32),
     "LongCatImagePipeline": entry(longcat, enable_prompt_rewrite=False),
     "NucleusMoEImagePipeline": entry(nucleus, max_sequence_length=512, return_index=-1),
 }
+if is_ftfy_available():  # both clean their prompts with it
+    ENTRIES["PRXPipeline"] = entry(prx, use_resolution_binning=False)
+    ENTRIES["PRXPixelPipeline"] = entry(prx_pixel, use_resolution_binning=False)
