@@ -56,7 +56,7 @@ WORDS = """
     determine given ensuring only specified parts altered all other aspects remain consistent instructions reasons about
     descriptions You give structured responses focusing object relationships attribution actions without speculation
     assistant designed generate superior images degree alignment based textual prompts Comprehend
-""".split()
+"""
 # The placeholder of a picture, and the prompt with it; contents are strings or lists of parts.
 CHAT_TEMPLATE = """{% for m in messages %}<|im_start|>{{ m['role'] }}
 {% if m['content'] is string %}{{ m['content'] }}{% else %}{% for part in m['content'] %}\
@@ -85,7 +85,7 @@ def chat_tokenizer(length: int = 4096, *more: str) -> Qwen2Tokenizer:
     """Bytes and the special tokens of Qwen's chats."""
     tokenizer = byte_tokenizer(length)
     tokenizer.add_tokens([*CHAT_TOKENS, *more], special_tokens=True)
-    tokenizer.add_tokens([form for word in dict.fromkeys(WORDS) for form in (word, f" {word}")])
+    tokenizer.add_tokens([form for word in dict.fromkeys(WORDS.split()) for form in (word, f" {word}")])
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
 
@@ -226,7 +226,7 @@ def flux2_autoencoder(latent_channels: int = 4, depth: int = 1) -> AutoencoderKL
 def qwen_autoencoder(levels: int = 2, z_dim: int = 4, **more: Any) -> AutoencoderKLQwenImage:
     """Compresses ``2 ** levels`` times on each side; without residual blocks at full size, for large pictures."""
     vae = AutoencoderKLQwenImage(
-        base_dim=4,
+        base_dim=8,
         z_dim=z_dim,
         dim_mult=[1] * (levels + 1),
         num_res_blocks=0,
@@ -244,7 +244,7 @@ def qwen_autoencoder(levels: int = 2, z_dim: int = 4, **more: Any) -> Autoencode
 def wan_autoencoder(levels: int = 3, z_dim: int = 16, **more: Any) -> AutoencoderKLWan:
     """Compresses ``2 ** levels`` times on each side."""
     vae = AutoencoderKLWan(
-        base_dim=3,
+        base_dim=8,
         z_dim=z_dim,
         dim_mult=[1] * (levels + 1),
         num_res_blocks=1,

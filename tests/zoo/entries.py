@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.utils import is_ftfy_available
 from PIL import Image
 from torch import nn
 
@@ -34,7 +35,15 @@ MODULES = (
     "zoo.epsilon_video",
 )
 
-NOT_BUILT: dict[str, str] = {}
+NOT_BUILT: dict[str, str] = {
+    "OmniGenPipeline": "Its constructor makes an OmniGenMultiModalProcessor, which composes its transforms from torchvision.",
+}
+"""Classes that have no entry, with the reason."""
+if not is_ftfy_available():
+    NOT_BUILT |= {
+        "PRXPipeline": "It cleans every prompt with ftfy, which is not installed.",
+        "PRXPixelPipeline": "It cleans every prompt with ftfy, which is not installed.",
+    }
 
 Build = Callable[[], DiffusionPipeline]
 Inputs = Callable[[int], dict[str, Any]]

@@ -186,11 +186,10 @@ ENTRIES: dict[str, Entry] = {
         inputs=lambda row: {"image": [picture(row, SIDE, SIDE)]},
     ),
     "Flux2KleinInpaintPipeline": entry(
-        lambda: klein(Flux2KleinInpaintPipeline), lambda row: {"image": picture(row, 32, 32), "mask_image": mask(row, 32, 32)}
+        lambda: klein(Flux2KleinInpaintPipeline),
+        lambda row: {"image": picture(row, 32, 32), "mask_image": mask(row, 32, 32)},
     ),
-    "ErnieImagePipeline": Entry(
-        build=ernie, call={"use_pe": False}, size={"height": 16, "width": 16}, guided=4.0
-    ),
+    "ErnieImagePipeline": Entry(build=ernie, call={"use_pe": False}, size={"height": 16, "width": 16}, guided=4.0),
     "Ideogram4Pipeline": Entry(
         build=ideogram,
         call={"guidance_schedule": None, "max_sequence_length": 64},

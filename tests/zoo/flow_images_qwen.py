@@ -43,7 +43,9 @@ def with_controlnet(cls: type[DiffusionPipeline], extra_channels: int = 0) -> Di
     return cls.from_pipe(base, controlnet=controlnet)
 
 
-def editing(cls: type[DiffusionPipeline], z_dim: int = 4, picture_channels: int = 3, **changes: Any) -> DiffusionPipeline:
+def editing(
+    cls: type[DiffusionPipeline], z_dim: int = 4, picture_channels: int = 3, **changes: Any
+) -> DiffusionPipeline:
     base = qwen_image()
     tokenizer = chat_tokenizer()
     changes |= {"in_channels": 4 * z_dim, "out_channels": z_dim}

@@ -57,7 +57,9 @@ def autoencoder() -> AutoencoderDC:
     )
 
 
-def sana(cls: type[DiffusionPipeline], scheduler: Any = None, transformer: Any = None, **parts: Any) -> DiffusionPipeline:
+def sana(
+    cls: type[DiffusionPipeline], scheduler: Any = None, transformer: Any = None, **parts: Any
+) -> DiffusionPipeline:
     return cls(
         tokenizer=opening_tokenizer(),
         text_encoder=gemma2(),

@@ -51,9 +51,7 @@ ENTRIES: dict[str, Entry] = {
     "StableDiffusion3Img2ImgPipeline": entry(
         lambda: StableDiffusion3Img2ImgPipeline.from_pipe(stable_diffusion_3()), lambda row: {"image": picture(row)}
     ),
-    "StableDiffusion3InpaintPipeline": entry(
-        inpainting, lambda row: {"image": picture(row), "mask_image": mask(row)}
-    ),
+    "StableDiffusion3InpaintPipeline": entry(inpainting, lambda row: {"image": picture(row), "mask_image": mask(row)}),
     "StableDiffusion3ControlNetPipeline": entry(
         lambda: with_controlnet(StableDiffusion3ControlNetPipeline), lambda row: {"control_image": picture(row)}
     ),

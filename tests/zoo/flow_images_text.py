@@ -464,7 +464,9 @@ ENTRIES: dict[str, Entry] = {
     "LuminaPipeline": entry(lumina, side=32, max_sequence_length=256, clean_caption=False),
     "CogView4Pipeline": entry(lambda: cogview4(CogView4Pipeline), max_sequence_length=32),
     "CogView4ControlPipeline": entry(
-        lambda: cogview4(CogView4ControlPipeline, 8), lambda row: {"control_image": picture(row)}, max_sequence_length=32
+        lambda: cogview4(CogView4ControlPipeline, 8),
+        lambda row: {"control_image": picture(row)},
+        max_sequence_length=32,
     ),
     "BriaFiboPipeline": entry(bria_fibo, side=64),
     "HiDreamImagePipeline": entry(hidream, max_sequence_length=32),

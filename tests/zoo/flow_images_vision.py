@@ -43,6 +43,7 @@ from zoo.encoders import (
 )
 from zoo.entries import Entry, mask, picture
 from zoo.flow_images_text import SHIFTED, bria_fibo, euler, kandinsky5_parts, longcat_parts
+from zoo.parts import VOCABULARY
 
 WIDTH = TEXT["hidden_size"]
 
@@ -121,7 +122,10 @@ def dreamlite(cls: type[DiffusionPipeline]) -> DiffusionPipeline:
 
 
 def glm_image() -> DiffusionPipeline:
-    """A language model draws a coarse picture in tokens, which the transformer then refines."""
+    """A language model draws a coarse picture in tokens, which the transformer then refines.
+
+    Without input pictures: what the class does with the encoder's answer to them is for an older transformers.
+    """
     tokenizer = chat_tokenizer(4096, "<grid>", "</grid>", "<bos>")
     tokenizer.image_token, tokenizer.grid_bos_token, tokenizer.grid_eos_token = "<|image_pad|>", "<grid>", "</grid>"
     tokenizer.bos_token = "<bos>"
@@ -133,6 +137,7 @@ def glm_image() -> DiffusionPipeline:
             | {
                 "vision_vocab_size": codes,
                 "max_position_embeddings": 512,
+                "eos_token_id": VOCABULARY - 1,  # no code: the picture is drawn to its end
                 "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": (2, 1, 1)},
             },
             vision_config={
@@ -153,7 +158,10 @@ def glm_image() -> DiffusionPipeline:
         tokenizer=ByT5Tokenizer(),
         processor=GlmImageProcessor(
             image_processor=GlmImageImageProcessorPil(
-                size={"shortest_edge": side * side, "longest_edge": side * side}, patch_size=14, temporal_patch_size=1, merge_size=1
+                size={"shortest_edge": side * side, "longest_edge": side * side},
+                patch_size=14,
+                temporal_patch_size=1,
+                merge_size=1,
             ),
             tokenizer=tokenizer,
             chat_template=tokenizer.chat_template,
@@ -257,7 +265,6 @@ ENTRIES: dict[str, Entry] = {
         call={"max_sequence_length": 64},
         size={"height": 32, "width": 32},
         guided=4.0,
-        inputs=lambda row: {"image": [picture(row, 32, 32)]},
     ),
     "JoyImageEditPipeline": Entry(
         build=joy,

@@ -43,7 +43,12 @@ def omni() -> DiffusionPipeline:
     base.vae.to(torch.bfloat16)
     siglip = Siglip2VisionModel(
         Siglip2VisionConfig(
-            hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_patches=16, patch_size=4
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_patches=16,
+            patch_size=4,
         )
     )
     base.transformer = ZImageTransformer2DModel.from_config(base.transformer.config, siglip_feat_dim=16)
