@@ -99,7 +99,7 @@ def opening_tokenizer(length: int = 512) -> Qwen2Tokenizer:
     return tokenizer
 
 
-def token_ids(tokenizer: Qwen2Tokenizer) -> dict[str, int]:
+def token_ids(tokenizer: Qwen2Tokenizer) -> dict[str, Any]:
     names = ("vision_start", "vision_end", "image", "video")
     tokens = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
     return {f"{name}_token_id": tokenizer.convert_tokens_to_ids(token) for name, token in zip(names, tokens)}
@@ -128,7 +128,7 @@ def qwen3_processor(tokenizer: Qwen2Tokenizer | None = None, patch_size: int = 1
 
 
 def qwen2_vl(tokenizer: Qwen2Tokenizer, **more: Any) -> Qwen2_5_VLForConditionalGeneration:
-    text = {name: value for name, value in TEXT.items() if name != "head_dim"} | more
+    text: dict[str, Any] = {name: value for name, value in TEXT.items() if name != "head_dim"} | more
     config = Qwen2_5_VLConfig(
         text_config=text | {"rope_parameters": ROPE | {"rope_theta": 1000000.0}},
         vision_config={
@@ -145,7 +145,7 @@ def qwen2_vl(tokenizer: Qwen2Tokenizer, **more: Any) -> Qwen2_5_VLForConditional
 
 
 def qwen3_vl_config(tokenizer: Qwen2Tokenizer, **more: Any) -> Qwen3VLConfig:
-    text = TEXT | more
+    text: dict[str, Any] = TEXT | more
     return Qwen3VLConfig(
         text_config=text | {"rope_parameters": ROPE | {"rope_theta": 1000000.0}},
         vision_config={

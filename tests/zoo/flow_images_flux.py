@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from diffusers import (
@@ -55,7 +56,7 @@ def visual_cloze() -> DiffusionPipeline:
     return VisualClozeGenerationPipeline(**of(FluxFillPipeline, 3 * LATENT).components, resolution=16)
 
 
-def chroma(cls: type[DiffusionPipeline] = ChromaPipeline) -> DiffusionPipeline:
+def chroma(cls: Callable[..., DiffusionPipeline] = ChromaPipeline) -> DiffusionPipeline:
     base = flux()
     transformer = ChromaTransformer2DModel(
         in_channels=LATENT,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from diffusers import (
@@ -85,7 +86,7 @@ def flux2() -> DiffusionPipeline:
     )
 
 
-def klein(cls: type[DiffusionPipeline]) -> DiffusionPipeline:
+def klein(cls: Callable[..., DiffusionPipeline]) -> DiffusionPipeline:
     return cls(
         scheduler=scheduler(),
         vae=flux2_autoencoder(depth=3),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from diffusers import (
@@ -44,7 +45,7 @@ def with_controlnet(cls: type[DiffusionPipeline], extra_channels: int = 0) -> Di
 
 
 def editing(
-    cls: type[DiffusionPipeline], z_dim: int = 4, picture_channels: int = 3, **changes: Any
+    cls: Callable[..., DiffusionPipeline], z_dim: int = 4, picture_channels: int = 3, **changes: Any
 ) -> DiffusionPipeline:
     base = qwen_image()
     tokenizer = chat_tokenizer()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from diffusers import (
@@ -58,7 +59,7 @@ def autoencoder() -> AutoencoderDC:
 
 
 def sana(
-    cls: type[DiffusionPipeline], scheduler: Any = None, transformer: Any = None, **parts: Any
+    cls: Callable[..., DiffusionPipeline], scheduler: Any = None, transformer: Any = None, **parts: Any
 ) -> DiffusionPipeline:
     return cls(
         tokenizer=opening_tokenizer(),
@@ -70,7 +71,7 @@ def sana(
     )
 
 
-def sprint(cls: type[DiffusionPipeline]) -> DiffusionPipeline:
+def sprint(cls: Callable[..., DiffusionPipeline]) -> DiffusionPipeline:
     transformer = SanaTransformer2DModel(**TRANSFORMER, guidance_embeds=True, qk_norm="rms_norm_across_heads")
     return sana(cls, SCMScheduler(), transformer)
 

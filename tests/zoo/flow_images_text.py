@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from diffusers import (
@@ -146,7 +147,7 @@ def lumina() -> DiffusionPipeline:
     )
 
 
-def cogview4(cls: type[DiffusionPipeline], in_channels: int = 4) -> DiffusionPipeline:
+def cogview4(cls: Callable[..., DiffusionPipeline], in_channels: int = 4) -> DiffusionPipeline:
     return cls(
         tokenizer=opening_tokenizer(),
         text_encoder=GlmModel(GlmConfig(**TEXT)),
@@ -184,7 +185,7 @@ def bria_fibo_transformer() -> BriaFiboTransformer2DModel:
     )
 
 
-def bria_fibo(cls: type[DiffusionPipeline] = BriaFiboPipeline) -> DiffusionPipeline:
+def bria_fibo(cls: Callable[..., DiffusionPipeline] = BriaFiboPipeline) -> DiffusionPipeline:
     return cls(
         transformer=bria_fibo_transformer(),
         scheduler=euler(use_dynamic_shifting=True),

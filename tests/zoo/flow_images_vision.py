@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 from diffusers import (
@@ -91,7 +92,7 @@ def longcat_edit() -> DiffusionPipeline:
     return LongCatImageEditPipeline(**longcat_parts(vae))
 
 
-def dreamlite(cls: type[DiffusionPipeline]) -> DiffusionPipeline:
+def dreamlite(cls: Callable[..., DiffusionPipeline]) -> DiffusionPipeline:
     tokenizer = chat_tokenizer()
     vae = AutoencoderTiny(
         encoder_block_out_channels=(8, 8),

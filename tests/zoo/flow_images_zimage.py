@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from diffusers import (
     DiffusionPipeline,
@@ -22,7 +24,7 @@ from zoo.families import z_image
 LATENT = 16
 
 
-def with_controlnet(cls: type[DiffusionPipeline], channels: int) -> DiffusionPipeline:
+def with_controlnet(cls: Callable[..., DiffusionPipeline], channels: int) -> DiffusionPipeline:
     base = z_image()
     controlnet = ZImageControlNetModel(
         control_layers_places=[0],
