@@ -81,13 +81,9 @@ def picture(row: int, height: int = 16, width: int = 16) -> Image.Image:
 
 
 def mask(row: int, height: int = 16, width: int = 16) -> Image.Image:
-    """A mask, white in the upper or the lower half and, from the second row on, in one column of each four as well."""
-    pixels = np.zeros((height, width), dtype=np.uint8)
-    half = height // 2
-    pixels[half * (row % 2) : half * (row % 2 + 1)] = 255
-    if row:
-        pixels[:, :: width // 4] = 255
-    return Image.fromarray(pixels, mode="L")
+    """Four by four fields, half of them white, others for each row."""
+    fields = np.random.default_rng(row).permutation(16).reshape(4, 4) < 8
+    return Image.fromarray(255 * fields.astype(np.uint8)).resize((width, height), Image.Resampling.NEAREST)
 
 
 def entries() -> dict[str, Entry]:
