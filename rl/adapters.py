@@ -86,7 +86,7 @@ def check_pipeline(name: str, made: Any) -> Pipeline:
 def tail_is_idle(pipeline: Pipeline, conditioning: Prepared) -> bool:
     """Whether a step leaves the next latents as they are; of an adapter that is tried at every denoising index."""
     if isinstance(pipeline, FlowPipeline):
-        return pipeline.lifted.tail_is_idle
+        return pipeline.lifted.ends_at_step
     device = next(parameter.device for network in pipeline.denoisers.values() for parameter in network.parameters())
     shape = (len(conditioning), *conditioning.latent_shape)
     latents, next_latents = (

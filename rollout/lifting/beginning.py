@@ -61,7 +61,8 @@ class Beginning:
     draws: frozenset[int] = frozenset()  # numbers of the prologue's draws that are this noise
     gain: Tensor | float = 1.0  # [*X] where it differs from place to place
     noise_names: frozenset[Any] = field(default=frozenset())  # locals that are the noise, for the loop to use again
-    plain: bool = True  # the base is 0
+    start_names: frozenset[Any] = field(default=frozenset())  # locals that are the start itself, likewise
+    plain: bool = True  # the base is 0 and the gain is 1
 
 
 def find_beginning(run: Callable[[frozenset[int], float], Prologue], name: str) -> Beginning:
@@ -92,10 +93,15 @@ def find_beginning(run: Callable[[frozenset[int], float], Prologue], name: str) 
         )
     draws = frozenset(found)
     zeros, ones = run(draws, 0.0), run(draws, 1.0)
-    names = frozenset(key for key, value in zeros.values.items() if _differ(value, ones.values.get(key)))
-    for key in names:
-        made = ones.values[key]
-        if not isinstance(made, Tensor) or made.shape != once.state.shape or not bool((made == 1).all()):
+    names, starts = set(), set()
+    for key, made in ones.values.items():
+        if not _differ(made, zeros.values.get(key)):
+            continue
+        if isinstance(made, Tensor) and made.shape == once.state.shape and bool((made == 1).all()):
+            names.add(key)
+        elif not _differ(made, ones.state) and not _differ(zeros.values[key], zeros.state):
+            starts.add(key)
+        else:
             raise LiftError(
                 f"the loop of {name} uses {key}, which is made of the noise that it starts with; {ADAPTER_ADVICE}"
             )
@@ -106,7 +112,8 @@ def find_beginning(run: Callable[[frozenset[int], float], Prologue], name: str) 
     return Beginning(
         draws=draws,
         gain=level if uniform else level * moved.to(gain.dtype),
-        noise_names=names,
+        noise_names=frozenset(names),
+        start_names=frozenset(starts),
         plain=not bool(zeros.state.any()) and uniform and level == 1,
     )
 

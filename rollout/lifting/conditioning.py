@@ -211,9 +211,12 @@ class Conditioning:
     layout: Mapping[Key, Layout]
     items: tuple[Any, ...]  # T, what the pipeline's loop iterates over, mostly (i, timestep)
     alone: bool = False  # the pipeline takes one row at a time: B is 1
+    stepped: Tensor | None = None  # [N], where the latents stand in a sample's state, if a step takes a part of it
+    rest: Tensor | None = None  # [B, *], that state, whose other places stay as they are
     base: Tensor | None = None  # [B, *X], what sampling starts from besides noise, such as a picture; None is nothing
     gain: Tensor | float = 1.0  # [*X] or one number: sampling starts from base + gain * noise
     noise_names: frozenset[Key] = frozenset()  # values [B, *X] that are this noise, for the loop to use again
+    start_names: frozenset[Key] = frozenset()  # values [B, *X] that are what sampling starts from, likewise
     shapes: tuple[
         tuple[int, ...], ...
     ] = ()  # of several states (picture and sound) that make up the latents; () is one
@@ -239,6 +242,7 @@ class Conditioning:
                 self.base.to(noise) + (self.gain.to(noise) if isinstance(self.gain, Tensor) else self.gain) * noise
             )
         own = {key: noise.to(self.values[key]) for key in self.noise_names}
+        own |= {key: latents.to(self.values[key]) for key in self.start_names}
         return latents, replace(self, values={**self.values, **own}) if own else self
 
     def take(self, index: Sequence[int] | Tensor) -> Conditioning:
@@ -256,8 +260,8 @@ class Conditioning:
             for name, layout in self.layout.items()
             if name in self.values
         }
-        base = None if self.base is None else self.base[rows.to(self.base.device)]
-        return replace(self, size=len(rows), values={**self.values, **taken}, base=base)
+        whole = {name: value[rows.to(value.device)] for name, value in self._by_row().items()}
+        return replace(self, size=len(rows), values={**self.values, **taken}, **whole)
 
     @staticmethod
     def join(parts: Sequence[Conditioning]) -> Conditioning:
@@ -282,8 +286,9 @@ class Conditioning:
         size = sum(part.size for part in parts)
         if len(parts) == 1:
             return first
-        base = None if first.base is None else torch.cat([part.base for part in parts if part.base is not None])
-        return replace(first, size=size, values={**first.values, **joined}, base=base)
+        rows = [part._by_row() for part in parts]
+        whole = {name: torch.cat([own[name] for own in rows]) for name in rows[0]}
+        return replace(first, size=size, values={**first.values, **joined}, **whole)
 
     def to(self, device: torch.device | str) -> Conditioning:
         """The same with every tensor on ``device`` (the schedule stays on the CPU)."""
@@ -291,8 +296,12 @@ class Conditioning:
             self,
             values={name: _to(value, device) for name, value in self.values.items()},
             items=tuple(_to(item, device) for item in self.items),
-            base=_to(self.base, device),
+            **{name: value.to(device) for name, value in self._by_row().items()},
         )
+
+    def _by_row(self) -> dict[str, Tensor]:
+        """The fields that have a row for each sample, by name."""
+        return {name: value for name, value in (("rest", self.rest), ("base", self.base)) if value is not None}
 
 
 def difference(a: Conditioning, b: Conditioning) -> str | None:
@@ -301,7 +310,7 @@ def difference(a: Conditioning, b: Conditioning) -> str | None:
         return f"latents {a.latent_shape} {a.latent_dtype} and {b.latent_shape} {b.latent_dtype}"
     if not a.schedule.equals(b.schedule):
         return f"noise levels {a.schedule.sigma.tolist()} and {b.schedule.sigma.tolist()}"
-    if (a.base is None) != (b.base is None) or not same(a.gain, b.gain):
+    if a._by_row().keys() != b._by_row().keys() or not same(a.gain, b.gain):
         return "one starts from noise alone and the other does not, or from another share of noise"
     if a.values.keys() != b.values.keys() or a.layout != b.layout:
         unlike = sorted(map(str, a.values.keys() ^ b.values.keys()))

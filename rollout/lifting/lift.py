@@ -46,6 +46,7 @@ class Lifted:
     states: tuple[
         str, ...
     ]  # the locals that go into a ``scheduler.step`` and come out of it: latents, perhaps sound, too
+    whole: bool  # each step gets its local as it is; otherwise a part of it, and what follows the step puts it back
     outer: tuple[str, ...]  # the first line of each loop around the denoising loop, with its number
     body_reads: frozenset[str]  # locals of the prologue that the body may read, without ``self``
     epilogue_reads: frozenset[str]
@@ -55,6 +56,11 @@ class Lifted:
     bars: frozenset[str]  # progress bars
     tail_is_idle: bool  # True where nothing that matters follows the step within an iteration
     source: str  # the loop as it stands in the pipeline's file
+
+    @property
+    def ends_at_step(self) -> bool:
+        """Whether an iteration does nothing to the next latents after its step."""
+        return self.tail_is_idle or not self.whole
 
 
 @functools.cache
@@ -73,6 +79,7 @@ def lift(cls: type) -> Lifted:
     local_names = set(function.__code__.co_varnames + function.__code__.co_cellvars) - {"self"}
     bound_before = {arg.arg for arg in ast.walk(definition.args) if isinstance(arg, ast.arg)}
     bound_before |= {name.id for name in ast.walk(definition) if _is_stored(name) and name.lineno < loop.lineno}
+    states, whole = _states(cls, loop, steps, bound_before & local_names)
     body_reads = (_loads(loop.body) & local_names) - (_stores([loop]) - bound_before)
     epilogue_reads = _loads(after_loop) & local_names
 
@@ -90,7 +97,8 @@ def lift(cls: type) -> Lifted:
         prologue=_compile(prologue, function),
         body=_compile(body_function, function),
         epilogue=_compile(epilogue_function, function),
-        states=_states(cls, loop, steps),
+        states=states,
+        whole=whole,
         outer=tuple(_first_line(around) for around in outer),
         body_reads=frozenset(body_reads),
         epilogue_reads=frozenset(epilogue_reads),
@@ -234,21 +242,27 @@ def _methods_with_a_step(cls: type) -> Iterator[str]:
             yield name
 
 
-def _states(cls: type, loop: ast.For, steps: list[ast.Call]) -> tuple[str, ...]:
-    """The locals that go into a step and come out of it, as ``latents = scheduler.step(noise, t, latents)[0]``.
+def _states(cls: type, loop: ast.For, steps: list[ast.Call], before: set[str]) -> tuple[tuple[str, ...], bool]:
+    """The locals whose values go into a step and come out of it, as ``latents = scheduler.step(noise, t, latents)[0]``.
 
     Steps of one name are branches of one step. Where a step has no such local, it is the name in the third argument,
     ``scheduler.step(model_output, timestep, sample)``; where it has several (a solver's memory), it is that of another step.
+    A name that the loop itself takes from a local of before (``part = latents[:, 1:]``) stands for that local.
+
+    Also returned: whether every step gets its local as it is, and not a part of it.
     """
-    found = []  # for each step, the names that may be its sample
+    found, whole = [], True  # for each step, the names that may be its sample
     for step in steps:
         assigned = [node for node in ast.walk(loop) if isinstance(node, ast.Assign) and step in ast.walk(node.value)]
         targets = {name.id for node in assigned for name in _names(node.targets)}
-        both = targets & {name.id for name in _names([*step.args, *(keyword.value for keyword in step.keywords)])}
-        names = both or {name.id for name in _names(step.args[2:3])}
+        arguments = [*step.args, *(keyword.value for keyword in step.keywords)]
+        both = targets & {root for argument in arguments if (root := _root(argument))}
+        third = {root for argument in step.args[2:3] if (root := _root(argument))}
+        names = both or third
         if not names:
             raise LiftError(f"{cls.__name__}: the sample of {ast.unparse(step)} (line {step.lineno}) was not found")
-        found.append(names)
+        found.append({_taken_from(name, loop, before) for name in names})
+        whole = whole and names <= before and any(isinstance(a, ast.Name) and a.id in names for a in arguments)
     certain = {name for names in found if len(names) == 1 for name in names}
     chosen = []
     for step, names in zip(steps, found):
@@ -259,7 +273,32 @@ def _states(cls: type, loop: ast.For, steps: list[ast.Call]) -> tuple[str, ...]:
                 f"{ADAPTER_ADVICE}"
             )
         chosen += own
-    return tuple(dict.fromkeys(chosen))
+    return tuple(dict.fromkeys(chosen)), whole
+
+
+def _root(expression: ast.expr) -> str | None:
+    """``latents`` of ``latents``, ``latents[:, 1:]`` and ``latents.float()``."""
+    while not isinstance(expression, ast.Name):
+        if isinstance(expression, (ast.Subscript, ast.Attribute)):
+            expression = expression.value
+        elif isinstance(expression, ast.Call):
+            expression = expression.func
+        else:
+            return None
+    return expression.id
+
+
+def _taken_from(name: str, loop: ast.For, before: set[str]) -> str:
+    """The local of before that the loop takes a part of under another name; the name itself where it is one, or none is."""
+    if name in before:
+        return name
+    assigns = [node for node in ast.walk(loop) if isinstance(node, ast.Assign)]
+    for node in assigns:
+        if any(isinstance(target, ast.Name) and target.id == name for target in node.targets):
+            root = _root(node.value)
+            if root in before:
+                return root
+    return name
 
 
 def _names(nodes: list[ast.expr]) -> list[ast.Name]:

@@ -97,12 +97,33 @@ class Loop:
         bound |= instead or {}
         for name in self.lifted.written_in_place & bound.keys():
             bound[name] = bound[name].clone() if isinstance(bound[name], Tensor) else copy.copy(bound[name])
-        return self.lifted.body(conditioning.items[index], **bound)
+        scheduler = bound["self"].scheduler
+        if hasattr(scheduler, "_step_index"):  # which code after the step may ask; this copy has never stepped
+            scheduler = bound["self"].scheduler = copy.copy(scheduler)
+            scheduler._step_index = (scheduler.begin_index or 0) + index
+        return _counting(self.lifted.body(conditioning.items[index], **bound), scheduler)
 
     def states(self, latents: Tensor, conditioning: Conditioning) -> dict[str, Tensor]:
-        """The pipeline's own locals that the latents are."""
-        parts = split_state(latents.to(conditioning.latent_dtype), conditioning.shapes)
-        return dict(zip(self.lifted.states, parts))
+        """The pipeline's own locals that the latents are, or are a part of."""
+        state = latents.to(conditioning.latent_dtype)
+        if conditioning.stepped is not None and conditioning.rest is not None:
+            whole = conditioning.rest.to(state).flatten(1)
+            whole = whole.index_copy(1, conditioning.stepped.to(whole.device), state.flatten(1))
+            state = whole.reshape(conditioning.rest.shape)
+        return dict(zip(self.lifted.states, split_state(state, conditioning.shapes)))
+
+
+def _counting(body: Body, scheduler: Any) -> Body:
+    """The body, with a scheduler that counts its steps as if it took them."""
+    try:
+        handed = next(body)
+        while True:
+            answer = yield handed
+            if hasattr(scheduler, "_step_index"):
+                scheduler._step_index += 1
+            handed = body.send(answer)
+    except StopIteration as stop:
+        return stop.value
 
 
 @contextmanager

@@ -195,7 +195,7 @@ class FlowPipeline:
                 f"{type(self.pipe).__name__} steps {list(velocity.shape)} where its latents are {list(latents.shape)}: "
                 f"the loop's state is more than the step's latents; {ADAPTER_ADVICE}"
             )
-        if self.lifted.tail_is_idle:
+        if self.lifted.ends_at_step:
             return LiftedStep(velocity)
         if len(self.lifted.states) > 1:
             raise ValueError(

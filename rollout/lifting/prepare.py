@@ -22,7 +22,7 @@ from flowsteer.rollout.lifting.conditioning import Attribute, Conditioning, Key,
 from flowsteer.rollout.lifting.lift import ADAPTER_ADVICE, LiftError
 from flowsteer.rollout.lifting.loop import Loop, fixed_randomness
 from flowsteer.rollout.lifting.schedules import read_schedule
-from flowsteer.rollout.lifting.step import finish, join_states
+from flowsteer.rollout.lifting.step import finish, join_states, samples
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +55,28 @@ class _Probed:
     alone: bool  # it takes one row at a time
     from_loop: dict[str, Any]  # what the epilogue wants from the loop besides latents
     beginning: Beginning  # how the start follows from noise
+    stepped: Tensor | None  # see Conditioning
+    sample_shape: tuple[int, ...] | None  # of what a step takes, where that is a part of the state
+
+    def complete(self, one: _Run) -> Conditioning:
+        """The conditioning of a row, from a run whose noise was replaced by zeros, or of any with its own start as base."""
+        beginning, state, gain = self.beginning, one.state, self.beginning.gain
+        more: dict[str, Any] = {}
+        if self.stepped is not None and self.sample_shape is not None:
+            more = {"stepped": self.stepped, "rest": state, "latent_shape": self.sample_shape}
+            state = state.flatten(1)[:, self.stepped].reshape(1, *self.sample_shape)
+            gain = gain.flatten()[self.stepped].reshape(self.sample_shape) if isinstance(gain, Tensor) else gain
+        return replace(
+            one.conditioning,
+            layout=self.layout,
+            alone=self.alone,
+            values={**self.from_loop, **one.conditioning.values},
+            base=state,
+            gain=gain,
+            noise_names=beginning.noise_names,
+            start_names=beginning.start_names,
+            **more,
+        )
 
 
 class Preparer:
@@ -84,15 +106,8 @@ class Preparer:
             probed = self._probe(row, settings)
             beginning = probed.beginning
             one = self.run([row], settings, draws=frozenset() if beginning.plain else beginning.draws)
-            self.prepared[key] = replace(
-                one.conditioning,
-                layout=probed.layout,
-                alone=probed.alone,
-                values={**probed.from_loop, **one.conditioning.values},
-                base=None if beginning.plain else one.state,
-                gain=beginning.gain,
-                noise_names=beginning.noise_names,
-            )
+            prepared = probed.complete(one)
+            self.prepared[key] = replace(prepared, base=None) if beginning.plain else prepared
         self.prepared.move_to_end(key)
         while len(self.prepared) > self.cache_size:
             self.prepared.popitem(last=False)
@@ -100,8 +115,10 @@ class Preparer:
 
     def own_start(self, row: Row, settings: Settings) -> tuple[Tensor, Conditioning]:
         """The latents [1, *X] with which the pipeline itself would start from its argument ``generator``, and that row."""
-        prepared, own = self.row(row, settings), self.run([row], settings)
-        return own.state, replace(prepared, values={**prepared.values, **own.conditioning.values})
+        self.row(row, settings)
+        own = self._probe(row, settings).complete(self.run([row], settings))
+        assert own.base is not None
+        return own.base, own
 
     def call_arguments(self, rows: list[Row], settings: Settings, *, once: bool = False) -> dict[str, Any]:
         """The arguments of the pipeline's ``__call__`` for some rows."""
@@ -122,11 +139,15 @@ class Preparer:
             def run(draws: frozenset[int], value: float) -> Prologue:
                 return self.run([row], settings, draws=draws, value=value).prologue()
 
+            beginning = find_beginning(run, self.name)
+            stepped, sample_shape = (None, None) if self.loop.lifted.whole else self._stepped(one, beginning)
             self._probed[key] = _Probed(
                 layout=layout or {},
                 alone=layout is None,
                 from_loop=self._left_by_the_loop(carried.conditioning, missing) if missing else {},
-                beginning=find_beginning(run, self.name),
+                beginning=beginning,
+                stepped=stepped,
+                sample_shape=sample_shape,
             )
         return self._probed[key]
 
@@ -150,6 +171,29 @@ class Preparer:
             reasons[0],
         )
         return None, None
+
+    def _stepped(self, one: _Run, beginning: Beginning) -> tuple[Tensor, tuple[int, ...]]:
+        """Where in a sample's state its steps take their sample from, and the sample's shape.
+
+        The state is filled with the numbers of its places, and the loop is asked what it hands to its steps.
+        """
+        states = len(self.loop.lifted.states)
+        numbers = torch.arange(one.state.numel(), dtype=torch.float32, device=one.state.device)
+        with torch.no_grad():
+            body = self.loop.enter(
+                numbers.reshape(one.state.shape), 0, replace(one.conditioning, latent_dtype=torch.float32)
+            )
+            taken = join_states(samples(body, self.name, states))
+        places = taken.flatten().long()
+        if not torch.equal(places.to(taken.dtype), taken.flatten()) or len(places.unique()) < len(places):
+            raise LiftError(
+                f"what {self.name} steps is no part of its {', '.join(self.loop.lifted.states)}; {ADAPTER_ADVICE}"
+            )
+        noisy = torch.as_tensor(beginning.gain).expand(one.state.shape[1:]).flatten() != 0
+        noisy[places] = False
+        if bool(noisy.any()) or beginning.noise_names or beginning.start_names:
+            raise LiftError(f"{self.name} steps a part of what it starts from noise; {ADAPTER_ADVICE}")
+        return places, tuple(taken.shape[1:])
 
     def _left_by_the_loop(self, conditioning: Conditioning, names: frozenset[str]) -> dict[str, Any]:
         """Plain values, such as a dtype, that an iteration leaves for the epilogue."""
@@ -177,7 +221,7 @@ class Preparer:
         """
         lifted, pipe = self.loop.lifted, self.loop.pipe
         own: dict[str, Any] = {"scheduler": copy.deepcopy(pipe.scheduler)}
-        if "guider" in vars(pipe):  # may keep momentum
+        if getattr(pipe, "guider", None) is not None:  # may keep momentum
             own["guider"] = copy.deepcopy(pipe.guider)
             own["guider"].guidance_scale = settings.guidance_scale
         view = self.loop.view({**own, "_progress_bar_config": {"disable": True}})

@@ -24,7 +24,7 @@ from flowsteer.rollout.lifting.loop import fixed_randomness
 from flowsteer.rollout.lifting.pipeline import FlowPipeline
 from flowsteer.rollout.lifting.protocol import Pipeline
 from flowsteer.rollout.lifting.several import Prepared, Several, join
-from flowsteer.rollout.lifting.step import StepOutput, finish, join_states, run_to_step, split_state
+from flowsteer.rollout.lifting.step import StepOutput, finish, join_states, run_to_step
 from flowsteer.rollout.steps.solvers import euler
 from flowsteer.rollout.types import Schedule
 
@@ -175,8 +175,9 @@ def _seen(pipeline: Pipeline, noise: Tensor, rows: Prepared, inputs: Sequence[Ma
     other = next(place for place, own in enumerate(inputs) if _key(own) != _key(inputs[0]))
     latents, rows = rows.start(noise[:1].expand_as(noise).to(_device(pipeline), rows.latent_dtype))
     two = [0, other]
-    velocity = pipeline.begin(latents[two], 0, rows.take(two)).velocity
-    difference = max(_difference(own[:1], own[1:]) for own in (velocity, latents[two]))
+    step = pipeline.begin(latents[two], 0, rows.take(two))
+    after = step.finish(_step(step.velocity, latents[two], rows.schedule, 0))
+    difference = max(_difference(own[:1], own[1:]) for own in (step.velocity, latents[two], after))
     names = ", ".join(inputs[0].keys() | inputs[other].keys())
     what = "differ by" if difference else "make no difference: is the pipeline's strength too high for so few steps?"
     detail = f"two rows with other {names} {what}" + (f" {difference:.3g}" if difference else "")
@@ -249,9 +250,14 @@ def _carried(pipeline: FlowPipeline, latents: Tensor, conditioning: Conditioning
         visited.append(latents.clone())
         velocities.append(velocity)
         latents = _step(velocity, latents, conditioning.schedule, index)
-        left = finish(generator, split_state(latents, conditioning.shapes)[-1])
         if len(states) == 1:
-            latents = left[lifted.states[0]]
+            left = finish(generator, latents)
+            if lifted.whole:
+                latents = left[lifted.states[0]]
+            elif _difference(left[lifted.states[0]], pipeline.loop.states(latents, conditioning)[lifted.states[0]]):
+                changed.add(f"{lifted.states[0]} beside what it steps")
+        else:
+            left = finish(generator, velocity)  # its states are taken from here, not from there
         carried = {local: left[local] for local in lifted.body_reads & left.keys() - states} | {"self": left["self"]}
         now: dict[Key, Any] = {**carried, **{Attribute(name): value for name, value in vars(left["self"]).items()}}
         before = conditioning.values
@@ -280,7 +286,7 @@ def _parity(pipeline: FlowPipeline, prompt: str, inputs: Mapping[str, Value], se
     private.__dict__["scheduler"] = copy.deepcopy(pipe.scheduler)
     if own_step:
         private.scheduler.step = _Stepper(row.schedule)
-    if "guider" in vars(pipe):
+    if getattr(pipe, "guider", None) is not None:
         private.__dict__["guider"] = copy.deepcopy(pipe.guider)
         private.guider.guidance_scale = settings["guidance_scale"]
     private.__dict__.update({"_progress_bar_config": {"disable": True}, **pipeline.loop.unchecked})

@@ -69,10 +69,7 @@ def run_to_step(generator: Body, name: str, index: int, states: int = 1) -> list
     Of several states the body goes on with what it had, so it cannot be finished afterwards.
     """
     try:
-        outputs = [next(generator)]
-        while len(outputs) < states:
-            args, kwargs = outputs[-1]
-            outputs.append(generator.send(StepOutput(args[2] if len(args) > 2 else kwargs["sample"])))
+        outputs = _outputs(generator, states)
     except StopIteration:
         raise ValueError(f"{name} takes no step at denoising index {index}; {ADAPTER_ADVICE}") from None
     except UnboundLocalError as error:
@@ -81,6 +78,26 @@ def run_to_step(generator: Body, name: str, index: int, states: int = 1) -> list
             f"by itself; {ADAPTER_ADVICE}"
         ) from error
     return [args[0] if args else kwargs["model_output"] for args, kwargs in outputs]
+
+
+def samples(generator: Body, name: str, states: int = 1) -> list[Tensor]:
+    """Run a lifted body up to its step: the samples that the scheduler would have got, one for each of ``states``."""
+    try:
+        return [_sample(output) for output in _outputs(generator, states)]
+    except StopIteration:
+        raise ValueError(f"{name} takes no step at denoising index 0; {ADAPTER_ADVICE}") from None
+
+
+def _outputs(generator: Body, states: int) -> list[tuple[tuple, dict[str, Any]]]:
+    outputs = [next(generator)]
+    while len(outputs) < states:
+        outputs.append(generator.send(StepOutput(_sample(outputs[-1]))))
+    return outputs
+
+
+def _sample(output: tuple[tuple, dict[str, Any]]) -> Tensor:
+    args, kwargs = output
+    return args[2] if len(args) > 2 else kwargs["sample"]
 
 
 def finish(generator: Body, next_latents: Tensor) -> dict[str, Any]:
