@@ -27,6 +27,8 @@ from flowsteer.rollout.lifting.conditioning import (
 from flowsteer.rollout.lifting.loading import load_diffusers
 from flowsteer.rollout.lifting.pipeline import FlowPipeline
 from flowsteer.rollout.lifting.schedules import read_schedule, steppable
+from flowsteer.rollout.lifting.selfcheck import check
+from flowsteer.rollout.lifting.several import Several
 
 FAMILIES = list(zoo.ZOO)
 PROMPT, OTHER = "a red circle on a blue square", "two dogs"
@@ -446,18 +448,50 @@ def test_a_local_from_an_earlier_iteration_is_named(tmp_path):
 def test_latents_that_are_not_the_steps_sample(tmp_path):
     part = STEP.replace("noise_pred, t, latents", "noise_pred[:, :2], t, latents[:, :2]")
     pipeline = zoo.lifted("sd3", zoo.build_variant(tmp_path, "partial", (STEP, part)))
+    with pytest.raises(ValueError, match=r"StableDiffusion3Pipeline steps a part of what it starts from noise"):
+        prepare(pipeline, [PROMPT])
+
+
+def test_a_step_may_take_a_part_of_the_state(tmp_path):
+    """The other part is the same for all steps, as the first frame of a video that is given."""
+    constant = (
+        "        # 6. Denoising loop\n        latents = torch.cat([latents, 0.5 * torch.ones_like(latents)], 1)\n"
+    )
+    step = f"""\
+                part = latents[:, :4]
+{STEP.replace("latents = ", "part = ").replace("t, latents", "t, part")}\
+                latents = torch.cat([part, latents[:, 4:]], 1)
+"""
+    joined = (
+        "torch.cat([latents] * 2) if self.do_classifier_free_guidance else latents",
+        "(latents[:, :4] * latents[:, 4:])",
+    )
+    end = ("latents = (latents / self.vae", "latents = (latents[:, :4] / self.vae")
+    loop = ("        # 7. Denoising loop\n", constant.replace("# 6", "# 7"))
+    pipe = zoo.build_variant(tmp_path, "beside", (STEP, step), joined, end, loop)
+    pipeline = zoo.lifted("sd3", pipe)
+    report = check(pipeline)
+    assert report.ok, report.text()
+    assert "bit for bit" in next(finding.detail for finding in report.findings if finding.name == "parity")
     conditioning = prepare(pipeline, [PROMPT])
-    with pytest.raises(ValueError, match=r"steps \[1, 2, 8, 8\] where its latents are \[1, 4, 8, 8\]"):
-        pipeline.velocity(noise(conditioning), 0, conditioning)
+    assert conditioning.latent_shape == (4, 8, 8)
+    assert conditioning.rest is not None
+    assert conditioning.rest.shape == (1, 8, 8, 8)
 
 
 def test_a_pipeline_for_one_prompt_at_a_time(tmp_path):
     before = "        device = self._execution_device\n\n        lora_scale = (\n"
     pipe = zoo.build_variant(tmp_path, "single", (before, "        assert batch_size == 1, 'one prompt'\n" + before))
-    with pytest.raises(
-        ValueError, match=r"prepares one prompt, but not two or three at once \(AssertionError: one prompt\)"
-    ):
-        prepare(zoo.lifted("sd3", pipe), [PROMPT])
+    pipeline = zoo.lifted("sd3", pipe)
+    assert check(pipeline).ok
+    whole = zoo.shared("sd3")
+    rows, alone = (prepare(own, [PROMPT, OTHER]).take([1, 0, 1]) for own in (whole, pipeline))
+    assert isinstance(alone, Several)
+    latents = noise(rows)
+    velocity, one_by_one = whole.velocity(latents, 1, rows), pipeline.velocity(latents, 1, alone)
+    assert (velocity - one_by_one).abs().max() < 1e-4 * velocity.std()
+    pictures = [own.decode(latents, given) for own, given in ((whole, rows), (pipeline, alone))]
+    assert (pictures[0] - pictures[1]).abs().max() < 1e-4
 
 
 # --- layouts ---
