@@ -36,13 +36,19 @@ def load_pipeline(
     height: int | None = None,
     width: int | None = None,
     call: Mapping[str, Any] | None = None,
+    scheduler: Mapping[str, Any] | None = None,
 ) -> Pipeline:
     """The pipeline at ``path``, lifted, or what the adapter makes of the same arguments.
 
     Raises ValueError if there is no such pipeline or adapter, or if the adapter is not one, cannot be imported or made.
     """
     if adapter is None:
-        return FlowPipeline.load(path, dtype=dtype, device=device, height=height, width=width, call_kwargs=call)
+        size = {"height": height, "width": width}
+        return FlowPipeline.load(path, dtype=dtype, device=device, call_kwargs=call, scheduler=scheduler, **size)
+    if scheduler:
+        raise ValueError(
+            "model.scheduler is for pipelines that are lifted; an adapter has a schedule of its own: leave it out"
+        )
     make = DOOR.load(adapter)
     if not callable(make):
         raise ValueError(

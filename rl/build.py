@@ -255,6 +255,7 @@ def build_pipeline(config: Config, device: torch.device) -> Pipeline:
         height=model.height,
         width=model.width,
         call=model.call,
+        scheduler=model.scheduler,
     )
     if model.gradient_checkpointing:
         for name, denoiser in pipeline.denoisers.items():

@@ -147,24 +147,55 @@ def export_lora(policy: Policy, engine: Engine, folder: Path) -> Path:
         with engine.whole(policy.exported()):
             lora = lora_state(policy, component)
         if engine.is_main:
-            write_lora(lora, folder / SECOND if component == SECOND else folder)
+            write_lora(lora, folder_of(component, policy.denoisers, folder))
     engine.wait()
     return folder / LORA_FILE
 
 
 def load_lora(pipe: Any, folder: Path) -> None:
-    """``pipe.load_lora_weights`` of an exported LoRA, with the second call that a second transformer needs.
+    """Load an exported LoRA: ``pipe.load_lora_weights`` or what stands in for it, and a call for each further denoiser.
 
     Raises ValueError if diffusers finds no layer of the pipeline in the file, where it would go on with the base model.
     """
-    pipe.load_lora_weights(str(folder))
-    if not any(getattr(part, "peft_config", None) for part in pipe.components.values()):
-        raise ValueError(
-            f"{folder / LORA_FILE} holds nothing that diffusers can load into {type(pipe).__name__}; give the LoRA of a run "
-            "with this model in diffusers' format (RUN/export, or `flowsteer export --format diffusers`)"
-        )
-    if (folder / SECOND / LORA_FILE).exists():
-        pipe.load_lora_weights(str(folder / SECOND), load_into_transformer_2=True)
+    if hasattr(pipe, "load_lora_weights"):
+        pipe.load_lora_weights(str(folder))
+        if not any(getattr(part, "peft_config", None) for part in pipe.components.values()):
+            raise ValueError(
+                f"{folder / LORA_FILE} holds nothing that diffusers can load into {type(pipe).__name__}; give the LoRA of a "
+                "run with this model in diffusers' format (RUN/export, or `flowsteer export --format diffusers`)"
+            )
+    else:
+        _load_adapter(pipe, read_lora(folder / LORA_FILE).prefix, folder)
+    for further in sorted(folder.glob(f"*/{LORA_FILE}")):
+        component = further.parent.name
+        if component == SECOND:
+            pipe.load_lora_weights(str(further.parent), load_into_transformer_2=True)
+        else:
+            _load_adapter(pipe, component, further.parent)
+
+
+def _load_adapter(pipe: Any, component: str, folder: Path) -> None:
+    """A LoRA of one network, by the network's own method, or fused in where it has none."""
+    network = getattr(pipe, component)
+    if hasattr(network, "load_lora_adapter"):
+        network.load_lora_adapter(str(folder), prefix=component)
+    else:
+        _fuse(network, read_lora(folder / LORA_FILE))
+
+
+def how_to_load(pipe: Any, component: str) -> str:
+    """What a user of diffusers writes to load a LoRA of this pipeline."""
+    if hasattr(pipe, "load_lora_weights"):
+        return 'pipe.load_lora_weights("FOLDER")'
+    if hasattr(getattr(pipe, component), "load_lora_adapter"):
+        return f'pipe.{component}.load_lora_adapter("FOLDER", prefix="{component}")'
+    return "only as a whole pipeline: `flowsteer export RUN FOLDER`"
+
+
+def folder_of(component: str, denoisers: Mapping[str, Any], folder: Path) -> Path:
+    """Where the LoRA of a denoiser is written: the first one's into ``folder``, each other one's into a folder of its name."""
+    first = next(name for name in sorted(denoisers, key=lambda name: name == SECOND))
+    return folder if component == first else folder / component
 
 
 @torch.no_grad()

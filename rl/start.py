@@ -8,33 +8,30 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from flowsteer.rewards.combine import RewardSet
 from flowsteer.rl import build
-from flowsteer.rl.adapters import name_of, tail_is_idle
 from flowsteer.rl.checkpoint import Checkpoints, fingerprint, open_run, write_whole
 from flowsteer.rl.config import Config, check_config, save_config
 from flowsteer.rl.config.data import inputs_of, sources_of
 from flowsteer.rl.engine.base import Engine
 from flowsteer.rl.engine.processes import Processes
 from flowsteer.rl.evaluations import Evaluations
+from flowsteer.rl.export import how_to_load
+from flowsteer.rl.fit import checked_plan
 from flowsteer.rl.metrics import Log, Meter
 from flowsteer.rl.policy import Policy
 from flowsteer.rl.report.screen import Screen
 from flowsteer.rl.run import Run
 from flowsteer.rl.scoring import StepScorer
 from flowsteer.rl.types import Algorithm
-from flowsteer.rollout.data.prompts import Prompts, Row, read_prompts
-from flowsteer.rollout.lifting import selfcheck
-from flowsteer.rollout.lifting.pipeline import UnlikeConditioning
+from flowsteer.rollout.data.prompts import Prompts, read_prompts
+from flowsteer.rollout.lifting.pipeline import FlowPipeline
 from flowsteer.rollout.lifting.protocol import Pipeline
-from flowsteer.rollout.sample import prepare_rows
-from flowsteer.rollout.steps import kernels
 from flowsteer.rollout.steps.plan import Plan
 
 logger = logging.getLogger(__name__)
@@ -168,7 +165,9 @@ def open_folder(config: Config, folder: Path, checked: Checked, loaded: Loaded, 
         is_main=engine.is_main,
         config=json.loads(config.model_dump_json()),
     )
-    screen.opening(derived(config, policy, engine, prompts), origin=origin, missing_trackers=log.missing_trackers)
+    screen.opening(
+        derived(config, policy, engine, prompts, loaded.pipeline), origin=origin, missing_trackers=log.missing_trackers
+    )
     return Run(
         config=config,
         folder=folder,
@@ -198,7 +197,7 @@ def origin_of(first: int, checkpoints: Checkpoints, config: Config, *, resume: b
     return f"continuing with step {first} ({first}/{config.num_steps} done)"
 
 
-def derived(config: Config, policy: Policy, engine: Engine, prompts: Prompts) -> dict[str, str]:
+def derived(config: Config, policy: Policy, engine: Engine, prompts: Prompts, pipeline: Pipeline) -> dict[str, str]:
     """Quantities that follow from the configuration: printed at the start, never asked for."""
     rollout, algorithm = config.rollout, config.algorithm
     images = rollout.prompts_per_step * rollout.group_size
@@ -212,6 +211,7 @@ def derived(config: Config, policy: Policy, engine: Engine, prompts: Prompts) ->
         f"{engine.accumulation} backward passes per update",
         "prompts": f"{len(prompts)}, all seen after {len(prompts) / rollout.prompts_per_step:.1f} steps",
         "output": config.output,
+        **({"export": loads} if (loads := how_the_export_loads(config, pipeline)) else {}),
     }
     if rollout.branching is not None:
         ways = len(rollout.branching.granularities)
@@ -219,62 +219,8 @@ def derived(config: Config, policy: Policy, engine: Engine, prompts: Prompts) ->
     return lines
 
 
-def check_rows(pipeline: Pipeline, rows: Sequence[Row], guidance: dict[str, Any]) -> None:
-    """Raise ValueError with the whole report where a pipeline cannot be trained on such rows."""
-    inputs = {"inputs": [dict(row.inputs) for row in rows]} if any(row.inputs for row in rows) else {}
-    report = selfcheck.check(pipeline, prompts=[row.text for row in rows], **inputs, **guidance)
-    if not report.ok:
-        raise ValueError(report.text())
-
-
-def checked_plan(config: Config, pipeline: Pipeline, plan: Plan, prompts: Prompts) -> Plan:
-    """Can this pipeline be trained so? A few network passes; raises ValueError that says what does not hold.
-
-    Returns the plan with noise levels that keep their budget on the pipeline's schedule, where that is asked for.
-    """
-    rollout = config.rollout
-    guidance = {"guidance_scale": rollout.guidance_scale, "negative_prompt": rollout.negative_prompt}
-    first = [prompts.row(place) for place in range(min(len(prompts), 64))]
-    some = [*{row.text: row for row in first}.values(), *(first[0]._replace(text=text) for text in selfcheck.PROMPTS)]
-    two = {row.text: row for row in some}
-    check_rows(pipeline, list(two.values())[:2], guidance)
-    settings = {"num_inference_steps": rollout.num_inference_steps, **guidance}
-    conditioning = prepare_rows(pipeline, some[:1], **settings)
-    if (taken := conditioning.schedule.num_steps) != plan.num_steps:
-        logger.warning(
-            "%s takes %d of the %d denoising steps of rollout.num_inference_steps; the plan is for those",
-            name_of(pipeline),
-            taken,
-            rollout.num_inference_steps,
-        )
-        plan = build.build_plan(rollout.plan, config, num_steps=taken)
-    if rollout.batch_size > rollout.group_size:
-        try:
-            prepare_rows(pipeline, first, **settings)
-        except UnlikeConditioning as error:
-            raise ValueError(
-                f"rollout.batch_size={rollout.batch_size} puts several prompts into a batch, but {error}; set it to "
-                f"rollout.group_size={rollout.group_size} or a divisor of it"
-            ) from error
-    if (rollout.tail_fraction < 1 or rollout.branching) and not tail_is_idle(pipeline, conditioning):
-        raise ValueError(
-            f"{name_of(pipeline)} does something to the latents after each denoising step, which neither skipped "
-            "steps nor candidates would get; leave rollout.tail_fraction and rollout.branching out"
-        )
-    if rollout.branching and "sigma" in prompts.columns:
-        raise ValueError(
-            "rollout.branching gives rewards a column called sigma, and so does the prompt file; rename that one"
-        )
-    if not plan.num_transitions:
-        return plan
-    reached = {index for step in range(config.num_steps) for index in plan.indices(step)}
-    if missed := sorted(set(plan.covered) - reached):
-        logger.warning(
-            "in %d training steps the window never comes to the denoising steps %s", config.num_steps, missed
-        )
-    kernels.check_kernel(rollout.kernel.name, conditioning.schedule, plan.covered_levels)
-    if rollout.kernel.keep_budget:
-        kernel, schedule = rollout.kernel, conditioning.schedule
-        factor = kernels.budget_factor(kernel.name, schedule, plan.covered_levels, kernel.noise_level)
-        plan = replace(plan, levels=tuple(factor * level for level in plan.levels))
-    return plan
+def how_the_export_loads(config: Config, pipeline: Pipeline) -> str:
+    """How diffusers loads the LoRA of this run; empty where the run has none, or an adapter in the pipeline's place."""
+    if config.model.lora is None or not isinstance(pipeline, FlowPipeline):
+        return ""
+    return how_to_load(pipeline.pipe, next(iter(pipeline.denoisers)))

@@ -134,6 +134,7 @@ class Chosen:
     device: str
     size: dict[str, int]
     call: dict[str, Any]
+    scheduler: dict[str, Any]  # of the run
     config: Config | None = field(default=None)  # of the run
 
     @property
@@ -159,7 +160,13 @@ class Chosen:
         from flowsteer.rl.export import LORA_FILE, load_into, load_lora
         from flowsteer.rollout.lifting.pipeline import FlowPipeline
 
-        given = {"dtype": DTYPES[self.dtype], "device": self.device, "call": self.call, **self.size}
+        given = {
+            "dtype": DTYPES[self.dtype],
+            "device": self.device,
+            "call": self.call,
+            "scheduler": self.scheduler,
+            **self.size,
+        }
         pipeline = load_pipeline(self.model, adapter=self.adapter, **given)
         if self.weights is not None and isinstance(pipeline, FlowPipeline) and (self.weights / LORA_FILE).is_file():
             load_lora(pipeline.pipe, self.weights)
@@ -267,6 +274,7 @@ def choose(
         device=device,
         size={name: value for name, value in size.items() if value is not None},
         call={**section.call, **parse_overrides(call or [])},
+        scheduler=section.scheduler,
         config=config,
     )
 

@@ -67,8 +67,8 @@ class InputConfig(Section):
     column: str
     """Paths in it are relative to the prompt file; rows without a value give the pipeline none."""
     kind: Kind
-    """``image``, ``images`` (a list), ``mask`` (grey), ``video`` (an animated picture, a film, or a list of frames), ``audio``
-    (a WAV file), ``number`` or ``text``."""
+    """``image``, ``images`` (a list), ``rgba`` (with alpha), ``mask`` (grey), ``video`` (an animated picture, a film,
+    or a list of frames), ``audio`` (a WAV file), ``number`` or ``text``."""
 
 
 def with_kinds(given: Any) -> Any:

@@ -68,6 +68,8 @@ class ModelConfig(Section):
     """``null`` trains all weights of the denoiser."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass: less memory, more time."""
+    scheduler: dict[str, Any] = {}
+    """Settings of the scheduler that differ from those that it was saved with, such as ``{timestep_spacing: leading}``."""
     call: dict[str, Any] = {}
     """Further arguments of the pipeline's own ``__call__``, such as ``max_sequence_length``."""
 

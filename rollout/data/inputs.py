@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, ImageSequence, UnidentifiedImageError
 
-Kind = Literal["image", "images", "mask", "video", "audio", "number", "text"]
-MEDIA = ("image", "images", "mask", "video", "audio")
+Kind = Literal["image", "images", "rgba", "mask", "video", "audio", "number", "text"]
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")  # ends of names
 _FILMS = (".mp4", ".mov", ".webm", ".mkv", ".avi")
 
 
@@ -52,14 +52,15 @@ class Media:
     def load(self) -> Any:
         """The value for the pipeline.
 
-        A picture is a PIL image in RGB, a mask one in grey; some pictures and the frames of a video are a list of them; sound
-        is a float32 tensor [channels, samples] in [-1, 1].
+        A picture is a PIL image in RGB (``rgba``: with an alpha channel), a mask one in grey; some pictures and the frames of a
+        video are a list of them; sound is a float32 tensor [channels, samples] in [-1, 1].
         """
         if self.kind == "audio":
             return _sound(self.parts[0])
         if self.kind == "video" and len(self.parts) == 1:
             return _frames(self.parts[0])
-        pictures = [_picture(part, "L" if self.kind == "mask" else "RGB") for part in self.parts]
+        mode = {"mask": "L", "rgba": "RGBA"}.get(self.kind, "RGB")
+        pictures = [_picture(part, mode) for part in self.parts]
         return pictures if self.kind in ("images", "video") else pictures[0]
 
     def __str__(self) -> str:

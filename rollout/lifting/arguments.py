@@ -61,6 +61,7 @@ class CallArguments:
         self.fixed = {**size, **call_kwargs}
         self.counts_from_zero = counts_from_zero
         self.has_guider = has_guider
+        self.bare = False  # the pipeline wants a text and no list of prompts
         for key in call_kwargs.keys() & OURS:
             raise ValueError(
                 f"the call argument {key!r} is a setting of its own, or not for the user to set; leave it out of the further "
@@ -97,7 +98,7 @@ class CallArguments:
         """
         own = self._of_rows(inputs or [{}] * len(prompts), once=once)
         wanted = {
-            "prompt": prompts,
+            "prompt": prompts[0] if self.bare else prompts,
             "num_inference_steps": settings.num_inference_steps,
             "generator": torch.Generator().manual_seed(
                 0
@@ -114,7 +115,7 @@ class CallArguments:
         if negative is not None:
             if "negative_prompt" not in self.parameters:
                 raise ValueError(f"{self.name} takes no negative prompt; leave it out")
-            arguments["negative_prompt"] = [negative] * len(prompts)
+            arguments["negative_prompt"] = negative if self.bare else [negative] * len(prompts)
         return arguments
 
     def check_inputs(self, names: Iterable[str]) -> None:

@@ -18,6 +18,7 @@ from flowsteer.rollout.lifting.lift import Lifted
 from flowsteer.rollout.lifting.step import Body, split_state
 
 Call = Callable[..., Any]
+GUIDES = ("controlnet", "adapter")  # beginnings of the names of components that are never trained
 
 
 class _Denoiser:
@@ -57,11 +58,14 @@ class Loop:
 
     @property
     def denoisers(self) -> dict[str, nn.Module]:
-        """The networks that the denoising loop calls, by component name: ``{"transformer": ...}``."""
+        """The networks that the denoising loop calls, by component name: ``{"transformer": ...}``.
+
+        ControlNets and adapters that feed a denoiser are not among them: they stay as they are.
+        """
         return {
             name: component
             for name, component in vars(self.pipe).items()
-            if name in self.lifted.attributes and isinstance(component, nn.Module)
+            if name in self.lifted.attributes and isinstance(component, nn.Module) and not name.startswith(GUIDES)
         }
 
     @property

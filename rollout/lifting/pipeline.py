@@ -10,7 +10,7 @@ Letters: B samples, T denoising steps, X latent shape of one sample.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,10 +23,10 @@ from flowsteer.rollout.lifting.arguments import CallArguments, Settings
 from flowsteer.rollout.lifting.conditioning import Conditioning, UnlikeConditioning
 from flowsteer.rollout.lifting.lift import ADAPTER_ADVICE, LiftError, lift
 from flowsteer.rollout.lifting.loading import EMBEDDED, load_diffusers
-from flowsteer.rollout.lifting.loop import Call, Loop
+from flowsteer.rollout.lifting.loop import GUIDES, Call, Loop
 from flowsteer.rollout.lifting.prepare import Preparer
 from flowsteer.rollout.lifting.protocol import Pipeline
-from flowsteer.rollout.lifting.schedules import steppable
+from flowsteer.rollout.lifting.schedules import steppable, with_settings
 from flowsteer.rollout.lifting.several import Prepared, Several, join
 from flowsteer.rollout.lifting.step import Body, LiftedStep, finish, join_states, run_to_step
 
@@ -45,6 +45,7 @@ class FlowPipeline:
         pipe: the pipeline. An epsilon or v_prediction pipeline gets a DDIM scheduler in place of its own.
         height, width: pixels, None for the pipeline's default.
         call_kwargs: further arguments of the pipeline's ``__call__``, which win over what is derived here.
+        scheduler: settings of the scheduler that differ from those that it was saved with.
         cache_size: how many prepared prompts are kept.
 
     Raises:
@@ -59,18 +60,22 @@ class FlowPipeline:
         height: int | None = None,
         width: int | None = None,
         call_kwargs: Mapping[str, Any] | None = None,
+        scheduler: Mapping[str, Any] | None = None,
         cache_size: int = 256,
     ) -> None:
         self.pipe: Any = pipe
         self.lifted = lift(type(pipe))
-        scheduler = steppable(self.pipe.scheduler)
-        if scheduler is not self.pipe.scheduler:
-            self.pipe.scheduler = scheduler
+        stepped = steppable(with_settings(self.pipe.scheduler, scheduler or {}))
+        if stepped is not self.pipe.scheduler:
+            self.pipe.scheduler = stepped
         # Cosmos has a safety checker without this method, and refuses to run without it: that one stays.
         checked = hasattr(pipe, "run_safety_checker") and getattr(pipe, "safety_checker", None) is not None
         self.loop = Loop(pipe, self.lifted, {"safety_checker": None} if checked else {})
         if not self.denoisers:
             raise LiftError(f"the denoising loop of {type(pipe).__name__} calls no network of the pipeline itself")
+        for name, component in vars(pipe).items():
+            if name.startswith(GUIDES) and isinstance(component, nn.Module):
+                component.requires_grad_(False)
         for name, denoiser in self.denoisers.items():
             if any("_hf_hook" in vars(module) for module in denoiser.modules()):
                 raise ValueError(f"{name} carries offloading hooks; load the pipeline without offloading it")
@@ -156,8 +161,18 @@ class FlowPipeline:
         try:
             joined = join([self.preparer.row(row, settings) for row in place])
         except UnlikeConditioning as error:
+            if (several := self._several(place, settings)) is not None:
+                return several.take([place[row] for row in rows])
             raise UnlikeConditioning(f"{error} (prompts: {dict(enumerate(row.text for row in place))})") from None
         return joined if len(place) == len(rows) else joined.take([place[row] for row in rows])
+
+    def _several(self, rows: Iterable[Row], settings: Settings) -> Several | None:
+        """Rows with pictures that cannot stand in one batch, each by itself; None where their latents or steps differ."""
+        parts = tuple(self.preparer.row(row, settings) for row in rows)
+        alike = all(
+            part.latent_shape == parts[0].latent_shape and part.schedule.equals(parts[0].schedule) for part in parts
+        )
+        return Several(parts=parts) if alike and all(row.inputs for row in rows) else None
 
     def call_arguments(
         self, prompts: Sequence[str], *, inputs: Sequence[Mapping[str, Value]] | None = None, **settings: Any

@@ -125,6 +125,15 @@ class Preparer:
         inputs = [{name: load(value) for name, value in row.inputs} for row in rows]
         return self.arguments.build([row.text for row in rows], settings, inputs, once=once)
 
+    def _bare(self, rows: list[Row], settings: Settings, draws: frozenset[int], value: float) -> _Run | None:
+        """The run with a bare text in place of a list of prompts, for pipelines that want one; None where it fails, too."""
+        self.arguments.bare = True
+        try:
+            return self.run(rows, settings, draws=draws, value=value)
+        except Exception:  # the first error is the one to show
+            self.arguments.bare = False
+            return None
+
     def _probe(self, row: Row, settings: Settings) -> _Probed:
         """What is known of the pipeline for rows like this one: of the same inputs and the same size."""
         sizes = tuple(pair for pair in row.inputs if pair[0] in ("height", "width"))
@@ -164,7 +173,9 @@ class Preparer:
             except Exception as error:  # whatever a pipeline says of batches
                 reasons.append(f"{type(error).__name__}: {error}")
                 continue
-            return layout, two
+            if layout:
+                return layout, two
+            reasons.append("no value has a row for each of them")
         logger.warning(
             "%s prepares one row, but not two or three at once (%s): each sample takes a network pass of its own",
             self.name,
@@ -201,8 +212,7 @@ class Preparer:
         latents = torch.zeros(shape, dtype=conditioning.latent_dtype, device=self.loop.device)
         with torch.no_grad():
             generator = self.loop.enter(latents, 0, conditioning)
-            next(generator)
-            left = finish(generator, latents)
+            left = finish(generator, samples(generator, self.name, len(self.loop.lifted.states))[-1])
         plain = (torch.dtype, torch.device, int, float, str)
         return {name: value for name, value in left.items() if name in names and isinstance(value, plain)}
 
@@ -226,12 +236,14 @@ class Preparer:
             own["guider"].guidance_scale = settings.guidance_scale
         view = self.loop.view({**own, "_progress_bar_config": {"disable": True}})
         before = dict(vars(view))
-        arguments = self.call_arguments(rows, settings, once=once)
         recorded = Draws(draws, value)
         try:
+            arguments = self.call_arguments(rows, settings, once=once)
             with torch.no_grad(), fixed_randomness(self.loop.device), recorded:
                 local, iterable, around = lifted.prologue(view, **arguments)
         except Exception as error:  # whatever a pipeline says of what it was given
+            if len(rows) == 1 and not self.arguments.bare and (run := self._bare(rows, settings, draws, value)):
+                return run
             given = {name for row in rows for name, _ in row.inputs} | self.arguments.fixed.keys()
             if not (idle := [name for name in self.arguments.media if name not in given]):
                 raise

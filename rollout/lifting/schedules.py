@@ -6,7 +6,9 @@ Left out: schedulers with several network calls per step (Heun), and levels beyo
 
 from __future__ import annotations
 
+import difflib
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -26,13 +28,27 @@ def is_variance_preserving(scheduler: Any) -> bool:
     return config.get("prediction_type") in VARIANCE_PRESERVING and not config.get("use_flow_sigmas", False)
 
 
+def with_settings(scheduler: Any, settings: Mapping[str, Any]) -> Any:
+    """The scheduler with some of its settings changed. Raises ValueError for one that it does not have."""
+    if not settings:
+        return scheduler
+    for name in settings.keys() - scheduler.config.keys():
+        near = difflib.get_close_matches(name, scheduler.config, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(sorted(scheduler.config))}"
+        raise ValueError(f"{type(scheduler).__name__} has no setting {name!r} (model.scheduler); {hint}")
+    return type(scheduler).from_config(scheduler.config, **settings)
+
+
 def steppable(scheduler: Any) -> Any:
     """The scheduler, or for a variance-preserving model the DDIM scheduler over the same noise levels, as DDPO used.
 
     Source: Black et al. 2023, "Training Diffusion Models with Reinforcement Learning" (arXiv:2305.13301), section 4.
     Raises ValueError where DDIM would not have the same noise levels.
     """
-    if not is_variance_preserving(scheduler) or isinstance(scheduler, _DDIM):
+    if not is_variance_preserving(scheduler):
+        return scheduler
+    _check_exact(scheduler)
+    if isinstance(scheduler, _DDIM):
         return scheduler
     if "alphas_cumprod" not in vars(scheduler):
         raise ValueError(
@@ -49,12 +65,43 @@ def steppable(scheduler: Any) -> Any:
     return ddim
 
 
+def _check_exact(scheduler: Any) -> None:
+    """Raise ValueError for settings under which DDIM's steps would differ from those that are taken here."""
+    config = scheduler.config
+    wrong = {
+        "clip_sample": (config.get("clip_sample") and isinstance(scheduler, _DDIM), False, "clips what it predicts"),
+        "thresholding": (config.get("thresholding") and isinstance(scheduler, _DDIM), False, "clips what it predicts"),
+        "timestep_spacing": (
+            config.get("timestep_spacing") == "linspace",
+            "leading",
+            "steps to other levels than it visits",
+        ),
+        **{
+            name: (config.get(name), False, "has noise levels of its own")
+            for name in ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
+        },
+    }
+    for name, (given, instead, reason) in wrong.items():
+        if given:
+            raise ValueError(
+                f"{type(scheduler).__name__} with {name}={config.get(name)} {reason}; train with "
+                f"model.scheduler={{{name}: {str(instead).lower()}}}, and draw with the same"
+            )
+
+
 def read_schedule(scheduler: Any, num_steps: int) -> Schedule:
     """The ``num_steps`` noise levels that ``set_timesteps`` has left in a scheduler.
 
     Raises ValueError where the levels are not one more than the steps, or do not fall within [0, 1].
     """
-    start = getattr(scheduler, "begin_index", None) or 0  # image-to-image starts late
+    if not hasattr(scheduler, "alphas_cumprod") and not hasattr(scheduler, "sigmas"):
+        raise ValueError(
+            f"{type(scheduler).__name__} has a noise schedule of another kind than flows and variance-preserving models have; "
+            "give the pipeline a scheduler with sigmas (model.scheduler), or leave it"
+        )
+    start = getattr(scheduler, "begin_index", None) or max(
+        len(scheduler.timesteps) - num_steps, 0
+    )  # image-to-image is late
     timesteps = scheduler.timesteps[start : start + num_steps].detach().float().cpu()
     if is_variance_preserving(scheduler):
         return _ddim_schedule(scheduler, timesteps)

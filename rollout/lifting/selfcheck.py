@@ -98,7 +98,7 @@ def check(
         given: list[dict[str, Any]] = [{"inputs": [own]} for own in inputs] if inputs else [{}] * len(prompts)
         rows = [pipeline.prepare([prompt], **settings, **own) for prompt, own in zip(prompts, given, strict=True)]
         conditioning, axes = _together(rows)
-        report = report.with_findings([axes, _levels(conditioning)])
+        report = report.with_findings([axes, _levels(conditioning, isinstance(pipeline, FlowPipeline))])
         noise = torch.randn((len(conditioning), *conditioning.latent_shape), generator=torch.Generator().manual_seed(0))
         latents, conditioning = conditioning.start(noise.to(_device(pipeline), conditioning.latent_dtype))
         with torch.no_grad():
@@ -145,11 +145,14 @@ def _together(rows: list[Prepared]) -> tuple[Prepared, Finding]:
         return rows[0].take([0] * len(rows)), Finding(name="batch axes", ok=bool(rows[0].layout), detail=detail)
 
 
-def _levels(conditioning: Prepared) -> Finding:
-    """The noise levels, and what samples start from: a schedule that begins late needs a picture to begin with."""
+def _levels(conditioning: Prepared, lifted: bool) -> Finding:
+    """The noise levels, and what samples start from.
+
+    An adapter's schedule that begins late needs something to begin with. What a lifted pipeline begins with is its own.
+    """
     schedule, base = conditioning.schedule, conditioning.base
     levels = " ".join(f"{sigma:.4g}" for sigma in schedule.sigma.tolist())
-    late = float(schedule.sigma[0]) <= PURE_NOISE and base is None
+    late = float(schedule.sigma[0]) <= PURE_NOISE and base is None and not lifted
     start = "from noise alone" if base is None else "from noise on what the pipeline prepares"
     if late:
         start += f"; the first level must then be above {PURE_NOISE}"

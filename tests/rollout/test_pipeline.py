@@ -593,7 +593,9 @@ def test_schedulers_that_do_not_fit():
         read_schedule(rising, 3)
     with pytest.raises(ValueError, match="EDMEulerScheduler predicts epsilon on noise levels of its own"):
         steppable(diffusers.EDMEulerScheduler())
-    rescaled = diffusers.EulerDiscreteScheduler(rescale_betas_zero_snr=True, prediction_type="v_prediction")
+    rescaled = diffusers.EulerDiscreteScheduler(
+        rescale_betas_zero_snr=True, prediction_type="v_prediction", timestep_spacing="trailing"
+    )
     rescaled.alphas_cumprod = rescaled.alphas_cumprod * 0.5
     with pytest.raises(ValueError, match=r"noise levels that DDIMScheduler.from_config does not reproduce"):
         steppable(rescaled)

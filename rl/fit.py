@@ -1,0 +1,106 @@
+"""Can this pipeline be trained as a configuration asks? A few network passes at the start of a run."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from flowsteer.rl import build
+from flowsteer.rl.adapters import name_of, tail_is_idle
+from flowsteer.rl.config import Config
+from flowsteer.rollout.data.inputs import PICTURES
+from flowsteer.rollout.data.prompts import Prompts, Row
+from flowsteer.rollout.lifting import selfcheck
+from flowsteer.rollout.lifting.pipeline import FlowPipeline, UnlikeConditioning
+from flowsteer.rollout.lifting.protocol import Pipeline
+from flowsteer.rollout.sample import prepare_rows
+from flowsteer.rollout.steps import kernels
+from flowsteer.rollout.steps.plan import Plan
+
+logger = logging.getLogger(__name__)
+
+
+def warn_of_idle_columns(config: Config, pipeline: Pipeline, prompts: Prompts) -> None:
+    """Warn of columns that look like inputs of the pipeline and are mapped nowhere."""
+    if not isinstance(pipeline, FlowPipeline) or not (media := pipeline.preparer.arguments.media):
+        return
+    mapped = {own.column for own in config.inputs.values()}
+    for name, values in prompts.columns.items():
+        named = name in media or any(
+            isinstance(value, str) and value.lower().endswith(PICTURES) for value in values[:64]
+        )
+        if named and name not in mapped:
+            logger.warning(
+                "the column %r looks like an input, but %s is not given it; map it, as in inputs={%s: %s}, unless only rewards "
+                "want it",
+                name,
+                name_of(pipeline),
+                name if name in media else media[0],
+                name,
+            )
+
+
+def check_rows(pipeline: Pipeline, rows: Sequence[Row], settings: dict[str, Any]) -> None:
+    """Raise ValueError with the whole report where a pipeline cannot be trained on such rows."""
+    inputs = {"inputs": [dict(row.inputs) for row in rows]} if any(row.inputs for row in rows) else {}
+    report = selfcheck.check(pipeline, prompts=[row.text for row in rows], **inputs, **settings)
+    if not report.ok:
+        raise ValueError(report.text())
+
+
+def checked_plan(config: Config, pipeline: Pipeline, plan: Plan, prompts: Prompts) -> Plan:
+    """Can this pipeline be trained so? A few network passes; raises ValueError that says what does not hold.
+
+    Returns the plan with noise levels that keep their budget on the pipeline's schedule, where that is asked for.
+    """
+    rollout = config.rollout
+    guidance = {"guidance_scale": rollout.guidance_scale, "negative_prompt": rollout.negative_prompt}
+    first = [prompts.row(place) for place in range(min(len(prompts), 64))]
+    some = [*{row.text: row for row in first}.values(), *(first[0]._replace(text=text) for text in selfcheck.PROMPTS)]
+    two = {row.text: row for row in some}
+    warn_of_idle_columns(config, pipeline, prompts)
+    # one that starts from a picture takes a part of the steps: fewer than the run's might leave the picture out
+    asked = {"num_inference_steps": rollout.num_inference_steps} if config.inputs else {}
+    check_rows(pipeline, list(two.values())[:2], guidance | asked)
+    settings = {"num_inference_steps": rollout.num_inference_steps, **guidance}
+    conditioning = prepare_rows(pipeline, some[:1], **settings)
+    if (taken := conditioning.schedule.num_steps) != plan.num_steps:
+        logger.warning(
+            "%s takes %d of the %d denoising steps of rollout.num_inference_steps; the plan is for those",
+            name_of(pipeline),
+            taken,
+            rollout.num_inference_steps,
+        )
+        plan = build.build_plan(rollout.plan, config, num_steps=taken)
+    if rollout.batch_size > rollout.group_size:
+        try:
+            prepare_rows(pipeline, first, **settings)
+        except UnlikeConditioning as error:
+            raise ValueError(
+                f"rollout.batch_size={rollout.batch_size} puts several prompts into a batch, but {error}; set it to "
+                f"rollout.group_size={rollout.group_size} or a divisor of it"
+            ) from error
+    if (rollout.tail_fraction < 1 or rollout.branching) and not tail_is_idle(pipeline, conditioning):
+        raise ValueError(
+            f"{name_of(pipeline)} does something to the latents after each denoising step, which neither skipped "
+            "steps nor candidates would get; leave rollout.tail_fraction and rollout.branching out"
+        )
+    if rollout.branching and "sigma" in prompts.columns:
+        raise ValueError(
+            "rollout.branching gives rewards a column called sigma, and so does the prompt file; rename that one"
+        )
+    if not plan.num_transitions:
+        return plan
+    reached = {index for step in range(config.num_steps) for index in plan.indices(step)}
+    if missed := sorted(set(plan.covered) - reached):
+        logger.warning(
+            "in %d training steps the window never comes to the denoising steps %s", config.num_steps, missed
+        )
+    kernels.check_kernel(rollout.kernel.name, conditioning.schedule, plan.covered_levels)
+    if rollout.kernel.keep_budget:
+        kernel, schedule = rollout.kernel, conditioning.schedule
+        factor = kernels.budget_factor(kernel.name, schedule, plan.covered_levels, kernel.noise_level)
+        plan = replace(plan, levels=tuple(factor * level for level in plan.levels))
+    return plan

@@ -1,0 +1,146 @@
+"""Runs whose pipelines are given pictures: trained from a configuration, exported, and redrawn by plain diffusers."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Make
+from diffusers import DiffusionPipeline
+from inprocess import finished
+from PIL import Image
+from safetensors import safe_open
+from torch import Tensor
+from zoo.entries import Entry, built, entries
+
+from flowsteer.rl.config import parse_config
+from flowsteer.rl.export import LORA_FILE, load_lora
+from flowsteer.rl.start import start
+from flowsteer.rollout.data.inputs import kind_of
+from flowsteer.rollout.lifting.loop import fixed_randomness
+from flowsteer.rollout.lifting.pipeline import FlowPipeline
+from flowsteer.rollout.steps.solvers import euler
+
+ENTRIES = entries()
+# a picture that samples start from, along the sequence, along the channels, with a mask, for a ControlNet; on a UNet
+KINDS = {
+    "StableDiffusion3Img2ImgPipeline": {"strength": 0.7},
+    "FluxKontextPipeline": {},
+    "FluxFillPipeline": {},
+    "FluxInpaintPipeline": {},
+    "FluxControlNetPipeline": {},
+    "sd_instruct_pix2pix": {},
+    "sd_controlnet": {},
+}
+STEPS = 4
+
+
+def prompt_file(entry: Entry, folder: Path) -> tuple[Path, dict[str, str]]:
+    """Three rows with their pictures, and which columns are which inputs."""
+    rows = []
+    for place, prompt in enumerate(entry.prompts):
+        row = {"prompt": prompt}
+        for name, picture in entry.inputs(place).items():
+            assert isinstance(picture, Image.Image)
+            picture.save(folder / f"{name}{place}.png")
+            row[f"{name}_file"] = f"{name}{place}.png"
+        rows.append(row)
+    file = folder / "rows.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return file, {name: f"{name}_file" for name in entry.inputs(0)}
+
+
+def configuration(name: str, make_config: Make, folder: Path, **more: Any) -> dict[str, Any]:
+    entry = ENTRIES[name]
+    built(entry).save_pretrained(folder / "model")
+    file, inputs = prompt_file(entry, folder)
+    model = {
+        "path": str(folder / "model"),
+        "lora": {"rank": 4, "alpha": 8, "targets": ["to_q", "to_k", "to_v"]},
+        **entry.size,
+        "call": {**entry.call, **KINDS[name]},
+    }
+    sizes: dict[str, Any] = {
+        "num_inference_steps": STEPS,
+        "prompts_per_step": 2,
+        "group_size": 2,
+        "batch_size": 2,
+        "plan": {"name": "all"},
+    }
+    if "unet" in {path.name for path in (folder / "model").iterdir()}:
+        sizes["kernel"] = {"name": "ddim"}
+    settings: dict[str, Any] = {"num_steps": 2, "model": model, "rollout": sizes, "prompts.train": str(file)}
+    return make_config(folder / "run", **settings, inputs=inputs, **more)
+
+
+def drawn(pipeline: FlowPipeline, prompt: str, inputs: dict[str, Any]) -> Tensor:
+    """The picture by lifted steps, from what the pipeline itself would start with."""
+    settings = {"num_inference_steps": STEPS, "guidance_scale": 1.0}
+    latents, row = pipeline.own_start(prompt, inputs=inputs, **settings)
+    with torch.no_grad():
+        for index in range(row.schedule.num_steps):
+            step = pipeline.begin(latents, index, row)
+            latents = step.finish(euler(step.velocity, latents, row.schedule, index)[0].to(step.velocity.dtype))
+        return pipeline.decode(latents, row)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_pipeline_with_pictures_is_trained_exported_and_redrawn(name: str, make_config: Make, tmp_path: Path) -> None:
+    run = finished(configuration(name, make_config, tmp_path))
+    pipeline = run.worker.pipeline
+    assert isinstance(pipeline, FlowPipeline)
+    row = run.worker.prompts.row(0)
+    assert set(dict(row.inputs)) == set(ENTRIES[name].inputs(0))
+    with run.policy.using("current"):
+        after = drawn(pipeline, row.text, dict(row.inputs))
+
+    plain = DiffusionPipeline.from_pretrained(tmp_path / "model")
+    plain.set_progress_bar_config(disable=True)
+    if getattr(plain, "safety_checker", None) is not None:
+        plain.safety_checker = None
+    lifted = FlowPipeline(plain, **ENTRIES[name].size, call_kwargs={**ENTRIES[name].call, **KINDS[name]})
+    arguments = lifted.call_arguments(
+        [row.text], inputs=[dict(row.inputs)], num_inference_steps=STEPS, guidance_scale=1.0
+    )
+
+    def by_diffusers() -> Tensor:
+        with fixed_randomness(torch.device("cpu")):
+            return plain(**arguments | {"generator": torch.Generator().manual_seed(0)})[0]
+
+    base = by_diffusers()
+    load_lora(plain, run.folder / "export")
+    for network in plain.components.values():
+        if isinstance(network, torch.nn.Module):
+            network.requires_grad_(False)  # as training froze it: torch multiplies by whether a weight wants a gradient
+    assert torch.equal(by_diffusers(), after)
+    assert (after - base).abs().max() > 1e-4
+    with safe_open(run.folder / "export" / LORA_FILE, framework="pt") as file:
+        assert {key.partition(".")[0] for key in file.keys()} <= {"transformer", "unet"}  # noqa: SIM118  (no mapping)
+
+
+def test_a_column_that_is_mapped_nowhere_is_told(
+    make_config: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The class also draws without a picture: it would be trained without ever seeing one."""
+    config = configuration("FluxKontextPipeline", make_config, tmp_path) | {"inputs": {}}
+    with caplog.at_level(logging.WARNING), contextlib.closing(start(parse_config(config), quiet=True)):
+        pass
+    assert "the column 'image_file' looks like an input, but FluxKontextPipeline is not given it" in caplog.text
+    assert "inputs={image: image_file}" in caplog.text
+
+
+def test_a_picture_that_is_needed_and_not_given_ends_the_run_by_name(make_config: Make, tmp_path: Path) -> None:
+    config = configuration("StableDiffusion3Img2ImgPipeline", make_config, tmp_path) | {"inputs": {}}
+    with pytest.raises(ValueError, match=r"StableDiffusion3Img2ImgPipeline cannot prepare .* It was not given image"):
+        start(parse_config(config), quiet=True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_kinds_of_the_zoo_are_read_off_names() -> None:
+    kinds = {kind_of(argument) for name in KINDS for argument in ENTRIES[name].inputs(0)}
+    assert kinds == {"image", "mask"}

@@ -1,0 +1,11 @@
+"""All tiny video pipelines whose networks predict noise or v."""
+
+from __future__ import annotations
+
+from zoo import epsilon_animatediff, epsilon_cogvideox
+from zoo.entries import Entry
+
+MODULES = (epsilon_animatediff, epsilon_cogvideox)
+
+ENTRIES: dict[str, Entry] = {name: entry for module in MODULES for name, entry in module.ENTRIES.items()}
+NOT_BUILT: dict[str, str] = {name: reason for module in MODULES for name, reason in module.NOT_BUILT.items()}
