@@ -27,26 +27,44 @@ class UnlikeConditioning(ValueError):
 
 @dataclass(frozen=True)
 class Rows:
-    """A tensor with ``blocks * B`` rows in dimension ``dim``, block after block, as in [negative; positive]."""
+    """A tensor with ``blocks * B`` rows in dimension ``dim``.
+
+    Block after block, as in [negative; positive]; within a block, each sample may have several rows (``inner``), one after the
+    other, as the frames of a video.
+    """
 
     dim: int
-    blocks: int
+    blocks: int  # rows of a sample in all
+    inner: int = 1  # rows of a sample that stand together
 
     def take(self, value: Tensor, index: Tensor, size: int) -> Tensor:
         """The rows ``index`` of each block; ``size`` is B."""
-        whole = torch.cat([index + block * size for block in range(self.blocks)]) if self.blocks > 1 else index
-        return value.index_select(self.dim, whole.to(value.device))
+        outer, inner = torch.arange(self.blocks // self.inner), torch.arange(self.inner)
+        rows = (outer[:, None, None] * size + index[:, None]) * self.inner + inner  # [blocks, samples, inner]
+        return value.index_select(self.dim, rows.flatten().to(value.device))
 
     def join(self, values: Sequence[Tensor]) -> Tensor:
         """Block by block, the values' rows one after the other."""
-        parts = [value.chunk(self.blocks, self.dim) for value in values]
-        return torch.cat([part[block] for block in range(self.blocks) for part in parts], self.dim)
+        blocks = self.blocks // self.inner
+        parts = [value.chunk(blocks, self.dim) for value in values]
+        return torch.cat([part[block] for block in range(blocks) for part in parts], self.dim)
 
     def shape(self, value: Any, size: int) -> Any:
         """What must be equal for two values to join; None where the value does not have ``size`` rows."""
         if not isinstance(value, Tensor) or value.dim() <= self.dim or value.shape[self.dim] != size * self.blocks:
             return None
         return value.dtype, value.shape[: self.dim], value.shape[self.dim + 1 :]
+
+    def ordered(self, alone: Any, mixed: Any) -> Rows:
+        """The same with the order of its rows, from the value of a row alone and that of a batch of it and another row."""
+        if self.blocks == 1 or self.shape(alone, 1) is None or self.shape(mixed, 2) is None:
+            return self
+
+        def distance(layout: Rows) -> float:
+            return (layout.take(mixed, torch.tensor([0]), 2).float() - alone.float()).abs().sum().item()
+
+        orders = [replace(self, inner=inner) for inner in range(1, self.blocks + 1) if self.blocks % inner == 0]
+        return min(orders, key=distance)
 
 
 @dataclass(frozen=True)

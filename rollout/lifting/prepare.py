@@ -18,7 +18,7 @@ from flowsteer.rollout.data.inputs import kind_of, load
 from flowsteer.rollout.data.prompts import Row
 from flowsteer.rollout.lifting.arguments import CallArguments, Settings
 from flowsteer.rollout.lifting.beginning import Beginning, Draws, Prologue, find_beginning
-from flowsteer.rollout.lifting.conditioning import Attribute, Conditioning, Key, Layout, find_layout
+from flowsteer.rollout.lifting.conditioning import Attribute, Conditioning, Key, Layout, Rows, find_layout
 from flowsteer.rollout.lifting.lift import ADAPTER_ADVICE, LiftError
 from flowsteer.rollout.lifting.loop import Loop, fixed_randomness
 from flowsteer.rollout.lifting.schedules import read_schedule
@@ -173,9 +173,14 @@ class Preparer:
             except Exception as error:  # whatever a pipeline says of batches
                 reasons.append(f"{type(error).__name__}: {error}")
                 continue
-            if layout:
-                return layout, two
-            reasons.append("no value has a row for each of them")
+            if not layout:
+                reasons.append("no value has a row for each of them")
+                continue
+            layout = self._ordered(layout, row, settings, one, once=once)
+            if row.inputs and (reason := self._stumbles(replace(one.conditioning, layout=layout))):
+                reasons.append(reason)
+                continue
+            return layout, two
         logger.warning(
             "%s prepares one row, but not two or three at once (%s): each sample takes a network pass of its own",
             self.name,
@@ -205,6 +210,36 @@ class Preparer:
         if bool(noisy.any()) or beginning.noise_names or beginning.start_names:
             raise LiftError(f"{self.name} steps a part of what it starts from noise; {ADAPTER_ADVICE}")
         return places, tuple(taken.shape[1:])
+
+    def _stumbles(self, row: Conditioning) -> str:
+        """Why a denoising step of the row twice is not possible; empty where it is. Costs a network pass."""
+        latents = torch.zeros((2, *row.latent_shape), dtype=row.latent_dtype, device=self.loop.device)
+        try:
+            with torch.no_grad():
+                samples(self.loop.enter(latents, 0, row.take([0, 0])), self.name, len(self.loop.lifted.states))
+        except Exception as error:  # whatever a network says of rows that do not go together
+            return f"{type(error).__name__}: {error}"
+        return ""
+
+    def _ordered(
+        self, layout: dict[Key, Layout], row: Row, settings: Settings, one: _Run, *, once: bool
+    ) -> dict[Key, Layout]:
+        """The layout with the order of the rows of values that have several for each sample.
+
+        A batch of the row and another prompt of the same length tells; where there can be none, it is block after block.
+        """
+        if not any(isinstance(own, Rows) and own.blocks > 1 for own in layout.values()):
+            return layout
+        other = row._replace(text=row.text[::-1])
+        try:
+            mixed = self.run([row, other], settings, once=once).conditioning.values
+        except Exception:  # a pipeline that does not pad
+            return layout
+        alone = one.conditioning.values
+        return {
+            key: own.ordered(alone[key], mixed.get(key)) if isinstance(own, Rows) else own
+            for key, own in layout.items()
+        }
 
     def _left_by_the_loop(self, conditioning: Conditioning, names: frozenset[str]) -> dict[str, Any]:
         """Plain values, such as a dtype, that an iteration leaves for the epilogue."""

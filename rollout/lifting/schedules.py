@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 
 VARIANCE_PRESERVING = ("epsilon", "v_prediction")
 _DDIM = (DDIMScheduler, CogVideoXDDIMScheduler)
+_OWN_LEVELS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
 
 
 def is_variance_preserving(scheduler: Any) -> bool:
@@ -47,9 +48,15 @@ def steppable(scheduler: Any) -> Any:
     """
     if not is_variance_preserving(scheduler):
         return scheduler
-    _check_exact(scheduler)
     if isinstance(scheduler, _DDIM):
+        _check_steps(scheduler)
         return scheduler
+    own = [name for name in _OWN_LEVELS if scheduler.config.get(name)]
+    if own:
+        raise ValueError(
+            f"{type(scheduler).__name__} with {own[0]}=True has noise levels of its own; train with "
+            f"model.scheduler={{{own[0]}: false}}, and draw with the same"
+        )
     if "alphas_cumprod" not in vars(scheduler):
         raise ValueError(
             f"{type(scheduler).__name__} predicts {scheduler.config.prediction_type} on noise levels of its own; a flow, or "
@@ -61,32 +68,25 @@ def steppable(scheduler: Any) -> Any:
             f"{type(scheduler).__name__} has noise levels that DDIMScheduler.from_config does not reproduce; give the "
             "pipeline a DDIM scheduler of its own (pipe.scheduler = ...) before handing it over"
         )
+    _check_steps(ddim)
     logger.warning("%s is replaced by DDIMScheduler with the same noise levels", type(scheduler).__name__)
     return ddim
 
 
-def _check_exact(scheduler: Any) -> None:
-    """Raise ValueError for settings under which DDIM's steps would differ from those that are taken here."""
+def _check_steps(scheduler: Any) -> None:
+    """Raise ValueError for settings under which diffusers' DDIM takes other steps than those that are taken here."""
     config = scheduler.config
-    wrong = {
-        "clip_sample": (config.get("clip_sample") and isinstance(scheduler, _DDIM), False, "clips what it predicts"),
-        "thresholding": (config.get("thresholding") and isinstance(scheduler, _DDIM), False, "clips what it predicts"),
-        "timestep_spacing": (
-            config.get("timestep_spacing") == "linspace",
-            "leading",
-            "steps to other levels than it visits",
-        ),
-        **{
-            name: (config.get(name), False, "has noise levels of its own")
-            for name in ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
-        },
-    }
-    for name, (given, instead, reason) in wrong.items():
-        if given:
-            raise ValueError(
-                f"{type(scheduler).__name__} with {name}={config.get(name)} {reason}; train with "
-                f"model.scheduler={{{name}: {str(instead).lower()}}}, and draw with the same"
-            )
+    wrong: dict[str, Any] = {}
+    if isinstance(scheduler, DDIMScheduler):
+        wrong |= {name: False for name in ("clip_sample", "thresholding") if config.get(name)}
+    if config.get("timestep_spacing") == "linspace":
+        wrong["timestep_spacing"] = "leading"
+    for name, instead in wrong.items():
+        reason = "steps to other levels than it visits" if instead else "clips what it predicts"
+        raise ValueError(
+            f"{type(scheduler).__name__} with {name}={config[name]} {reason}; train with "
+            f"model.scheduler={{{name}: {str(instead).lower()}}}, and draw with the same"
+        )
 
 
 def read_schedule(scheduler: Any, num_steps: int) -> Schedule:
