@@ -5,8 +5,10 @@ An entry says how to build a tiny pipeline of one class offline and how the clas
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.util
+import io
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +20,8 @@ from diffusers.utils import is_ftfy_available
 from PIL import Image
 from torch import nn
 
+from flowsteer.rollout.data.inputs import Media, kind_of
+from flowsteer.rollout.lifting.pipeline import FlowPipeline
 from zoo import NOISE
 
 MODULES = (
@@ -119,3 +123,30 @@ def arguments(entry: Entry, row: int) -> dict[str, Any]:
         if entry.guidance_name == "true_cfg_scale":
             wanted["negative_prompt"] = ""  # without one these classes leave guidance off
     return wanted
+
+
+def as_input(argument: str, value: Any) -> Any:
+    """A picture, or a list of them, as a prompt file would give it; other values as they are."""
+    several = isinstance(value, (list, tuple)) and all(isinstance(one, Image.Image) for one in value)
+    pictures = list(value) if several else [value]
+    if not several and not isinstance(value, Image.Image):
+        return value
+    kind: Any = kind_of(argument)
+    if several and kind not in ("video", "images"):
+        kind = "images"
+    elif not several:
+        kind = {"L": "mask", "RGBA": "rgba"}.get(value.mode, "image")
+    kept = []
+    for one in pictures:
+        buffer = io.BytesIO()
+        one.save(buffer, "PNG")
+        kept.append(buffer.getvalue())
+    return Media(kind, hashlib.sha256(b"".join(kept)).hexdigest()[:16], tuple(kept))
+
+
+def lifted(entry: Entry) -> tuple[FlowPipeline, list[dict[str, Any]] | None, str | None]:
+    """The entry's pipeline, the inputs of three rows if it takes any, and its negative prompt."""
+    call = {name: value for name, value in entry.call.items() if name not in ("negative_prompt", "output_type")}
+    pipeline = FlowPipeline(built(entry), **entry.size, call_kwargs=call)
+    inputs = [{name: as_input(name, value) for name, value in entry.inputs(row).items()} for row in range(3)]
+    return pipeline, inputs if inputs[0] else None, entry.call.get("negative_prompt")
