@@ -232,12 +232,12 @@ class Preparer:
             return layout
         other = row._replace(text=row.text[::-1])
         try:
-            mixed = self.run([row, other], settings, once=once).conditioning.values
+            both = self.run([row, other], settings, once=once).conditioning.values
+            alone = [own.conditioning.values for own in (one, self.run([other], settings))]
         except Exception:  # a pipeline that does not pad
             return layout
-        alone = one.conditioning.values
         return {
-            key: own.ordered(alone[key], mixed.get(key)) if isinstance(own, Rows) else own
+            key: own.ordered([values.get(key) for values in alone], both.get(key)) if isinstance(own, Rows) else own
             for key, own in layout.items()
         }
 

@@ -12,7 +12,9 @@ from diffusers import DiffusionPipeline
 from torch import nn
 from zoo.entries import NOT_BUILT, Entry, arguments, built, entries
 
-ENTRIES = entries()
+pytestmark = pytest.mark.slow  # of the zoo itself; test_zoo.py holds each pipeline of it against itself
+
+ENTRIES = {name: entry for name, entry in entries().items() if name.endswith("Pipeline")}
 NOTICEABLE = 1e-4  # of values between 0 and 1: a hundred times the rounding errors of pictures this size
 
 

@@ -12,6 +12,8 @@ import torch
 from zoo import audio, epsilon_images, epsilon_sd, epsilon_sdxl, epsilon_video, video, video_easyanimate
 from zoo.entries import Entry, built
 
+pytestmark = pytest.mark.slow  # of the zoo itself; test_zoo.py holds each pipeline of it against itself
+
 ENTRIES: dict[str, Entry] = {
     **epsilon_images.ENTRIES,
     **video.ENTRIES,
