@@ -14,7 +14,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -23,17 +23,40 @@ from typing import Any
 TIMEOUT_S = 300.0  # a run takes 1 to 30 s; what takes longer hangs
 
 _context = multiprocessing.get_context("forkserver")
+# What runs import on their way, too: DeepSpeed alone loads 700 modules when an engine is made. One that is missing in another
+# version is passed over, and then imported by each process.
 _context.set_forkserver_preload(
     [
         "flowsteer.rl.start",
         "flowsteer.rl.train",
         "flowsteer.rewards.scorers.jpeg",
         "deepspeed",
+        "deepspeed.comm.mori",
+        "deepspeed.module_inject.auto_ep_layer",
+        "deepspeed.ops.triton_ops",
+        "deepspeed.runtime.superoffload.superoffload_stage3",
+        "deepspeed.runtime.zero.stage3",
+        "deepspeed.runtime.zero.stage_1_and_2",
+        "diffusers.guiders",
+        "diffusers.pipelines.onnx_utils",
         "diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3",
+        "functorch.compile",
+        "numpy.ctypeslib",
+        "torch._dynamo.repro.after_aot",
+        "torch._dynamo.testing",
+        "torch._inductor.compile_fx",
+        "torch.utils.cpp_extension",
+        "torch.utils.mkldnn",
         "transformers.models.clip.modeling_clip",
         "transformers.models.t5.modeling_t5",
+        *(f"PIL.{name}ImagePlugin" for name in ("Bmp", "Gif", "Jpeg", "Png", "Ppm")),
     ]
 )
+
+
+def process(target: Callable[..., None], *arguments: Any) -> BaseProcess:
+    """A process of the server's, not yet started; the function is imported there by its name."""
+    return _context.Process(target=target, args=arguments)
 
 
 def nft(**more: Any) -> dict[str, Any]:
@@ -89,9 +112,8 @@ def begin(
     for rank in range(processes):
         own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
         hit = strike if strike and strike.rank == rank else None
-        process = _context.Process(target=_child, args=(config, resume, environment | own, _log(config, rank), hit))
-        process.start()
-        started.append(process)
+        started.append(process(_child, config, resume, environment | own, _log(config, rank), hit))
+        started[-1].start()
     return started
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import json
-import multiprocessing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -298,8 +297,7 @@ def test_a_gradient_that_is_not_finite_ends_the_run_before_the_weights_change(
     make_config: Make, tmp_path: Path, stage: int, dtype: str
 ) -> None:
     settings = {"engine.zero_stage": stage, "model.dtype": dtype, "model.lora": None}
-    arguments = (make_config(tmp_path / "run", **settings), tmp_path / "log")
-    process = multiprocessing.get_context("spawn").Process(target=poisoned, args=arguments)
+    process = launch.process(poisoned, make_config(tmp_path / "run", **settings), tmp_path / "log")
     process.start()
     assert launch.wait([process]) == [0]
     stayed, message = json.loads((tmp_path / "log").read_text())
