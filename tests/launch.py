@@ -6,15 +6,18 @@ milliseconds and still has its own memory, environment, signals and death.
 
 from __future__ import annotations
 
+import importlib
 import json
 import multiprocessing
 import os
+import runpy
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -30,6 +33,7 @@ _context.set_forkserver_preload(
         "flowsteer.rl.start",
         "flowsteer.rl.train",
         "flowsteer.rewards.scorers.jpeg",
+        "cv2",
         "deepspeed",
         "deepspeed.comm.mori",
         "deepspeed.module_inject.auto_ep_layer",
@@ -49,6 +53,10 @@ _context.set_forkserver_preload(
         "torch.utils.mkldnn",
         "transformers.models.clip.modeling_clip",
         "transformers.models.t5.modeling_t5",
+        "matplotlib.pyplot",
+        "torch.utils.tensorboard",
+        "typer.rich_utils",
+        "jinja2",
         *(f"PIL.{name}ImagePlugin" for name in ("Bmp", "Gif", "Jpeg", "Png", "Ppm")),
     ]
 )
@@ -117,14 +125,14 @@ def begin(
     return started
 
 
-def wait(started: Sequence[BaseProcess]) -> list[int | None]:
+def wait(started: Sequence[BaseProcess], timeout: float = TIMEOUT_S) -> list[int | None]:
     """The exit codes of a run that `begin` started; None for a process that hangs."""
-    for process in started:
-        process.join(TIMEOUT_S)
-    codes = [process.exitcode for process in started]
-    for process in started:
-        if process.is_alive():
-            process.kill()
+    for each in started:
+        each.join(timeout)
+    codes = [each.exitcode for each in started]
+    for each in started:
+        if each.is_alive():
+            each.kill()
     return codes
 
 
@@ -157,6 +165,53 @@ def accelerate_launch(processes: int) -> list[str]:
     """The arguments of a `run_under` accelerate."""
     options = ["--multi_gpu", f"--num_processes={processes}", "--num_machines=1", "--mixed_precision=no"]
     return ["-m", "accelerate.commands.launch", *options, "--dynamo_backend=no", f"--main_process_port={_free_port()}"]
+
+
+def python(
+    *arguments: str | Path, cwd: Path, environment: Mapping[str, str] | None = None, timeout: float = TIMEOUT_S
+) -> subprocess.CompletedProcess[str]:
+    """``python *arguments`` (a script, ``-m`` or ``-c``) as `subprocess.run` does it, in a process forked from the server.
+
+    It has its own folder, environment, arguments, `sys.path` (with the environment's PYTHONPATH) and output. Unlike in a new
+    interpreter, what the server has imported is there already: what a start imports, and what is read from the environment
+    by those packages as they are imported, has to be tested with a real one.
+    """
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"} if environment is None else dict(environment)
+    with tempfile.TemporaryDirectory() as folder:
+        out, err = Path(folder) / "out", Path(folder) / "err"
+        started = process(_as_python, [*map(str, arguments)], str(cwd), environment, out, err)
+        started.start()
+        (code,) = wait([started], timeout)
+        said = out.read_text(encoding="utf-8"), err.read_text(encoding="utf-8")
+    if code is None:
+        raise subprocess.TimeoutExpired(["python", *map(str, arguments)], timeout, *said)
+    return subprocess.CompletedProcess(["python", *map(str, arguments)], code, *said)
+
+
+def _as_python(arguments: list[str], cwd: str, environment: dict[str, str], out: Path, err: Path) -> None:
+    for stream, file in ((1, out), (2, err)):
+        with file.open("w") as opened:
+            os.dup2(opened.fileno(), stream)
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(environment)
+    kind, *rest = arguments
+    first = os.path.dirname(os.path.abspath(kind)) if kind[:1] != "-" else cwd if kind == "-m" else ""
+    given = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
+    own = [path for path in sys.path if path and Path(path).is_relative_to(sys.base_prefix)]
+    own += [path for path in sys.path if Path(path).is_relative_to(sys.prefix) and path not in own]
+    sys.path[:] = [first, *given, *own]
+    importlib.invalidate_caches()
+    if kind == "-c":
+        code, *sys.argv[1:] = rest
+        sys.argv[0] = kind
+        exec(compile(code, "<string>", "exec"), {"__name__": "__main__"})
+    elif kind == "-m":
+        module, *sys.argv[1:] = rest
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    else:
+        sys.argv[:] = arguments
+        runpy.run_path(os.path.abspath(kind), run_name="__main__")
 
 
 def _child(config: dict[str, Any], resume: bool, environment: dict[str, str], log: Path, strike: Strike | None) -> None:

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import launch
 import pytest
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "algorithm_plugin"
@@ -20,7 +21,10 @@ SETTINGS += ("rollout.batch_size=12", "rollout.num_inference_steps=4", "rewards=
 
 @pytest.fixture(scope="module")
 def with_plugin(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
-    """``with_plugin(*arguments)``: what python prints where the example is installed beside everything else."""
+    """``with_plugin(*arguments)``: what python prints where the example is installed beside everything else.
+
+    A process that is forked from the tests' server; with ``fresh=True`` an interpreter that begins with nothing.
+    """
     folder = tmp_path_factory.mktemp("plugin")
     source, site = folder / "source", folder / "site"
     shutil.copytree(EXAMPLE, source)  # building leaves files behind
@@ -29,11 +33,14 @@ def with_plugin(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
     places = [str(site), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(places), "COLUMNS": "220"}
 
-    def run(*arguments: str | Path, code: int = 0) -> str:
-        command = [sys.executable, *map(str, arguments)]
-        done = subprocess.run(
-            command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False
-        )
+    def run(*arguments: str | Path, code: int = 0, fresh: bool = False) -> str:
+        if fresh:
+            command = [sys.executable, *map(str, arguments)]
+            done = subprocess.run(
+                command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False
+            )
+        else:
+            done = launch.python(*arguments, cwd=folder, environment=environment)
         assert done.returncode == code, done.stdout[-3000:] + done.stderr[-3000:]
         return done.stdout + done.stderr
 
@@ -41,7 +48,7 @@ def with_plugin(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
 
 
 def test_it_is_listed(with_plugin: Callable[..., str]) -> None:
-    text = with_plugin(*COMMAND, "algorithms", "list")
+    text = with_plugin(*COMMAND, "algorithms", "list", fresh=True)
     (line,) = [line for line in text.splitlines() if " asymmetric_grpo " in line]
     assert "arXiv 2503.14476" in line
     assert "asymmetric-grpo" in line

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import launch
 import pytest
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "pipeline_adapter"
@@ -27,7 +28,10 @@ SETTINGS += (
 
 @pytest.fixture(scope="module")
 def with_plugin(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
-    """``with_plugin(*arguments)``: what python prints where the example is installed beside everything else."""
+    """``with_plugin(*arguments)``: what python prints where the example is installed beside everything else.
+
+    A process that is forked from the tests' server; with ``fresh=True`` an interpreter that begins with nothing.
+    """
     folder = tmp_path_factory.mktemp("adapter")
     source, site = folder / "source", folder / "site"
     shutil.copytree(EXAMPLE, source)  # building leaves files behind
@@ -36,11 +40,14 @@ def with_plugin(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
     places = [str(site), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(places), "COLUMNS": "200"}
 
-    def run(*arguments: str | Path, code: int = 0) -> str:
-        command = [sys.executable, *map(str, arguments)]
-        done = subprocess.run(
-            command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False
-        )
+    def run(*arguments: str | Path, code: int = 0, fresh: bool = False) -> str:
+        if fresh:
+            command = [sys.executable, *map(str, arguments)]
+            done = subprocess.run(
+                command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False
+            )
+        else:
+            done = launch.python(*arguments, cwd=folder, environment=environment)
         assert done.returncode == code, done.stdout[-3000:] + done.stderr[-3000:]
         return done.stdout + done.stderr
 
@@ -49,7 +56,7 @@ def with_plugin(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
 
 def test_it_is_checked(with_plugin: Callable[..., str]) -> None:
     given = ("--adapter", "interval_guided_sd3", "--guidance-scale", "4", "--call", "low=0.2")
-    text = with_plugin(*COMMAND, "check-model", "embedded", *given)
+    text = with_plugin(*COMMAND, "check-model", "embedded", *given, fresh=True)
     assert "IntervalGuidedSD3: can be trained" in text
     assert "not lifted: a hand-written adapter" in text
     assert "ok    gradient" in text

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import launch
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -18,7 +19,10 @@ EXAMPLE = ROOT / "examples" / "reward_plugin"
 
 @pytest.fixture(scope="module")
 def with_plugin(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
-    """``with_plugin(*arguments)``: what python prints where the example is installed beside everything else."""
+    """``with_plugin(*arguments)``: what python prints where the example is installed beside everything else.
+
+    A process that is forked from the tests' server; with ``fresh=True`` an interpreter that begins with nothing.
+    """
     folder = tmp_path_factory.mktemp("plugin")
     source, site = folder / "source", folder / "site"
     shutil.copytree(EXAMPLE, source)  # building leaves files behind
@@ -27,11 +31,14 @@ def with_plugin(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
     places = [str(site), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(places), "COLUMNS": "200"}
 
-    def run(*arguments: str | Path) -> str:
-        command = [sys.executable, *map(str, arguments)]
-        done = subprocess.run(
-            command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False
-        )
+    def run(*arguments: str | Path, fresh: bool = False) -> str:
+        if fresh:
+            command = [sys.executable, *map(str, arguments)]
+            done = subprocess.run(
+                command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False
+            )
+        else:
+            done = launch.python(*arguments, cwd=folder, environment=environment)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
         return done.stdout
 
@@ -39,7 +46,7 @@ def with_plugin(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
 
 
 def test_it_is_listed(with_plugin: Callable[..., str]) -> None:
-    text = with_plugin("-m", "flowsteer.rl.command", "rewards", "list")
+    text = with_plugin("-m", "flowsteer.rl.command", "rewards", "list", fresh=True)
     for name in ("colourfulness", "distinctness"):
         (line,) = [line for line in text.splitlines() if f" {name} " in line]
         assert "colourful-rewards" in line
