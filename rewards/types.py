@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
-import torch
-from torch import Tensor
+
+if TYPE_CHECKING:  # a reward without networks starts in a new process in a fifth of the time that torch is imported in
+    from torch import Tensor
 
 Values = Sequence[float | None]
 
@@ -74,7 +75,7 @@ class Scores:
     @property
     def missing(self) -> Tensor:
         """[B] bool, true where there is no score."""
-        return torch.isnan(self.total)
+        return self.total.isnan()
 
     def __len__(self) -> int:
         return len(self.total)

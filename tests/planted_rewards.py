@@ -1,6 +1,7 @@
 """A sound reward, and rewards that each have one fault of those that are met in this field, for tests/rewards/test_certify.py.
 
 The sound one is a mean over the pixels with weights that come from the prompt: it sees both, in floats, each pair by itself.
+Those that need torch or OpenCV import them: most of these are asked in new processes, too, which start much faster without.
 
 Letters: B images, G images of a group.
 """
@@ -17,9 +18,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Any, ClassVar
 
-import cv2
 import numpy as np
-import torch
 
 
 def weights_of(prompt: str) -> np.ndarray:
@@ -61,6 +60,8 @@ class SoundNetwork:
     """Sound as well: float32 in torch, with an answer that is a tensor."""
 
     def __call__(self, images, prompts, **columns):
+        import torch
+
         weights = torch.tensor(np.array([weights_of(prompt) for prompt in prompts]).reshape(-1, 3), dtype=torch.float32)
         means = torch.from_numpy(images).float().flatten(1, -2).mean(1)
         return torch.einsum("bc,bc->b", means, weights)
@@ -358,6 +359,8 @@ class LabOf8Bits:
     """Nothing is cut off, but OpenCV's Lab of uint8 has fewer dark levels than RGB."""
 
     def __call__(self, images, prompts, **columns):
+        import cv2
+
         check_images(images)
         return sound([cv2.cvtColor(image, cv2.COLOR_RGB2LAB) for image in images], prompts)
 
@@ -405,6 +408,8 @@ class WithSideEffect:
     """Does something to the process in each call."""
 
     def __init__(self, effect: str) -> None:
+        import torch
+
         self.effect = {
             "seeds torch": lambda: torch.manual_seed(0),
             "seeds numpy": lambda: np.random.seed(0),
@@ -428,22 +433,28 @@ class WithSideEffect:
 
 class ThreadsInConstructor(Sound):
     def __init__(self) -> None:
+        import torch
+
         torch.set_num_threads(torch.get_num_threads() + 1)
 
 
 class GradientInScores:
     def __call__(self, images, prompts, **columns):
+        import torch
+
         scale = torch.ones((), requires_grad=True)
         return scale * torch.tensor(sound(images, prompts))
 
 
 class KeepsGraph:
     def __init__(self) -> None:
-        self.scale = torch.ones((), requires_grad=True)
+        import torch
+
+        self.tensor, self.scale = torch.tensor, torch.ones((), requires_grad=True)
         self.history: list[torch.Tensor] = []
 
     def __call__(self, images, prompts, **columns):
-        self.history.append(self.scale * torch.tensor(sound(images, prompts)))
+        self.history.append(self.scale * self.tensor(sound(images, prompts)))
         return self.history[-1].tolist()
 
 

@@ -190,7 +190,7 @@ def test_an_import_is_light():
     ]
     code = (
         "import importlib, sys\n"
-        "import flowsteer.rl.command.main\n"
+        "import flowsteer.rl.command.main, flowsteer.rewards.registry\n"
         "print(sorted({'torch', 'diffusers', 'transformers'} & set(sys.modules)))\n"
         f"for name in {rest}: importlib.import_module(name)\n"
         f"print(sorted(set({HEAVY}) & set(sys.modules)))\n"

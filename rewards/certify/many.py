@@ -97,7 +97,7 @@ def _memory() -> tuple[int, int]:
 
 
 def _show(trial: Trial, tiny: np.ndarray, size: int, *, seed: int) -> None:
-    """One call with pictures that it has never seen: those of the trial, tiny [B, SIDE, SIDE, 3], noise in their lowest bits."""
+    """One call with pictures that it has never seen: tiny [B, SIDE, SIDE, 3], with noise in their lowest bits."""
     rng = np.random.default_rng(seed)
     rows = rng.integers(len(trial.rows), size=size).tolist()
     _, prompts, columns = trial.arguments([trial.rows[row] for row in rows])

@@ -1,21 +1,18 @@
 """The check of a certificate that asks a reward in a process of its own, with another seed of hashes and another time of day.
 
-``python -m flowsteer.rewards.certify.process REQUEST ANSWER`` is that process. Texts hash otherwise in each process
+That process is in ``elsewhere.py``. Texts hash otherwise in each process
 (``PYTHONHASHSEED``), and within one minute nobody sees that a score depends on the clock. The reward travels as a pickle of
 what makes it, from this process to its own child: it must be importable there.
 """
 
 from __future__ import annotations
 
-import datetime
 import json
 import os
 import pickle
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,6 +24,7 @@ from flowsteer.rewards.certify.trial import NotApplicable, Refused, Suspected, T
 SHIFT_S = 34_567_891.5  # about 400 days and 2 hours: another year, weekday, hour, minute and second
 TIMEOUT_S = 600.0
 SEEDS = (1, 2)  # of PYTHONHASHSEED
+ELSEWHERE = Path(__file__).with_name("elsewhere.py")
 
 
 def another_process(trial: Trial) -> str:
@@ -79,7 +77,7 @@ def _ask(request: bytes, *, seed: int, shift: float) -> list[Any]:
     with tempfile.TemporaryDirectory() as folder:
         asked, answered = Path(folder) / "request", Path(folder) / "answer.json"
         asked.write_bytes(request)
-        command = [sys.executable, "-m", __name__, str(asked), str(answered), str(shift)]
+        command = [sys.executable, str(ELSEWHERE), str(asked), str(answered), str(shift)]
         try:
             done = subprocess.run(
                 command, env=environment, capture_output=True, timeout=TIMEOUT_S, check=False, stdin=subprocess.DEVNULL
@@ -102,72 +100,6 @@ def _ask(request: bytes, *, seed: int, shift: float) -> list[Any]:
 def _one(picture: Picture) -> tuple[np.ndarray, list[str], dict[str, list[Any]]]:
     image, prompt, columns = picture
     return image[None].copy(), [prompt], {name: [value] for name, value in columns.items()}
-
-
-def shift_clock(seconds: float) -> None:
-    """Let Python's clocks be later, for what is imported after this: time.time and its kin, datetime.now and today."""
-    now, now_ns, local, utc, text = time.time, time.time_ns, time.localtime, time.gmtime, time.strftime
-
-    class Kind(type):
-        def __instancecheck__(cls, value: Any) -> bool:
-            return isinstance(value, cls.__mro__[1])
-
-    class Later(datetime.datetime, metaclass=Kind):
-        @classmethod
-        def now(cls, tz: datetime.tzinfo | None = None) -> Any:
-            return super().fromtimestamp(time.time(), tz)
-
-        @classmethod
-        def utcnow(cls) -> Any:
-            return super().fromtimestamp(time.time(), datetime.UTC).replace(tzinfo=None)
-
-        @classmethod
-        def today(cls) -> Any:
-            return cls.now()
-
-    class LaterDate(datetime.date, metaclass=Kind):
-        @classmethod
-        def today(cls) -> Any:
-            return super().fromtimestamp(time.time())
-
-    time.time = lambda: now() + seconds
-    time.time_ns = lambda: now_ns() + int(seconds * 1e9)
-    time.localtime = lambda at=None: local(time.time() if at is None else at)
-    time.gmtime = lambda at=None: utc(time.time() if at is None else at)
-    time.strftime = lambda form, at=None: text(form, time.localtime() if at is None else at)
-    time.ctime = lambda at=None: time.asctime(time.localtime(at))
-    module: Any = datetime
-    module.datetime, module.date = Later, LaterDate
-
-
-def main(request: str, answer: str, shift: str) -> None:
-    """Answer the calls of a request file: ``scores``, or ``raised`` or ``absent`` with the reason."""
-    if float(shift):
-        shift_clock(float(shift))
-    try:
-        make, calls = pickle.loads(Path(request).read_bytes())
-    except (ImportError, AttributeError) as error:
-        said: dict[str, Any] = {"absent": f"cannot be imported: {error_text(error)}"}
-    else:
-        try:
-            reward = make()
-            said = {"scores": [_plain(reward(images, prompts, **columns)) for images, prompts, columns in calls]}
-            getattr(reward, "close", lambda: None)()
-        except Exception as error:  # the plug-in of somebody else
-            said = {"raised": f"raised {error_text(error)}"}
-    temporary = Path(f"{answer}.new")
-    temporary.write_text(json.dumps(said), encoding="utf-8")
-    temporary.rename(answer)
-
-
-def _plain(given: Any) -> list[float | None]:
-    """The scores of an answer that has kept the contract in the first process, as JSON has them."""
-    values: Sequence[Any] = given["score"] if hasattr(given, "keys") else given
-    return [None if value is None else float(value) for value in values]
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
 
 
 __all__ = ["another_process"]

@@ -334,15 +334,6 @@ class TestBuiltIns:
         assert certificate.ok, certificate.text()
         assert certificate["video"].status == "passed"
 
-    def test_ocr(self):
-        certificate = certify(functools.partial(load_reward, "ocr", mode="recognize"), name="ocr")
-        assert certificate.ok, certificate.text()
-        _, prompts = built_in_inputs()
-        said = dict(zip(prompts, certificate.scores))
-        assert said['a sign that says "OPEN"'] == 1
-        assert said['a sign that says "SALT"'] == 0.75  # SALE is drawn
-        assert said["a red circle on black"] is None
-
     def test_step_preference(self, tmp_path):
         from tiny_preference import tiny_model
 

@@ -152,7 +152,7 @@ def test_a_shifted_clock_is_later_everywhere():
 import time, datetime
 before = time.time(), datetime.datetime.now(), datetime.date.today(), time.localtime()
 kept = datetime.datetime(2020, 1, 1)
-from flowsteer.rewards.certify.process import shift_clock
+from flowsteer.rewards.certify.elsewhere import shift_clock
 shift_clock(400 * 86400.0)
 from datetime import date, datetime, timezone
 from time import time as now

@@ -85,6 +85,11 @@ def options(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mapping[str, d
 OURS = sorted({point.name for point in entry_points(group="flowsteer.rewards") if "flowsteer." in point.value})
 
 
+SCORES = {  # SALE is drawn for SALT
+    "ocr": {'a sign that says "OPEN"': 1, 'a sign that says "SALT"': 0.75, "a red circle on black": None}
+}
+
+
 @pytest.mark.parametrize("name", OURS)
 def test_it_is_certified(options: Mapping[str, dict[str, Any]], name: str) -> None:
     given: dict[str, Any] = {}
@@ -101,6 +106,8 @@ def test_it_is_certified(options: Mapping[str, dict[str, Any]], name: str) -> No
         given = {"images": images, "prompts": prompts, "columns": columns, "uses_prompt": False}
     certificate = certify(functools.partial(load_reward, name, **options[name]), name=name, **given)
     assert certificate.ok, certificate.text()
+    said = dict(zip(prompts, certificate.scores))
+    assert {prompt: said[prompt] for prompt in SCORES.get(name, {})} == SCORES.get(name, {})
 
 
 def test_all_of_them_are_here(options: Mapping[str, dict[str, Any]]) -> None:
