@@ -7,4 +7,4 @@ mkdir -p .import-root && ln -sfn .. .import-root/flowsteer
 ruff check .
 ruff format --check .
 pyright
-exec python -m pytest -n "${FLOWSTEER_TEST_PROCESSES:-2}" --dist loadfile "$@"
+exec python -m pytest -n "${FLOWSTEER_TEST_PROCESSES:-2}" --dist loadfile --no-loadscope-reorder "$@"

@@ -24,6 +24,16 @@ SIZE = {"height": 16, "width": 16, "call": {"max_sequence_length": 32}}
 
 Make = Callable[..., dict[str, Any]]
 
+# The files that take longest, in that order. They begin first: a worker that begins with a long one last is waited for.
+LONG = ("processes", "every_reward", "scripts", "resume", "cli", "gpu_check", "certify_deeper", "certify", "plugin")
+LONG += ("pipeline_adapter", "algorithm_plugin", "hosts", "columns", "worker_faults", "original_packages", "bad_input")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first; inside a file, and among the other files, the order stays."""
+    places = {f"test_{name}": place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(LONG)))
+
 
 @pytest.fixture(scope="session")
 def tiny_sd3(tmp_path_factory: pytest.TempPathFactory) -> Path:
