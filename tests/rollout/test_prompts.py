@@ -6,8 +6,10 @@ from collections import Counter
 
 import pytest
 import torch
+from datasets import Dataset, DatasetDict
 
-from flowsteer.rollout.data.batches import check_divisible, sample_seeds, step_batches
+from flowsteer.rollout.data.batches import check_divisible, sample_seeds, step_batches, step_rows
+from flowsteer.rollout.data.files import Source
 from flowsteer.rollout.data.prompts import Prompts, read_prompts
 
 
@@ -110,6 +112,43 @@ class TestFiles:
         with pytest.raises(ValueError, match=message):
             read_prompts(tmp_path / name)
 
+    def test_rows_may_lack_columns(self, tmp_path):
+        """As in GenEval's own metadata, where some rows have ``exclude``."""
+        path = tmp_path / "geneval.jsonl"
+        rows = [
+            {"tag": "single_object", "include": [{"class": "bench", "count": 1}], "prompt": "a photo of a bench"},
+            {"tag": "counting", "include": [], "exclude": [{"class": "clock", "count": 3}], "prompt": "two clocks"},
+        ]
+        path.write_text("\n".join(map(json.dumps, rows)))
+        prompts = read_prompts(path)
+        assert prompts.columns["exclude"] == (None, rows[1]["exclude"])
+        assert list(prompts.columns) == ["tag", "include", "exclude"]
+
+    def test_a_csv_file_has_numbers_and_empty_cells(self, tmp_path):
+        path = tmp_path / "some.csv"
+        path.write_text('caption,count,share,name\n"a, b",2,0.5,x\n\nc,,1,3\n', encoding="utf-8-sig")
+        prompts = read_prompts(Source(file=str(path), prompt="caption"))
+        assert prompts.texts == ("a, b", "c")
+        assert prompts.columns == {"count": (2, None), "share": (0.5, 1), "name": ("x", "3")}
+
+    def test_a_parquet_file_and_a_data_set(self, tmp_path):
+        rows = [{"prompt": "a", "n": 1}, {"prompt": "b", "n": None}]
+        data = Dataset.from_list(rows)
+        data.to_parquet(tmp_path / "some.parquet")
+        DatasetDict({"train": data, "test": data.select([1])}).save_to_disk(tmp_path / "saved")
+        whole = read_prompts(tmp_path / "some.parquet")
+        assert (whole.texts, whole.columns) == (("a", "b"), {"n": (1, None)})
+        assert read_prompts(Source(dataset=str(tmp_path / "saved"))) == whole
+        assert read_prompts(Source(dataset=str(tmp_path / "saved"), split="test")).texts == ("b",)
+        with pytest.raises(ValueError, match=r"the data set .*none \(train\) cannot be loaded"):
+            read_prompts(Source(dataset=str(tmp_path / "none")))
+
+    def test_comments_are_left_out_where_that_is_asked(self, tmp_path):
+        path = tmp_path / "some.txt"
+        path.write_text("# animals\na dog\n#\na cat\n")
+        assert read_prompts(path).texts == ("# animals", "a dog", "#", "a cat")
+        assert read_prompts(Source(file=str(path), comments=True)).texts == ("a dog", "a cat")
+
     def test_no_file(self, tmp_path):
         with pytest.raises(ValueError, match=r"there is no prompt file .*missing.txt"):
             read_prompts(tmp_path / "missing.txt")
@@ -121,6 +160,44 @@ class TestFiles:
             Prompts(texts=())
         with pytest.raises(ValueError, match="column 'n' has 1 values for 2 prompts"):
             Prompts(texts=("a", "b"), columns={"n": (1,)})
+
+
+class TestSources:
+    def draws(self, prompts, count):
+        return [prompts.texts[row] for row in step_rows(prompts, step=0, seed=3, prompts_per_step=count)]
+
+    def sources(self, tmp_path, weights, sizes):
+        made = []
+        for name, weight, size in zip("ab", weights, sizes):
+            path = tmp_path / f"{name}.txt"
+            path.write_text("\n".join(f"{name}{row}" for row in range(size)))
+            made.append(Source(file=str(path), weight=weight))
+        return read_prompts(made)
+
+    @pytest.mark.parametrize("sizes", [(5, 2), (3, 40)])
+    def test_each_source_is_drawn_by_its_weight_and_without_replacement(self, tmp_path, sizes):
+        prompts = self.sources(tmp_path, (3, 1), sizes)
+        drawn = self.draws(prompts, 4 * 10)
+        for start in range(0, 40, 4):
+            assert [text[0] for text in sorted(drawn[start : start + 4])] == ["a", "a", "a", "b"]
+        first = [text for text in drawn if text[0] == "a"][: sizes[0]]
+        assert sorted(first) == [f"a{row}" for row in range(sizes[0])]
+        assert drawn != sorted(drawn)
+
+    def test_a_source_alone_is_drawn_as_ever(self, tmp_path):
+        """Whatever its weight: a run that is resumed draws what it drew."""
+        path = tmp_path / "a.txt"
+        path.write_text("\n".join(f"a{row}" for row in range(5)))
+        alone = read_prompts(path)
+        assert self.draws(alone, 12) == self.draws(read_prompts([Source(file=str(path))]), 12)
+        assert sorted(self.draws(alone, 5)) == [f"a{row}" for row in range(5)]
+
+    def test_columns_that_one_source_has(self, tmp_path):
+        (tmp_path / "a.jsonl").write_text('{"prompt": "a", "n": 1}')
+        (tmp_path / "b.txt").write_text("b")
+        prompts = read_prompts([Source(file=str(tmp_path / name)) for name in ("a.jsonl", "b.txt")])
+        assert prompts.columns == {"n": (1, None)}
+        assert prompts.sources == ((1, 1), (1, 1))
 
 
 # (prompts_per_step, group_size, batch_size): batches of several groups, of one, of a part of one
