@@ -183,13 +183,20 @@ def _load_adapter(pipe: Any, component: str, folder: Path) -> None:
         _fuse(network, read_lora(folder / LORA_FILE))
 
 
-def how_to_load(pipe: Any, component: str) -> str:
-    """What a user of diffusers writes to load a LoRA of this pipeline."""
-    if hasattr(pipe, "load_lora_weights"):
-        return 'pipe.load_lora_weights("FOLDER")'
-    if hasattr(getattr(pipe, component), "load_lora_adapter"):
-        return f'pipe.{component}.load_lora_adapter("FOLDER", prefix="{component}")'
-    return "only as a whole pipeline: `flowsteer export RUN FOLDER`"
+def how_to_load(pipe: Any, denoisers: Mapping[str, Any]) -> str:
+    """What a user of diffusers writes to load a LoRA of this pipeline: a call for each denoiser."""
+    calls = []
+    for component, network in denoisers.items():
+        place = folder_of(component, denoisers, Path("export"))
+        if component == SECOND:
+            calls.append(f'pipe.load_lora_weights("{place}", load_into_transformer_2=True)')
+        elif hasattr(pipe, "load_lora_weights") and place == Path("export"):
+            calls.append(f'pipe.load_lora_weights("{place}")')
+        elif hasattr(network, "load_lora_adapter"):
+            calls.append(f'pipe.{component}.load_lora_adapter("{place}", prefix="{component}")')
+        else:
+            return "only as a whole pipeline: `flowsteer export RUN FOLDER`"
+    return "; ".join(calls)
 
 
 def folder_of(component: str, denoisers: Mapping[str, Any], folder: Path) -> Path:

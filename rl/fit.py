@@ -10,11 +10,12 @@ from typing import Any
 from flowsteer.rl import build
 from flowsteer.rl.adapters import name_of, tail_is_idle
 from flowsteer.rl.config import Config
-from flowsteer.rollout.data.inputs import PICTURES
+from flowsteer.rollout.data.inputs import PICTURES, Media
 from flowsteer.rollout.data.prompts import Prompts, Row
 from flowsteer.rollout.lifting import selfcheck
 from flowsteer.rollout.lifting.pipeline import FlowPipeline, UnlikeConditioning
 from flowsteer.rollout.lifting.protocol import Pipeline
+from flowsteer.rollout.lifting.several import Several
 from flowsteer.rollout.sample import prepare_rows
 from flowsteer.rollout.steps import kernels
 from flowsteer.rollout.steps.plan import Plan
@@ -40,6 +41,11 @@ def warn_of_idle_columns(config: Config, pipeline: Pipeline, prompts: Prompts) -
                 name if name in media else media[0],
                 name,
             )
+
+
+def _kind_of(row: Row) -> tuple[object, ...]:
+    """Equal for rows about which a pipeline has to be asked once: of the same inputs, but for what their files hold."""
+    return tuple(name if isinstance(value, Media) else (name, value) for name, value in row.inputs)
 
 
 def check_rows(pipeline: Pipeline, rows: Sequence[Row], settings: dict[str, Any]) -> None:
@@ -74,9 +80,15 @@ def checked_plan(config: Config, pipeline: Pipeline, plan: Plan, prompts: Prompt
             rollout.num_inference_steps,
         )
         plan = build.build_plan(rollout.plan, config, num_steps=taken)
+    for row in {_kind_of(row): row for row in map(prompts.row, range(len(prompts)))}.values():
+        prepare_rows(
+            pipeline, [row], **settings
+        )  # what is found out about batches is found out on all processes at once
     if rollout.batch_size > rollout.group_size:
         try:
-            prepare_rows(pipeline, first, **settings)
+            together = prepare_rows(pipeline, first, **settings)
+            if isinstance(together, Several) and not isinstance(conditioning, Several):
+                raise UnlikeConditioning("rows of the prompt file need network passes of their own")
         except UnlikeConditioning as error:
             raise ValueError(
                 f"rollout.batch_size={rollout.batch_size} puts several prompts into a batch, but {error}; set it to "

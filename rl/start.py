@@ -223,4 +223,4 @@ def how_the_export_loads(config: Config, pipeline: Pipeline) -> str:
     """How diffusers loads the LoRA of this run; empty where the run has none, or an adapter in the pipeline's place."""
     if config.model.lora is None or not isinstance(pipeline, FlowPipeline):
         return ""
-    return how_to_load(pipeline.pipe, next(iter(pipeline.denoisers)))
+    return how_to_load(pipeline.pipe, pipeline.denoisers)

@@ -68,6 +68,11 @@ def sample(
         The final latents [B, *X] and the stochastic transitions, None if there were none.
     """
     schedule, shape = conditioning.schedule, conditioning.latent_shape
+    if len(noise_levels) != schedule.num_steps:
+        raise ValueError(
+            f"{len(noise_levels)} noise levels for rows that take {schedule.num_steps} denoising steps; all rows of a run "
+            "must take as many"
+        )
     start = next((i for i, level in enumerate(noise_levels) if level > 0), len(noise_levels))
     first, rows = distinct(seeds if initial_seeds is None else initial_seeds)
     shares = initial_seeds is not None and len(first) < len(seeds) and start > 0

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import logging
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.resources import files
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 logger = logging.getLogger(__name__)
+
+_NUMBER = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?")  # 007 and 1e5 stay texts
 
 SUFFIXES = (".txt", ".jsonl", ".csv", ".parquet")
 RESERVED = ("images", "prompts", "completions")  # what rewards are given under these names is not a column
@@ -53,7 +56,7 @@ def read_table(source: Source, *, warn: bool = True) -> Table:
 
     A ``.txt`` file has one prompt per line. A ``.jsonl`` file has an object per line, a ``.csv`` file a header; both may lack
     columns in some rows, and so may a ``.parquet`` file or a data set. A column of a ``.csv`` file whose values all are
-    numbers is read as numbers. A bare name may also be that of a file that is shipped with the project, such as
+    plain numbers (3, 0.5) is read as numbers. A bare name may also be that of a file that is shipped with the project, such as
     ``shapes_train.txt``.
 
     Raises:
@@ -64,11 +67,11 @@ def read_table(source: Source, *, warn: bool = True) -> Table:
     place = find(source.file or "")
     if place.suffix == ".parquet":
         return _of_parquet(source, place)
-    lines = _lines(place)
+    text = _text(place)
     if place.suffix == ".txt":
-        return _of_text(source, place, lines, warn=warn)
-    rows = _of_json(place, lines) if place.suffix == ".jsonl" else _of_csv(place, lines)
-    return _table(rows, source, place.parent, place.name if place.suffix == "" else str(place))
+        return _of_text(source, place, _lines(text), warn=warn)
+    rows = _of_json(place, _lines(text)) if place.suffix == ".jsonl" else _of_csv(source, place, text)
+    return _table(rows, source, place.parent, str(place))
 
 
 def find(path: str | Path) -> Path:
@@ -91,21 +94,22 @@ def find(path: str | Path) -> Path:
     return place
 
 
-def _lines(place: Path) -> list[tuple[int, str]]:
-    """The lines with text in them, and their numbers."""
+def _text(place: Path) -> str:
     data = place.read_bytes()
     try:
-        content = data.decode("utf-8-sig")
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
         raise ValueError(f"{place}, line {line}: not UTF-8 ({error.reason}); save the file in UTF-8") from error
+
+
+def _lines(text: str) -> list[tuple[int, str]]:
+    """The lines with text in them, and their numbers."""
     # not splitlines(), which also cuts at characters that may stand inside a prompt
-    lines = [(number, line.strip("\r")) for number, line in enumerate(content.split("\n"), 1)]
-    return [(number, line) for number, line in lines if line.strip()]
+    return [(number, line.strip()) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
 
 
 def _of_text(source: Source, place: Path, lines: list[tuple[int, str]], *, warn: bool) -> Table:
-    lines = [(number, line.strip()) for number, line in lines]
     hashes = [number for number, line in lines if line.startswith("#")]
     if source.comments:
         lines = [(number, line) for number, line in lines if not line.startswith("#")]
@@ -143,30 +147,26 @@ def _of_json(place: Path, lines: list[tuple[int, str]]) -> Rows:
         yield where, row
 
 
-def _of_csv(place: Path, lines: list[tuple[int, str]]) -> Rows:
-    reader = csv.DictReader(io.StringIO("\n".join(line for _, line in lines), newline=""))
-    rows = [(reader.line_num, row) for row in reader]
+def _of_csv(source: Source, place: Path, text: str) -> Rows:
+    reader = csv.DictReader(io.StringIO(text, newline=""))
+    names = list(reader.fieldnames or ())
+    if len({*names}) < len(names):
+        raise ValueError(f"{place}: two columns have the same name among {', '.join(names)}")
+    rows = [(reader.line_num, row) for row in reader if any(row.values())]
     for line, row in rows:
         if None in row:
             raise ValueError(f"{place}, line {line}: more values than the header has columns")
-    columns = {name: [row[name] for _, row in rows] for name in reader.fieldnames or ()}
-    numbers = {name for name, values in columns.items() if any(values) and all(map(_number_or_empty, values))}
+    numbers = {
+        name
+        for name in names
+        if name != source.prompt and all(_NUMBER.fullmatch(row[name]) for _, row in rows if row[name])
+    }
     for line, row in rows:
-        values = {name: None if value in (None, "") else value for name, value in row.items()}
-        for name in numbers & values.keys():
-            text = values[name]
-            values[name] = None if text is None else float(text) if not text.lstrip("+-").isdigit() else int(text)
+        values: dict[str, Any] = {name: value or None for name, value in row.items()}
+        for name in numbers:
+            if (number := values[name]) is not None:
+                values[name] = float(number) if "." in number else int(number)
         yield f"{place}, line {line}", values
-
-
-def _number_or_empty(text: str | None) -> bool:
-    if not text:
-        return True
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
 
 
 def _of_parquet(source: Source, place: Path) -> Table:

@@ -75,7 +75,11 @@ def kind_of(argument: str) -> Kind:
 
     Example: ``control_video`` takes a video, ``mask_image`` a mask, ``height`` a number, ``negative_prompt`` a text.
     """
-    if argument in ("height", "width"):
+    if (
+        argument in ("height", "width", "strength")
+        or argument.startswith("num_")
+        or argument.endswith(("_scale", "_rate"))
+    ):
         return "number"
     if "prompt" in argument:
         return "text"
@@ -130,12 +134,14 @@ def _read(value: Any, kind: Kind, folder: Path) -> Value:
             raise ValueError(f"a number is needed, got {value!r}")
         return value
     if kind == "text":
-        if not isinstance(value, str):
+        if isinstance(value, bool) or not isinstance(value, (str, int, float)):
             raise ValueError(f"a text is needed, got {value!r}")
-        return value
+        return str(value)
     several = kind in ("images", "video")
     if isinstance(value, (list, tuple)):
-        if not several or not value:
+        if not value:
+            raise ValueError("an empty list; give at least one picture")
+        if not several:
             raise ValueError(f"one {kind} is needed, got a list of {len(value)}")
         parts = tuple(_part(one, folder) for one in value)
     else:
@@ -151,14 +157,20 @@ def _read(value: Any, kind: Kind, folder: Path) -> Value:
     for part in parts:
         try:
             with Image.open(io.BytesIO(part) if isinstance(part, bytes) else part) as opened:
-                opened.verify()
-        except (UnidentifiedImageError, SyntaxError, OSError) as error:
+                opened.load()  # all of it: half a file is found here, and not in the middle of a run
+                if opened.mode.startswith("I"):
+                    raise ValueError(f"{_named(part)} has more than 8 bits a colour; save it with 8")
+        except (UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, OSError) as error:
             raise ValueError(f"{_named(part)} is no picture that can be read ({error})") from error
     return media
 
 
 def _part(value: Any, folder: Path) -> Path | bytes:
-    """A path, or the bytes of a picture as the `datasets` library keeps them."""
+    """A path, or a picture or its bytes as the `datasets` library keeps them."""
+    if isinstance(value, Image.Image):
+        kept = io.BytesIO()
+        value.save(kept, "PNG")
+        return kept.getvalue()
     if isinstance(value, dict) and isinstance(value.get("bytes"), bytes):
         return value["bytes"]
     if isinstance(value, dict) and isinstance(value.get("path"), str):

@@ -12,6 +12,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from PIL.Image import Image
+
 from flowsteer.rollout.data.files import Source, Table, read_table
 from flowsteer.rollout.data.inputs import Input, Value, read_inputs
 
@@ -83,7 +85,8 @@ def read_prompts(
     tables = [read_table(source, warn=warn) for source in given]
     read = [read_inputs(inputs or {}, table.columns, where=table.where, folder=table.folder) for table in tables]
     texts = tuple(text for table in tables for text in table.texts)
-    names = dict.fromkeys(name for table in tables for name in table.columns)
+    columns = {name: values for table in tables for name, values in table.columns.items()}
+    names = [name for name, values in columns.items() if not any(map(_is_media, values))]  # pictures are inputs only
     parts: dict[str, Any] = dict(
         texts=texts,
         columns={name: tuple(value for table in tables for value in _column(table, name)) for name in names},
@@ -101,6 +104,15 @@ def read_prompts(
             len(texts),
         )
     return Prompts(**parts, num_duplicates=duplicates)
+
+
+def _is_media(value: Any) -> bool:
+    """Whether a value is a picture, or holds bytes, as in data sets: no reward in another process could be given it."""
+    if isinstance(value, dict):
+        return any(map(_is_media, value.values()))
+    if isinstance(value, (list, tuple)):
+        return any(map(_is_media, value))
+    return isinstance(value, (bytes, Image))
 
 
 def _column(table: Table, name: str) -> tuple[Any, ...]:

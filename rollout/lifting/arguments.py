@@ -18,7 +18,7 @@ from flowsteer.rollout.data.inputs import kind_of
 
 PER_ROW = ("negative_prompt", "height", "width")  # settings that a row may have of its own
 _MEDIA = re.compile(r"(^|.*_)(image|images|video|audio|frames|waveforms|image_reference)|mask|control_mask")
-_SWITCHES = ("render_", "freeze_", "sample_")  # of names of truth values
+_SWITCHES = ("render_", "freeze_", "sample_", "num_")  # beginnings of names of truth values and counts
 OURS = frozenset(
     {"self", "prompt", "negative_prompt", "num_inference_steps", "height", "width", "latents", "generator"}
     | {"output_type", "return_dict", "num_images_per_prompt", "num_videos_per_prompt"}

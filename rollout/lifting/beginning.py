@@ -40,7 +40,7 @@ class Draws(TorchFunctionMode):
         if func in _RANDOM:
             if len(self.drawn) in self.replaced:
                 result = torch.full_like(result, self.value)
-            self.drawn.append(result)
+            self.drawn.append(result.detach().cpu())
         return result
 
 
@@ -84,7 +84,7 @@ def find_beginning(run: Callable[[frozenset[int], float], Prologue], name: str) 
     found = [
         number
         for number, draw in enumerate(once.drawn)
-        if draw.numel() <= size and _constant(_gain(run, frozenset({number}))) is not None
+        if draw.numel() <= size and _level_of(run(frozenset({number}), 0.0), run(frozenset({number}), 1.0)) is not None
     ]
     if not found:
         raise LiftError(
@@ -92,12 +92,22 @@ def find_beginning(run: Callable[[frozenset[int], float], Prologue], name: str) 
             f"{ADAPTER_ADVICE}"
         )
     draws = frozenset(found)
-    zeros, ones = run(draws, 0.0), run(draws, 1.0)
+    return beginning_of(draws, run(draws, 0.0), run(draws, 1.0), name)
+
+
+def beginning_of(draws: frozenset[int], zeros: Prologue, ones: Prologue, name: str) -> Beginning:
+    """How a row's start follows from noise, from its prologue with these draws replaced by zeros and by ones.
+
+    Raises LiftError where it does not, or where the loop uses something that was made of this noise.
+    """
+    level = _level_of(zeros, ones)
+    if level is None:
+        raise LiftError(f"what {name} starts its loop with is not base + gain * noise; {ADAPTER_ADVICE}")
     names, starts = set(), set()
     for key, made in ones.values.items():
         if not _differ(made, zeros.values.get(key)):
             continue
-        if isinstance(made, Tensor) and made.shape == once.state.shape and bool((made == 1).all()):
+        if isinstance(made, Tensor) and made.shape == ones.state.shape and bool((made == 1).all()):
             names.add(key)
         elif not _differ(made, ones.state) and not _differ(zeros.values[key], zeros.state):
             starts.add(key)
@@ -106,8 +116,8 @@ def find_beginning(run: Callable[[frozenset[int], float], Prologue], name: str) 
                 f"the loop of {name} uses {key}, which is made of the noise that it starts with; {ADAPTER_ADVICE}"
             )
     gain = ones.state[0] - zeros.state[0]
-    level = _near(_constant(gain), (1.0, float(once.schedule.sigma[0])))
-    moved = gain.abs() > 1e-6
+    level = _near(level, (1.0, float(ones.schedule.sigma[0])))
+    moved = gain.abs() > level / 2
     uniform = bool(moved.all())
     return Beginning(
         draws=draws,
@@ -118,22 +128,22 @@ def find_beginning(run: Callable[[frozenset[int], float], Prologue], name: str) 
     )
 
 
-def _gain(run: Callable[[frozenset[int], float], Prologue], draws: frozenset[int]) -> Tensor:
-    return run(draws, 1.0).state - run(draws, 0.0).state
+def _level_of(zeros: Prologue, ones: Prologue) -> float | None:
+    """The one number that the gain is where it is not 0; None where it is 0 everywhere or not one number.
 
-
-def _constant(gain: Tensor) -> float | None:
-    """The one number that a gain is where it is not 0; None where it is 0 everywhere or not one number."""
-    moved = gain[gain.abs() > 1e-6].float()
-    if len(moved) == 0 or not bool(torch.isfinite(moved).all()) or moved.min() <= 0:
+    A difference of two numbers of type ``dtype`` is known to a few units in their last place.
+    """
+    gain = (ones.state.float() - zeros.state.float()).flatten()
+    rounding = 4 * torch.finfo(ones.state.dtype).eps * max(ones.state.float().abs().max().item(), 1.0)
+    moved = gain[gain.abs() > max(2 * rounding, 1e-6)]
+    if len(moved) == 0 or not bool(torch.isfinite(moved).all()):
         return None
-    low, high = moved.min().item(), moved.max().item()
-    return (low + high) / 2 if high - low <= 1e-2 * high else None
+    level = moved.median().item()
+    return level if level > 0 and (moved - level).abs().max().item() <= max(1e-2 * level, rounding) else None
 
 
-def _near(value: float | None, exact: tuple[float, ...]) -> float:
+def _near(value: float, exact: tuple[float, ...]) -> float:
     """The exact number that was measured with the rounding of a difference."""
-    assert value is not None
     return min(
         (other for other in exact if abs(other - value) <= 1e-2 * value), default=value, key=lambda x: abs(x - value)
     )
@@ -143,7 +153,8 @@ def _same_numbers(a: Tensor, b: Tensor) -> bool:
     """Equal but for their order: packing latents moves them about."""
     if a.numel() != b.numel():
         return False
-    return torch.equal(a.flatten().float().sort().values, b.flatten().to(a.dtype).float().sort().values)
+    one, other = a.detach().cpu().flatten(), b.detach().cpu().flatten().to(a.dtype)
+    return torch.equal(one.float().sort().values, other.float().sort().values)
 
 
 def _noise_names(values: Mapping[Any, Any], noise: Tensor, name: str) -> frozenset[Any]:

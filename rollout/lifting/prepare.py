@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowsteer.rollout.data.inputs import kind_of, load
+from flowsteer.rollout.data.inputs import Media, kind_of, load
 from flowsteer.rollout.data.prompts import Row
 from flowsteer.rollout.lifting.arguments import CallArguments, Settings
-from flowsteer.rollout.lifting.beginning import Beginning, Draws, Prologue, find_beginning
+from flowsteer.rollout.lifting.beginning import Beginning, Draws, Prologue, beginning_of, find_beginning
 from flowsteer.rollout.lifting.conditioning import Attribute, Conditioning, Key, Layout, Rows, find_layout
 from flowsteer.rollout.lifting.lift import ADAPTER_ADVICE, LiftError
 from flowsteer.rollout.lifting.loop import Loop, fixed_randomness
@@ -58,9 +58,9 @@ class _Probed:
     stepped: Tensor | None  # see Conditioning
     sample_shape: tuple[int, ...] | None  # of what a step takes, where that is a part of the state
 
-    def complete(self, one: _Run) -> Conditioning:
+    def complete(self, one: _Run, beginning: Beginning) -> Conditioning:
         """The conditioning of a row, from a run whose noise was replaced by zeros, or of any with its own start as base."""
-        beginning, state, gain = self.beginning, one.state, self.beginning.gain
+        state, gain = one.state, beginning.gain
         more: dict[str, Any] = {}
         if self.stepped is not None and self.sample_shape is not None:
             more = {"stepped": self.stepped, "rest": state, "latent_shape": self.sample_shape}
@@ -104,10 +104,14 @@ class Preparer:
         if key not in self.prepared:
             self.arguments.check_inputs(name for name, _ in row.inputs)
             probed = self._probe(row, settings)
-            beginning = probed.beginning
-            one = self.run([row], settings, draws=frozenset() if beginning.plain else beginning.draws)
-            prepared = probed.complete(one)
-            self.prepared[key] = replace(prepared, base=None) if beginning.plain else prepared
+            if probed.beginning.plain:
+                prepared = probed.complete(self.run([row], settings), probed.beginning)
+                self.prepared[key] = replace(prepared, base=None)
+            else:  # the gain may follow a mask of the row's own
+                draws = probed.beginning.draws
+                zeros, ones = (self.run([row], settings, draws=draws, value=value) for value in (0.0, 1.0))
+                own = beginning_of(draws, zeros.prologue(), ones.prologue(), self.name)
+                self.prepared[key] = probed.complete(zeros, own)
         self.prepared.move_to_end(key)
         while len(self.prepared) > self.cache_size:
             self.prepared.popitem(last=False)
@@ -115,8 +119,8 @@ class Preparer:
 
     def own_start(self, row: Row, settings: Settings) -> tuple[Tensor, Conditioning]:
         """The latents [1, *X] with which the pipeline itself would start from its argument ``generator``, and that row."""
-        self.row(row, settings)
-        own = self._probe(row, settings).complete(self.run([row], settings))
+        probed = self._probe(row, settings)
+        own = probed.complete(self.run([row], settings), probed.beginning)
         assert own.base is not None
         return own.base, own
 
@@ -135,9 +139,9 @@ class Preparer:
             return None
 
     def _probe(self, row: Row, settings: Settings) -> _Probed:
-        """What is known of the pipeline for rows like this one: of the same inputs and the same size."""
-        sizes = tuple(pair for pair in row.inputs if pair[0] in ("height", "width"))
-        key = (settings, tuple(name for name, _ in row.inputs), sizes)
+        """What is known of the pipeline for rows like this one: of the same inputs, but for what their files hold."""
+        plain = tuple(pair for pair in row.inputs if not isinstance(pair[1], Media))
+        key = (settings, tuple(name for name, _ in row.inputs), plain)
         if key not in self._probed:
             one = self.run([row], settings)  # its errors are the user's, those of a batch are not
             layout, two = self._batch(row, settings, one)
@@ -168,7 +172,7 @@ class Preparer:
                 two, three = (self.run([row] * size, settings, once=once) for size in (2, 3))
                 layout = _layout(two.conditioning, three.conditioning)
                 replace(one.conditioning, layout=layout)  # it checks that the row fits
-            except LiftError:
+            except (LiftError, torch.OutOfMemoryError):
                 raise
             except Exception as error:  # whatever a pipeline says of batches
                 reasons.append(f"{type(error).__name__}: {error}")
@@ -205,7 +209,7 @@ class Preparer:
             raise LiftError(
                 f"what {self.name} steps is no part of its {', '.join(self.loop.lifted.states)}; {ADAPTER_ADVICE}"
             )
-        noisy = torch.as_tensor(beginning.gain).expand(one.state.shape[1:]).flatten() != 0
+        noisy = torch.as_tensor(beginning.gain, device=one.state.device).expand(one.state.shape[1:]).flatten() != 0
         noisy[places] = False
         if bool(noisy.any()) or beginning.noise_names or beginning.start_names:
             raise LiftError(f"{self.name} steps a part of what it starts from noise; {ADAPTER_ADVICE}")
@@ -217,6 +221,8 @@ class Preparer:
         try:
             with torch.no_grad():
                 samples(self.loop.enter(latents, 0, row.take([0, 0])), self.name, len(self.loop.lifted.states))
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:  # whatever a network says of rows that do not go together
             return f"{type(error).__name__}: {error}"
         return ""
@@ -276,11 +282,15 @@ class Preparer:
             arguments = self.call_arguments(rows, settings, once=once)
             with torch.no_grad(), fixed_randomness(self.loop.device), recorded:
                 local, iterable, around = lifted.prologue(view, **arguments)
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:  # whatever a pipeline says of what it was given
-            if len(rows) == 1 and not self.arguments.bare and (run := self._bare(rows, settings, draws, value)):
+            single = len(rows) == 1 and not self.arguments.bare and isinstance(error, (ValueError, TypeError))
+            if single and (run := self._bare(rows, settings, draws, value)):
                 return run
             given = {name for row in rows for name, _ in row.inputs} | self.arguments.fixed.keys()
-            if not (idle := [name for name in self.arguments.media if name not in given]):
+            media = [name for name in self.arguments.media if not name.startswith(("ip_adapter", "negative"))]
+            if not (idle := [name for name in media if name not in given]):
                 raise
             raise ValueError(
                 f"{self.name} cannot prepare {rows[0].text!r} ({type(error).__name__}: {error}). It was not given "

@@ -100,10 +100,13 @@ def check(
         conditioning, axes = _together(rows)
         report = report.with_findings([axes, _levels(conditioning, isinstance(pipeline, FlowPipeline))])
         noise = torch.randn((len(conditioning), *conditioning.latent_shape), generator=torch.Generator().manual_seed(0))
+        unstarted = conditioning
         latents, conditioning = conditioning.start(noise.to(_device(pipeline), conditioning.latent_dtype))
         with torch.no_grad():
             report = report.with_findings([_live(pipeline, latents, rows), _pure(pipeline, latents, conditioning)])
             report = report.with_findings([_rows(pipeline, latents, conditioning)])
+            if unstarted is not conditioning:
+                report = report.with_findings([_before_the_step(pipeline, latents, unstarted, conditioning)])
             if inputs is not None and len({*map(_key, inputs)}) > 1:
                 swapped = pipeline.prepare([prompts[0]] * len(prompts), inputs=inputs, **settings)  # type: ignore[call-arg]
                 report = report.with_findings([_seen(pipeline, noise, swapped, inputs)])
@@ -167,6 +170,13 @@ def _live(pipeline: Pipeline, latents: Tensor, rows: list[Prepared]) -> Finding:
     return Finding(
         name="prompts", ok=ok, detail=f"std of the velocity {scale:.3g}, two prompts differ by {difference:.3g}"
     )
+
+
+def _before_the_step(pipeline: Pipeline, latents: Tensor, unstarted: Prepared, started: Prepared) -> Finding:
+    """A rollout keeps rows without their noise: a loop may use its noise again after a step, but not before."""
+    difference = _difference(*(pipeline.begin(latents, 0, rows).velocity for rows in (unstarted, started)))
+    detail = "is used after the step only" if difference == 0 else f"changes the velocity by {difference:.3g}"
+    return Finding(name="its noise", ok=difference == 0, detail=detail)
 
 
 def _key(inputs: Mapping[str, Value]) -> tuple[tuple[str, Value], ...]:

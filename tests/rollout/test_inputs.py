@@ -11,14 +11,22 @@ import numpy as np
 import pytest
 import torch
 import zoo
-from diffusers import FluxKontextPipeline, StableDiffusion3Img2ImgPipeline, StableDiffusion3Pipeline
+from diffusers import (
+    FluxInpaintPipeline,
+    FluxKontextPipeline,
+    StableDiffusion3Img2ImgPipeline,
+    StableDiffusion3Pipeline,
+)
 from PIL import Image
 
 from flowsteer.rollout.data.inputs import Input, Media, kind_of, read_inputs
 from flowsteer.rollout.data.prompts import Prompts, read_prompts
+from flowsteer.rollout.lifting.beginning import Prologue, find_beginning
+from flowsteer.rollout.lifting.conditioning import Conditioning
 from flowsteer.rollout.lifting.pipeline import FlowPipeline
 from flowsteer.rollout.lifting.selfcheck import check
 from flowsteer.rollout.sample import prepare_rows
+from flowsteer.rollout.types import Schedule
 
 SETTINGS = {"num_inference_steps": 3, "guidance_scale": 1.0}
 
@@ -66,7 +74,7 @@ def test_each_kind_is_read(tmp_path: Path) -> None:
     (heard,) = read(tmp_path, "audio", sound(tmp_path / "a.wav", whole))
     assert torch.equal(heard, torch.tensor([[0.0, 0.5], [-1.0, 1 - 2**-15]]))
     assert read(tmp_path, "number", 3, 0.5, None, "") == [3, 0.5, None, None]
-    assert read(tmp_path, "text", "blurry", None) == ["blurry", None]
+    assert read(tmp_path, "text", "blurry", None, 2024) == ["blurry", None, "2024"]
 
 
 def test_a_picture_of_a_data_set_is_bytes(tmp_path: Path) -> None:
@@ -94,16 +102,21 @@ def test_equal_content_is_equal(tmp_path: Path) -> None:
         ("image", "text.png", r"line 1, .*text.png is no picture that can be read"),
         ("image", 3, r"a path is needed, got a int"),
         ("image", ["a.png"], r"one image is needed, got a list of 1"),
-        ("images", [], r"one images is needed, got a list of 0"),
+        ("images", [], r"an empty list; give at least one picture"),
+        ("image", "half.png", r"half.png is no picture that can be read"),
+        ("mask", "deep.png", r"deep.png has more than 8 bits a colour; save it with 8"),
         ("video", "text.png", r"no video that can be read"),
         ("audio", "text.png", r"no WAV file of 16 or 32 bits"),
         ("number", "3", r"a number is needed, got '3'"),
         ("number", True, r"a number is needed, got True"),
-        ("text", 3, r"a text is needed, got 3"),
+        ("text", [3], r"a text is needed, got \[3\]"),
     ],
 )
 def test_a_bad_value_is_refused_with_its_line(tmp_path: Path, kind: str, value: object, message: str) -> None:
     (tmp_path / "text.png").write_text("no picture")
+    picture(tmp_path / "whole.png", (255, 0, 0), (64, 64))
+    (tmp_path / "half.png").write_bytes((tmp_path / "whole.png").read_bytes()[:-60])
+    Image.fromarray(np.full((4, 4), 30000, dtype=np.uint16)).save(tmp_path / "deep.png")
     with pytest.raises(ValueError, match=message):
         read(tmp_path, kind, value)
 
@@ -118,6 +131,9 @@ def test_kinds_are_read_off_names() -> None:
         "initial_audio_waveforms": "audio",
         "height": "number",
         "negative_prompt": "text",
+        "num_frames": "number",
+        "strength": "number",
+        "image_guidance_scale": "number",
     }
     assert {name: kind_of(name) for name in named} == named
 
@@ -182,6 +198,79 @@ def test_the_picture_of_its_row_is_seen(make, two_rows: Prompts) -> None:
     alone = prepare_rows(pipeline, swapped[1:], **SETTINGS)
     start, alone = alone.start(noise)
     assert (pipeline.velocity(start, 0, alone)[0] - velocity[1]).abs().max() < 1e-4 * velocity.std()
+
+
+def inpainting() -> FlowPipeline:
+    """The loop pastes the picture back after each step, with the noise that the sample started with."""
+    components = {**zoo.build("flux").components, "image_encoder": None, "feature_extractor": None}
+    call = {"max_sequence_length": 48, "strength": 0.7, "padding_mask_crop": None}
+    return FlowPipeline(FluxInpaintPipeline(**components), height=16, width=16, call_kwargs=call)
+
+
+def test_what_is_sampled_is_what_the_pipeline_draws_from_the_same_noise(tmp_path: Path) -> None:
+    """From the pipeline's own noise, `start` gives the pipeline's own start, and its loop uses that noise again."""
+    for name, half in (("image", False), ("mask_image", True)):
+        pixels = np.random.default_rng(0).integers(0, 255, (16, 16, 3), dtype=np.uint8)
+        pixels[:, :8] = 0 if half else pixels[:, :8]
+        Image.fromarray(pixels if not half else 255 * (pixels > 0).astype(np.uint8)).save(tmp_path / f"{name}.png")
+    kinds = {"image": "image", "mask_image": "mask"}
+    inputs = read_inputs(
+        {name: Input(column=name, kind=kind) for name, kind in kinds.items()},  # type: ignore[arg-type]
+        {name: [f"{name}.png"] for name in kinds},
+        where=["1"],
+        folder=tmp_path,
+    )
+    one, settings = (
+        {name: value for name, (value,) in inputs.items()},
+        {"num_inference_steps": 6, "guidance_scale": 1.0},
+    )
+    pipeline = inpainting()
+    row = pipeline.prepare(["a red circle"], inputs=[one], **settings)
+    assert isinstance(row, Conditioning)
+    (name,) = row.noise_names
+    own, drawn = pipeline.own_start("a red circle", inputs=one, **settings)
+    noise = drawn.values[name]
+    latents, started = row.start(noise)
+    assert torch.equal(latents, own)
+    assert torch.equal(started.values[name], noise)  # type: ignore[union-attr]
+    other = row.start(torch.randn(noise.shape, generator=torch.Generator().manual_seed(9)))
+    ends = [pipeline.begin(own, 0, given).finish(own.clone()) for given in (started, drawn, other[1])]
+    assert torch.equal(ends[0], ends[1])
+    assert not torch.equal(ends[0], ends[2])
+
+
+def test_rows_of_other_strengths_start_each_in_its_own_way(two_rows: Prompts) -> None:
+    """Whichever was prepared first."""
+    inputs = [dict(two_rows.row(0).inputs) | {"strength": strength} for strength in (1.0, 0.5)]
+    pipe = StableDiffusion3Img2ImgPipeline(**zoo.build("sd3").components)
+    settings = {"num_inference_steps": 8, "guidance_scale": 1.0}
+    starts = []
+    for order in ([0, 1], [1, 0]):
+        pipeline = FlowPipeline(pipe, height=16, width=16, call_kwargs={"max_sequence_length": 32})
+        rows = {place: pipeline.prepare(["a"], inputs=[inputs[place]], **settings) for place in order}
+        assert rows[0].base is None
+        assert rows[1].base is not None
+        starts.append(rows[1])
+    assert torch.equal(starts[0].base, starts[1].base)
+    assert starts[0].gain == starts[1].gain == starts[0].schedule.sigma[0]
+
+
+@pytest.mark.parametrize("sigma", [0.8, 0.6, 0.3])
+def test_the_start_is_read_in_half_precision(sigma: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    clean, noise = (torch.randn(1, 16, 32, 32, generator=generator).bfloat16() for _ in range(2))
+    schedule = Schedule(
+        sigma=torch.tensor([sigma, 0]), alpha=torch.tensor([1 - sigma, 1]), timesteps=torch.tensor([sigma])
+    )
+
+    def run(draws: frozenset[int], value: float) -> Prologue:
+        drawn = torch.full_like(noise, value) if draws else noise
+        state = sigma * drawn + (1 - sigma) * clean
+        return Prologue(state=state, values={}, schedule=schedule, drawn=(drawn,))
+
+    found = find_beginning(run, "Toy")
+    assert not found.plain
+    assert found.gain == pytest.approx(sigma)
 
 
 def test_a_pipeline_that_needs_a_picture_says_so() -> None:

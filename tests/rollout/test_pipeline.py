@@ -487,6 +487,8 @@ def test_a_pipeline_for_one_prompt_at_a_time(tmp_path):
     whole = zoo.shared("sd3")
     rows, alone = (prepare(own, [PROMPT, OTHER]).take([1, 0, 1]) for own in (whole, pipeline))
     assert isinstance(alone, Several)
+    started, _ = alone.start(noise(rows))
+    assert torch.equal(started, noise(rows))  # each row's own
     latents = noise(rows)
     velocity, one_by_one = whole.velocity(latents, 1, rows), pipeline.velocity(latents, 1, alone)
     assert (velocity - one_by_one).abs().max() < 1e-4 * velocity.std()

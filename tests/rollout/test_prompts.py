@@ -4,12 +4,14 @@ import itertools
 import json
 from collections import Counter
 
+import PIL.Image
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
 
 from flowsteer.rollout.data.batches import check_divisible, sample_seeds, step_batches, step_rows
 from flowsteer.rollout.data.files import Source
+from flowsteer.rollout.data.inputs import Input
 from flowsteer.rollout.data.prompts import Prompts, read_prompts
 
 
@@ -102,6 +104,7 @@ class TestFiles:
             ("x.jsonl", b'{"prompt": " "}', r"line 1: no prompt"),
             ("x.jsonl", b'{"prompt": "a"}\n{"prompt": "\\ud83d"}', r"line 2: the prompt holds half a character"),
             ("x.csv", b"prompt,n\na,1,2\n", r"x.csv, line 2: more values than the header has columns"),
+            ("x.csv", b"prompt,n,n\na,1,2\n", r"two columns have the same name among prompt, n, n"),
             ("x.csv", b"text,n\na,1\n", r'x.csv, line 2: no prompt; each row needs a text under "prompt"'),
             ("x.parquet", b"no", r"x.parquet is no parquet file"),
             ("x.jsonl", b'{"prompt": "a", "images": 1}', r"line 1: a column may not be called 'images'"),
@@ -126,10 +129,16 @@ class TestFiles:
 
     def test_a_csv_file_has_numbers_and_empty_cells(self, tmp_path):
         path = tmp_path / "some.csv"
-        path.write_text('caption,count,share,name\n"a, b",2,0.5,x\n\nc,,1,3\n', encoding="utf-8-sig")
+        rows = 'caption,count,share,name,code\n"a,\n\nb",2,0.5,x,007\n\n3,,1,3,1e5\n'
+        path.write_text(rows, encoding="utf-8-sig")
         prompts = read_prompts(Source(file=str(path), prompt="caption"))
-        assert prompts.texts == ("a, b", "c")
-        assert prompts.columns == {"count": (2, None), "share": (0.5, 1), "name": ("x", "3")}
+        assert prompts.texts == ("a,\n\nb", "3")
+        assert prompts.columns == {
+            "count": (2, None),
+            "share": (0.5, 1),
+            "name": ("x", "3"),
+            "code": ("007", "1e5"),
+        }
 
     def test_a_parquet_file_and_a_data_set(self, tmp_path):
         rows = [{"prompt": "a", "n": 1}, {"prompt": "b", "n": None}]
@@ -142,6 +151,19 @@ class TestFiles:
         assert read_prompts(Source(dataset=str(tmp_path / "saved"), split="test")).texts == ("b",)
         with pytest.raises(ValueError, match=r"the data set .*none \(train\) cannot be loaded"):
             read_prompts(Source(dataset=str(tmp_path / "none")))
+
+    def test_pictures_of_a_data_set_are_inputs_and_no_columns(self, tmp_path):
+        pictures = [PIL.Image.new("RGB", (4, 4), (shade, 0, 0)) for shade in (10, 20, 30)]
+        rows = [{"prompt": "a", "image": pictures[0], "several": pictures[1:], "n": 1}]
+        Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
+        source = Source(dataset=str(tmp_path / "saved"))
+        inputs = {"image": Input(column="image", kind="image"), "images": Input(column="several", kind="images")}
+        prompts = read_prompts(source, inputs=inputs)
+        assert prompts.columns == {"n": (1,)}
+        loaded = {name: value.load() for name, value in prompts.row(0).inputs}
+        assert loaded["image"].getpixel((0, 0)) == (10, 0, 0)
+        assert [one.getpixel((0, 0))[0] for one in loaded["images"]] == [20, 30]
+        assert prompts.fingerprint() == read_prompts(source, inputs=inputs).fingerprint()
 
     def test_comments_are_left_out_where_that_is_asked(self, tmp_path):
         path = tmp_path / "some.txt"
