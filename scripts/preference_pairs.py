@@ -23,7 +23,7 @@ from torch import Tensor
 from flowsteer.rewards.combine import RewardSet
 from flowsteer.rewards.pixels import to_uint8
 from flowsteer.rollout.data.prompts import Prompts
-from flowsteer.rollout.lifting.pipeline import Conditioning, FlowPipeline, UnlikeConditioning
+from flowsteer.rollout.lifting.pipeline import FlowPipeline, Prepared, UnlikeConditioning
 from flowsteer.rollout.sample import sample
 from flowsteer.rollout.steps.kernels import denoised
 from flowsteer.rollout.steps.noise import mix
@@ -74,8 +74,8 @@ class Base:
             raise ValueError("this script trains on images; the pipeline decodes to videos")
         self.image_shape: tuple[int, int] = (decoded.shape[-2], decoded.shape[-1])
 
-    def _prepared(self, prompts: Sequence[str]) -> Iterator[tuple[slice, Conditioning]]:
-        """Conditioning of B rows in one batch, or where prompts are unlike one another in one of each run of equal ones."""
+    def _prepared(self, prompts: Sequence[str]) -> Iterator[tuple[slice, Prepared]]:
+        """Prepared of B rows in one batch, or where prompts are unlike one another in one of each run of equal ones."""
         distinct = list(dict.fromkeys(prompts))
         try:
             joined = self.pipeline.prepare(distinct, **self._settings)
