@@ -75,7 +75,7 @@ class Base:
         self.image_shape: tuple[int, int] = (decoded.shape[-2], decoded.shape[-1])
 
     def _prepared(self, prompts: Sequence[str]) -> Iterator[tuple[slice, Prepared]]:
-        """Prepared of B rows in one batch, or where prompts are unlike one another in one of each run of equal ones."""
+        """Prepared rows, B in one batch, or where prompts are unlike one another in one of each run of equal ones."""
         distinct = list(dict.fromkeys(prompts))
         try:
             joined = self.pipeline.prepare(distinct, **self._settings)

@@ -38,6 +38,9 @@ class ToyRows:
     def take(self, rows: Any) -> ToyRows:
         return replace(self, values=self.values[torch.as_tensor(rows)])
 
+    def start(self, noise: Tensor) -> tuple[Tensor, ToyRows]:
+        return noise, self
+
 
 class Toy:
     """A hand-written pipeline: four latents, a linear velocity, "images" that are the latents themselves."""
