@@ -268,7 +268,7 @@ FAULTS = (
     ),
     Fault(
         name="a flagged picture is black, and scored",
-        file="rollout/lifting/pipeline.py",
+        file="rollout/lifting/loop.py",
         right="**proxies, **self.unchecked, ",
         wrong="**proxies, ",
         tests="tests/rollout/test_pipeline.py -k flagged",
