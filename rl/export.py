@@ -178,7 +178,7 @@ def _load_adapter(pipe: Any, component: str, folder: Path) -> None:
     """A LoRA of one network, by the network's own method, or fused in where it has none."""
     network = getattr(pipe, component)
     if hasattr(network, "load_lora_adapter"):
-        network.load_lora_adapter(str(folder), prefix=component)
+        network.load_lora_adapter(str(folder), prefix=component, weight_name=LORA_FILE)
     else:
         _fuse(network, read_lora(folder / LORA_FILE))
 
@@ -193,7 +193,9 @@ def how_to_load(pipe: Any, denoisers: Mapping[str, Any]) -> str:
         elif hasattr(pipe, "load_lora_weights") and place == Path("export"):
             calls.append(f'pipe.load_lora_weights("{place}")')
         elif hasattr(network, "load_lora_adapter"):
-            calls.append(f'pipe.{component}.load_lora_adapter("{place}", prefix="{component}")')
+            calls.append(
+                f'pipe.{component}.load_lora_adapter("{place}", prefix="{component}", weight_name="{LORA_FILE}")'
+            )
         else:
             return "only as a whole pipeline: `flowsteer export RUN FOLDER`"
     return "; ".join(calls)
@@ -201,7 +203,7 @@ def how_to_load(pipe: Any, denoisers: Mapping[str, Any]) -> str:
 
 def folder_of(component: str, denoisers: Mapping[str, Any], folder: Path) -> Path:
     """Where the LoRA of a denoiser is written: the first one's into ``folder``, each other one's into a folder of its name."""
-    first = next(name for name in sorted(denoisers, key=lambda name: name == SECOND))
+    first = min(denoisers, key=lambda name: name == SECOND)
     return folder if component == first else folder / component
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from flowsteer.rl import build
 from flowsteer.rl.adapters import name_of, tail_is_idle
 from flowsteer.rl.config import Config
-from flowsteer.rollout.data.inputs import PICTURES, Media
+from flowsteer.rollout.data.inputs import PICTURES
 from flowsteer.rollout.data.prompts import Prompts, Row
 from flowsteer.rollout.lifting import selfcheck
 from flowsteer.rollout.lifting.pipeline import FlowPipeline, UnlikeConditioning
@@ -41,11 +41,6 @@ def warn_of_idle_columns(config: Config, pipeline: Pipeline, prompts: Prompts) -
                 name if name in media else media[0],
                 name,
             )
-
-
-def _kind_of(row: Row) -> tuple[object, ...]:
-    """Equal for rows about which a pipeline has to be asked once: of the same inputs, but for what their files hold."""
-    return tuple(name if isinstance(value, Media) else (name, value) for name, value in row.inputs)
 
 
 def check_rows(pipeline: Pipeline, rows: Sequence[Row], settings: dict[str, Any]) -> None:
@@ -80,10 +75,9 @@ def checked_plan(config: Config, pipeline: Pipeline, plan: Plan, prompts: Prompt
             rollout.num_inference_steps,
         )
         plan = build.build_plan(rollout.plan, config, num_steps=taken)
-    for row in {_kind_of(row): row for row in map(prompts.row, range(len(prompts)))}.values():
-        prepare_rows(
-            pipeline, [row], **settings
-        )  # what is found out about batches is found out on all processes at once
+    for row in {row.signature: row for row in map(prompts.row, range(len(prompts)))}.values():
+        # now, on all processes at once: what a pipeline is asked first about such rows may take network passes
+        prepare_rows(pipeline, [row], **settings)
     if rollout.batch_size > rollout.group_size:
         try:
             together = prepare_rows(pipeline, first, **settings)

@@ -85,7 +85,7 @@ def _gradients(
         for name, parameter in parameters.items():
             if ".lora_B" in name:  # at its initial 0 no gradient would reach the other factor
                 parameter += 0.01 * torch.randn(parameter.shape, generator=generator).to(parameter)
-    row = Row(PROMPTS[0], tuple(sorted((inputs or {}).items())))
+    row = Row.of(PROMPTS[0], inputs or {})
     settings = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
     conditioning = prepare_rows(pipeline, [row], **settings)
     device = next(iter(parameters.values())).device

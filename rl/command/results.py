@@ -235,13 +235,13 @@ def sample(
     pipeline = chosen.load()
     steps = num_inference_steps or chosen.evaluation.num_inference_steps
     guidance = chosen.evaluation.guidance_scale if guidance_scale is None else guidance_scale
-    inputs = tuple(sorted(files_as_inputs(given).items()))
+    inputs = files_as_inputs(given)
     pictures = []
     with torch.no_grad():
         for prompt in prompts:
             conditioning = prepare_rows(
                 pipeline,
-                [Row(prompt, inputs)] * num_seeds,
+                [Row.of(prompt, inputs)] * num_seeds,
                 num_inference_steps=steps,
                 guidance_scale=guidance,
                 negative_prompt=chosen.evaluation.negative_prompt if negative_prompt is None else negative_prompt,

@@ -24,7 +24,17 @@ class Row(NamedTuple):
     """A prompt and its inputs: all that a pipeline is told of a row. Equal rows are prepared once."""
 
     text: str
-    inputs: tuple[tuple[str, Value], ...] = ()  # (argument of the pipeline, value), those that the row has
+    inputs: tuple[tuple[str, Value], ...] = ()  # (argument of the pipeline, value), those that the row has, by name
+
+    @classmethod
+    def of(cls, text: str, inputs: Mapping[str, Value]) -> Row:
+        """The row of a prompt and its inputs. Example: ``Row.of("a cat", {"strength": 0.5})``."""
+        return cls(text, tuple(sorted(inputs.items())))
+
+    @property
+    def signature(self) -> tuple[tuple[str, int | float | None], ...]:
+        """Equal for rows that a pipeline handles alike: of the same inputs and numbers, whatever their files and texts are."""
+        return tuple((name, value if isinstance(value, (int, float)) else None) for name, value in self.inputs)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,8 +63,8 @@ class Prompts:
 
     def row(self, place: int) -> Row:
         """One row, without the inputs that it lacks."""
-        given = ((name, values[place]) for name, values in self.inputs.items())
-        return Row(self.texts[place], tuple((name, value) for name, value in given if value is not None))
+        given = {name: values[place] for name, values in self.inputs.items()}
+        return Row.of(self.texts[place], {name: value for name, value in given.items() if value is not None})
 
     def fingerprint(self) -> str:
         """A hash of everything in it: two files with the same one are the same training data."""

@@ -10,7 +10,7 @@ Letters: X latent shape of one sample.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -56,12 +56,14 @@ class Prologue:
 
 @dataclass(frozen=True, kw_only=True)
 class Beginning:
-    """How the start follows from noise, the same for every row of one pipeline under one setting."""
+    """How the start of a row follows from noise."""
 
-    draws: frozenset[int] = frozenset()  # numbers of the prologue's draws that are this noise
+    draws: frozenset[int] = (
+        frozenset()
+    )  # numbers of the prologue's draws that are this noise; not needed where it is plain
     gain: Tensor | float = 1.0  # [*X] where it differs from place to place
-    noise_names: frozenset[Any] = field(default=frozenset())  # locals that are the noise, for the loop to use again
-    start_names: frozenset[Any] = field(default=frozenset())  # locals that are the start itself, likewise
+    noise_names: frozenset[Any] = frozenset()  # locals that are the noise, for the loop to use again
+    start_names: frozenset[Any] = frozenset()  # locals that are the start itself, likewise
     plain: bool = True  # the base is 0 and the gain is 1
 
 
@@ -78,9 +80,7 @@ def find_beginning(run: Callable[[frozenset[int], float], Prologue], name: str) 
     once = run(frozenset(), 0.0)
     size = once.state.numel()
     if once.drawn and _same_numbers(once.state, torch.cat([draw.flatten() for draw in once.drawn])):
-        draws, gain = frozenset(range(len(once.drawn))), 1.0
-        names = _noise_names(once.values, once.state, name)
-        return Beginning(draws=draws, gain=gain, noise_names=names)
+        return Beginning(noise_names=_noise_names(once.values, once.state, name))
     found = [
         number
         for number, draw in enumerate(once.drawn)

@@ -239,9 +239,8 @@ class Conditioning:
     gain: Tensor | float = 1.0  # [*X] or one number: sampling starts from base + gain * noise
     noise_names: frozenset[Key] = frozenset()  # values [B, *X] that are this noise, for the loop to use again
     start_names: frozenset[Key] = frozenset()  # values [B, *X] that are what sampling starts from, likewise
-    shapes: tuple[
-        tuple[int, ...], ...
-    ] = ()  # of several states (picture and sound) that make up the latents; () is one
+    # of several states (picture and sound) that make up the latents; () is one
+    shapes: tuple[tuple[int, ...], ...] = ()
 
     def __post_init__(self) -> None:
         for name, layout in self.layout.items():
@@ -258,11 +257,8 @@ class Conditioning:
         """The latents with which the loop begins, from standard normal noise, [B, *X] -> [B, *X], and the same rows with it."""
         if noise.shape != (self.size, *self.latent_shape):
             raise ValueError(f"noise {list(noise.shape)} for {self.size} rows of latents {list(self.latent_shape)}")
-        latents = noise
-        if self.base is not None:
-            latents = (
-                self.base.to(noise) + (self.gain.to(noise) if isinstance(self.gain, Tensor) else self.gain) * noise
-            )
+        gain = self.gain.to(noise) if isinstance(self.gain, Tensor) else self.gain
+        latents = noise if self.base is None else self.base.to(noise) + gain * noise
         own = {key: noise.to(self.values[key]) for key in self.noise_names}
         own |= {key: latents.to(self.values[key]) for key in self.start_names}
         return latents, replace(self, values={**self.values, **own}) if own else self

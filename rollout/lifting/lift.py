@@ -11,8 +11,8 @@ as functions of their own; every statement stays the pipeline's:
 - ``epilogue(*, self, **locals)`` is everything after the loop and returns what ``__call__`` returns.
 
 Decorators such as ``torch.no_grad`` are left behind. File name and line numbers are kept, so a traceback points into
-the pipeline's file. A loop around the denoising loop (FreeInit, a video made section by section) is passed through once:
-the caller asks ``passes`` of the prologue whether it would be once. What is left out: loops in a helper method, and
+the pipeline's file. A loop around the denoising loop (FreeInit, a video made section by section) is passed through once;
+the caller sees what it iterates over, and must refuse more than one pass. What is left out: loops in a helper method, and
 iterations whose second step depends on the result of the first.
 """
 
@@ -43,9 +43,8 @@ class Lifted:
     prologue: Callable[..., tuple[dict[str, Any], Any, tuple[Any, ...]]]
     body: Callable[..., Any]
     epilogue: Callable[..., Any]
-    states: tuple[
-        str, ...
-    ]  # the locals that go into a ``scheduler.step`` and come out of it: latents, perhaps sound, too
+    # the locals that go into a ``scheduler.step`` and come out of it: latents, perhaps sound, too
+    states: tuple[str, ...]
     whole: bool  # each step gets its local as it is; otherwise a part of it, and what follows the step puts it back
     outer: tuple[str, ...]  # the first line of each loop around the denoising loop, with its number
     body_reads: frozenset[str]  # locals of the prologue that the body may read, without ``self``

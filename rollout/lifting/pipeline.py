@@ -249,7 +249,7 @@ def _rows(prompts: Sequence[str], inputs: Sequence[Mapping[str, Value]] | None) 
     given = inputs or [{}] * len(prompts)
     if len(given) != len(prompts):
         raise ValueError(f"{len(given)} rows of inputs for {len(prompts)} prompts; give one for each")
-    return [Row(text, tuple(sorted(own.items()))) for text, own in zip(prompts, given)]
+    return [Row.of(text, own) for text, own in zip(prompts, given)]
 
 
 __all__ = [

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowsteer.rollout.data.inputs import Media, kind_of, load
+from flowsteer.rollout.data.inputs import kind_of, load
 from flowsteer.rollout.data.prompts import Row
 from flowsteer.rollout.lifting.arguments import CallArguments, Settings
 from flowsteer.rollout.lifting.beginning import Beginning, Draws, Prologue, beginning_of, find_beginning
@@ -134,14 +134,15 @@ class Preparer:
         self.arguments.bare = True
         try:
             return self.run(rows, settings, draws=draws, value=value)
+        except torch.OutOfMemoryError:
+            raise
         except Exception:  # the first error is the one to show
             self.arguments.bare = False
             return None
 
     def _probe(self, row: Row, settings: Settings) -> _Probed:
-        """What is known of the pipeline for rows like this one: of the same inputs, but for what their files hold."""
-        plain = tuple(pair for pair in row.inputs if not isinstance(pair[1], Media))
-        key = (settings, tuple(name for name, _ in row.inputs), plain)
+        """What is known of the pipeline for rows of this signature."""
+        key = (settings, row.signature)
         if key not in self._probed:
             one = self.run([row], settings)  # its errors are the user's, those of a batch are not
             layout, two = self._batch(row, settings, one)
@@ -240,6 +241,8 @@ class Preparer:
         try:
             both = self.run([row, other], settings, once=once).conditioning.values
             alone = [own.conditioning.values for own in (one, self.run([other], settings))]
+        except torch.OutOfMemoryError:
+            raise
         except Exception:  # a pipeline that does not pad
             return layout
         return {

@@ -99,9 +99,8 @@ def read_schedule(scheduler: Any, num_steps: int) -> Schedule:
             f"{type(scheduler).__name__} has a noise schedule of another kind than flows and variance-preserving models have; "
             "give the pipeline a scheduler with sigmas (model.scheduler), or leave it"
         )
-    start = getattr(scheduler, "begin_index", None) or max(
-        len(scheduler.timesteps) - num_steps, 0
-    )  # image-to-image is late
+    # image-to-image takes the last of the steps
+    start = getattr(scheduler, "begin_index", None) or max(len(scheduler.timesteps) - num_steps, 0)
     timesteps = scheduler.timesteps[start : start + num_steps].detach().float().cpu()
     if is_variance_preserving(scheduler):
         return _ddim_schedule(scheduler, timesteps)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,11 +18,13 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from typer.testing import CliRunner
+from zoo.entries import built, entries
 
 from flowsteer.rl.command.main import app
-from flowsteer.rl.export import LORA_FILE, convert_lora, folded, load_lora, lora_state, merge
+from flowsteer.rl.export import LORA_FILE, convert_lora, folded, how_to_load, load_lora, lora_state, merge
 from flowsteer.rl.policy import Policy
 from flowsteer.rollout.lifting.loading import load_diffusers
+from flowsteer.rollout.lifting.pipeline import FlowPipeline
 
 FORMATS = ("diffusers", "peft", "kohya")
 
@@ -153,6 +157,49 @@ def test_a_second_transformer_has_a_folder_of_its_own(layout, tmp_path) -> None:
     first = load_file(file)
     assert first.keys() == second.keys()
     assert any(not torch.equal(first[key], second[key]) for key in first)
+
+
+def test_it_is_said_how_each_kind_of_pipeline_loads_it() -> None:
+    """By the pipeline, by a second call, by the network, or not at all but as a whole pipeline."""
+    wan = zoo.build("wan")
+    second = 'pipe.load_lora_weights("export/transformer_2", load_into_transformer_2=True)'
+    both = {name: getattr(wan, name) for name in ("transformer_2", "transformer")}  # in either order
+    assert set(how_to_load(wan, both).split("; ")) == {'pipe.load_lora_weights("export")', second}
+    said = {name: how_to_load(pipe, {"transformer": pipe.transformer}) for name, pipe in unloadable()}
+    assert said == {
+        "OvisImagePipeline": 'pipe.transformer.load_lora_adapter("export", prefix="transformer", '
+        'weight_name="pytorch_lora_weights.safetensors")',
+        "pixart_sigma": "only as a whole pipeline: `flowsteer export RUN FOLDER`",
+    }
+
+
+def unloadable() -> Iterator[tuple[str, Any]]:
+    """Two pipelines without load_lora_weights; the network of the first loads a LoRA, that of the second does not."""
+    for name in ("OvisImagePipeline", "pixart_sigma"):
+        yield name, built(entries()[name])
+
+
+def test_a_pipeline_that_loads_no_lora_is_given_it_all_the_same(tmp_path) -> None:
+    for (name, tuned_pipe), (_, fresh) in zip(unloadable(), unloadable()):
+        size, call = entries()[name].size, entries()[name].call
+        tuned_pipeline = FlowPipeline(tuned_pipe, **size, call_kwargs=call)
+        policy = Policy(tuned_pipeline, lora=(4, 4, ("to_q", "to_k")), variants=frozenset(), seed=0)
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for parameter in policy.parameters().values():
+                parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+        write(policy, tmp_path / name)
+        before, after = (FlowPipeline(pipe, **size, call_kwargs=call) for pipe in (built(entries()[name]), fresh))
+        load_lora(fresh, tmp_path / name)
+        velocities = []
+        for pipeline in (before, tuned_pipeline, after):
+            rows = pipeline.prepare(["a red circle"], num_inference_steps=2, guidance_scale=1.0)
+            noise = torch.randn((1, *rows.latent_shape), generator=torch.Generator().manual_seed(1))
+            with torch.no_grad():
+                velocities.append(pipeline.velocity(noise, 0, rows))
+        base, trained, loaded = velocities
+        assert (trained - base).abs().max() > 1e-2
+        assert (loaded - trained).abs().max() < 1e-4  # fused weights round otherwise
 
 
 def test_an_export_of_an_earlier_version_is_folded_when_it_is_read(tiny_sd3, tmp_path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import wave
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +21,10 @@ from diffusers import (
 from PIL import Image
 
 from flowsteer.rollout.data.inputs import Input, Media, kind_of, read_inputs
-from flowsteer.rollout.data.prompts import Prompts, read_prompts
-from flowsteer.rollout.lifting.beginning import Prologue, find_beginning
+from flowsteer.rollout.data.prompts import Prompts, Row, read_prompts
+from flowsteer.rollout.lifting.beginning import Prologue, beginning_of, find_beginning
 from flowsteer.rollout.lifting.conditioning import Conditioning
+from flowsteer.rollout.lifting.lift import LiftError
 from flowsteer.rollout.lifting.pipeline import FlowPipeline
 from flowsteer.rollout.lifting.selfcheck import check
 from flowsteer.rollout.sample import prepare_rows
@@ -271,6 +273,42 @@ def test_the_start_is_read_in_half_precision(sigma: float) -> None:
     found = find_beginning(run, "Toy")
     assert not found.plain
     assert found.gain == pytest.approx(sigma)
+
+
+def test_what_is_made_of_the_noise_is_known_or_refused() -> None:
+    """The noise itself and the start itself are handed to the loop again; anything else cannot be."""
+    schedule = Schedule(sigma=torch.tensor([0.5, 0]), alpha=torch.tensor([0.5, 1]), timesteps=torch.tensor([500.0]))
+
+    def prologue(value: float, **more: torch.Tensor) -> Prologue:
+        noise, clean = torch.full((1, 4), value), torch.arange(4.0).reshape(1, 4)
+        state = 0.5 * clean + 0.5 * noise
+        values = {"noise": noise, "kept": state.clone(), "clean": clean, **more}
+        return Prologue(state=state, values=values, schedule=schedule, drawn=(noise,))
+
+    draws = frozenset({0})
+    found = beginning_of(draws, prologue(0.0), prologue(1.0), "Toy")
+    assert (found.noise_names, found.start_names, found.gain) == ({"noise"}, {"kept"}, 0.5)
+    half = {value: prologue(value, half=torch.full((1, 4), value / 2)) for value in (0.0, 1.0)}
+    with pytest.raises(LiftError, match="the loop of Toy uses half, which is made of the noise"):
+        beginning_of(draws, half[0.0], half[1.0], "Toy")
+
+    row = zoo.shared("sd3").prepare(["a"], **SETTINGS)
+    assert isinstance(row, Conditioning)
+    noise = torch.ones((1, *row.latent_shape))
+    row = replace(row, values={**row.values, "kept": noise}, start_names=frozenset({"kept"}), base=noise, gain=0.5)
+    latents, started = row.start(noise)
+    assert torch.equal(latents, 1.5 * noise)
+    assert torch.equal(started.values["kept"], latents)
+
+
+def test_rows_that_are_handled_alike() -> None:
+    """A pipeline is asked once for all of them, so texts and pictures play no part, numbers do."""
+    media = [Media("image", digest, ()) for digest in "ab"]
+    row = Row.of("a", {"strength": 0.5, "image": media[0], "negative_prompt": "x"})
+    assert row.inputs == (("image", media[0]), ("negative_prompt", "x"), ("strength", 0.5))
+    assert row.signature == Row.of("b", {"image": media[1], "negative_prompt": "y", "strength": 0.5}).signature
+    assert row.signature != Row.of("a", {"image": media[0], "negative_prompt": "x", "strength": 0.6}).signature
+    assert row.signature != Row.of("a", {"image": media[0], "strength": 0.5}).signature
 
 
 def test_a_pipeline_that_needs_a_picture_says_so() -> None:

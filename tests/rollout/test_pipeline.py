@@ -452,6 +452,18 @@ def test_latents_that_are_not_the_steps_sample(tmp_path):
         prepare(pipeline, [PROMPT])
 
 
+def test_a_loop_that_reads_its_noise_before_its_step_is_refused(tmp_path):
+    """Rollouts are trained on rows that do not hold the noise that a sample started with."""
+    loop = ("        # 7. Denoising loop\n", "        kept = latents\n        # 7. Denoising loop\n")
+    before = (STEP, "                noise_pred = noise_pred + 0.1 * kept\n" + STEP)
+    report = check(zoo.lifted("sd3", zoo.build_variant(tmp_path, "remembers", loop, before)))
+    findings = {finding.name: finding for finding in report.findings if not finding.ok}
+    assert list(findings) == ["its noise"]
+    assert "changes the velocity by" in findings["its noise"].detail
+    after = (STEP, STEP + "                latents = latents + 0.0 * kept\n")
+    assert check(zoo.lifted("sd3", zoo.build_variant(tmp_path, "harmless", loop, after))).ok
+
+
 def test_a_step_may_take_a_part_of_the_state(tmp_path):
     """The other part is the same for all steps, as the first frame of a video that is given."""
     constant = (

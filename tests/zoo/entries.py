@@ -13,7 +13,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import is_ftfy_available
@@ -78,18 +77,6 @@ class Entry:
     prompt_name: str = "prompt"
 
 
-def picture(row: int, height: int = 16, width: int = 16) -> Image.Image:
-    """Four by four fields of random colours, others for each row: they outlast any enlargement and compression."""
-    colours = np.random.default_rng(row).integers(0, 256, (4, 4, 3), dtype=np.uint8)
-    return Image.fromarray(colours).resize((width, height), Image.Resampling.NEAREST)
-
-
-def mask(row: int, height: int = 16, width: int = 16) -> Image.Image:
-    """Four by four fields, half of them white, others for each row."""
-    fields = np.random.default_rng(row).permutation(16).reshape(4, 4) < 8
-    return Image.fromarray(255 * fields.astype(np.uint8)).resize((width, height), Image.Resampling.NEAREST)
-
-
 def entries() -> dict[str, Entry]:
     """The entries of every module of the zoo that is there, by the name of the pipeline's class."""
     found: dict[str, Entry] = {}
@@ -113,16 +100,6 @@ def built(entry: Entry) -> DiffusionPipeline:
                     parameter += NOISE * torch.randn(parameter.shape, generator=generator)
     pipe.set_progress_bar_config(disable=True)
     return pipe
-
-
-def arguments(entry: Entry, row: int) -> dict[str, Any]:
-    """What a call of the entry's pipeline needs for one row: prompt, pictures, size, guidance."""
-    wanted = entry.call | entry.size | entry.inputs(row) | {entry.prompt_name: entry.prompts[row % 3]}
-    if entry.guided is not None and entry.guidance_name != "guider":
-        wanted[entry.guidance_name] = entry.guided
-        if entry.guidance_name == "true_cfg_scale":
-            wanted["negative_prompt"] = ""  # without one these classes leave guidance off
-    return wanted
 
 
 def as_input(argument: str, value: Any) -> Any:

@@ -31,8 +31,9 @@ from diffusers import (
     VisualClozeGenerationPipeline,
 )
 
-from zoo.entries import Build, Entry, Inputs, mask, no_media, picture
+from zoo.entries import Build, Entry, Inputs, no_media
 from zoo.families import flux, z_image
+from zoo.media import mask, picture
 
 LATENT = 16  # channels of a packed latent: 4 of the autoencoder, 2 x 2 places
 

@@ -33,7 +33,8 @@ from zoo.encoders import (
     qwen3_vl_config,
     token_ids,
 )
-from zoo.entries import Build, Entry, Inputs, mask, no_media, picture
+from zoo.entries import Build, Entry, Inputs, no_media
+from zoo.media import mask, picture
 
 LATENT = 16  # channels of a packed latent: 4 of the autoencoder, 2 x 2 places
 LAYERS = (0, 1, 2)  # of the text encoder, side by side in the embeddings

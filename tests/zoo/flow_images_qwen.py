@@ -24,8 +24,9 @@ from diffusers import (
 )
 
 from zoo.encoders import chat_tokenizer, qwen2_processor, qwen2_vl, qwen3_processor, qwen3_vl, qwen_autoencoder
-from zoo.entries import Build, Entry, Inputs, mask, no_media, picture
+from zoo.entries import Build, Entry, Inputs, no_media
 from zoo.families import qwen_image
+from zoo.media import mask, picture
 
 LEVELS = 6  # edits enlarge their pictures to a million pixels: 1024 / 2 ** 6 is a latent of 16 x 16
 EDIT = 2 ** (LEVELS + 1)  # pixels of a side, one token

@@ -20,7 +20,8 @@ from diffusers import (
 )
 
 from zoo.encoders import gemma2, opening_tokenizer
-from zoo.entries import Build, Entry, Inputs, no_media, picture
+from zoo.entries import Build, Entry, Inputs, no_media
+from zoo.media import picture
 
 TRANSFORMER: dict[str, Any] = {
     "in_channels": 4,

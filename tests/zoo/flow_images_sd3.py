@@ -14,8 +14,9 @@ from diffusers import (
     StableDiffusion3PAGPipeline,
 )
 
-from zoo.entries import Build, Entry, Inputs, mask, no_media, picture
+from zoo.entries import Build, Entry, Inputs, no_media
 from zoo.families import stable_diffusion_3
+from zoo.media import mask, picture
 from zoo.parts import autoencoder
 
 

@@ -73,7 +73,8 @@ from zoo.encoders import (
     t5,
     wan_autoencoder,
 )
-from zoo.entries import Build, Entry, Inputs, no_media, picture
+from zoo.entries import Build, Entry, Inputs, no_media
+from zoo.media import picture
 from zoo.parts import VOCABULARY, autoencoder, byte_tokenizer, clip_text, clip_tokenizer
 
 WIDTH = TEXT["hidden_size"]

@@ -42,8 +42,9 @@ from zoo.encoders import (
     token_ids,
     wan_autoencoder,
 )
-from zoo.entries import Entry, mask, picture
+from zoo.entries import Entry
 from zoo.flow_images_text import SHIFTED, bria_fibo, euler, kandinsky5_parts, longcat_parts
+from zoo.media import mask, picture
 from zoo.parts import VOCABULARY
 
 WIDTH = TEXT["hidden_size"]

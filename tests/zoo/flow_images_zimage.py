@@ -18,8 +18,9 @@ from diffusers import (
 from transformers import Siglip2VisionConfig, Siglip2VisionModel
 from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2ImageProcessorPil
 
-from zoo.entries import Build, Entry, Inputs, mask, no_media, picture
+from zoo.entries import Build, Entry, Inputs, no_media
 from zoo.families import z_image
+from zoo.media import mask, picture
 
 LATENT = 16
 

@@ -10,17 +10,20 @@ CONTROL, SECOND = 100, 200
 """Added to a row's number for a further picture of the same row."""
 
 
-def picture(row: int, size: int = 16) -> Image.Image:
-    """An RGB picture of 16 patches of random colour, which are still there after an autoencoder's averages."""
-    patches = np.random.default_rng(row).integers(0, 256, (4, 4, 3), dtype=np.uint8)
-    return Image.fromarray(patches).resize((size, size), Image.Resampling.NEAREST)
+def picture(row: int, height: int = 16, width: int | None = None) -> Image.Image:
+    """Four by four fields of random colours, others for each row, which outlast any enlargement and an autoencoder's averages.
+
+    Square unless a width is given.
+    """
+    colours = np.random.default_rng(row).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    return Image.fromarray(colours).resize((width or height, height), Image.Resampling.NEAREST)
 
 
-def mask(row: int, size: int = 16) -> Image.Image:
-    """White in the left part of the picture, which is wider in the next row."""
-    area = np.zeros((size, size), dtype=np.uint8)
-    area[:, : size // 4 * (1 + row % 3)] = 255
-    return Image.fromarray(area)
+def mask(row: int, height: int = 16, width: int | None = None) -> Image.Image:
+    """Four by four fields, half of them white, others for each row."""
+    fields = np.random.default_rng(row).permutation(16).reshape(4, 4) < 8
+    white = Image.fromarray(255 * fields.astype(np.uint8))
+    return white.resize((width or height, height), Image.Resampling.NEAREST)
 
 
 def video(row: int, frames: int, size: int = 16) -> list[Image.Image]:
