@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -218,8 +219,12 @@ def files_as_inputs(options: list[str] | None) -> dict[str, Value]:
     return {name: value for name, (value,) in read.items()}
 
 
-def _number(text: str) -> int | float:
-    return int(text) if text.lstrip("+-").isdigit() else float(text)
+def _number(text: str) -> int | float | str:
+    """A number where the text is one; otherwise the text, which `read_inputs` refuses by name."""
+    for kind in (int, float):
+        with suppress(ValueError):
+            return kind(text)
+    return text
 
 
 def named_rewards(names: list[str] | None, options: list[str] | None = None) -> RewardSet:

@@ -16,8 +16,10 @@ from inprocess import finished
 from PIL import Image
 from safetensors import safe_open
 from torch import Tensor
+from typer.testing import CliRunner
 from zoo.entries import Entry, built, entries
 
+from flowsteer.rl.command.main import app
 from flowsteer.rl.config import parse_config
 from flowsteer.rl.export import LORA_FILE, load_lora
 from flowsteer.rl.start import start
@@ -139,6 +141,45 @@ def test_a_picture_that_is_needed_and_not_given_ends_the_run_by_name(make_config
     with pytest.raises(ValueError, match=r"StableDiffusion3Img2ImgPipeline cannot prepare .* It was not given image"):
         start(parse_config(config), quiet=True)
     assert not (tmp_path / "run").exists()
+
+
+def test_commands_give_pictures_too(make_config: Make, tmp_path: Path) -> None:
+    """Files for every prompt, or columns of a prompt file, without a run and with one."""
+    name = "FluxFillPipeline"
+    run = finished(configuration(name, make_config, tmp_path) | {"num_steps": 1})
+    entry, model = ENTRIES[name], str(tmp_path / "model")
+    shared = ["--height", "16", "--width", "16", *(f"--call={key}={value}" for key, value in entry.call.items())]
+    files = [f"--input={argument}={tmp_path / f'{argument}0.png'}" for argument in entry.inputs(0)]
+    columns = [f"--input={argument}={argument}_file" for argument in entry.inputs(0)]
+    small = ["--num-seeds", "1", "--num-inference-steps", "2", "--num-prompts", "2", "-r", "jpeg_compressibility"]
+    drawn_by = {}
+    for case, given in {
+        "files": ["sample", "a cat", "--model", model, *files, *shared],
+        "files of another row": ["sample", "a cat", "--model", model, *shared]
+        + [option.replace("0.png", "1.png") for option in files],
+    }.items():
+        output = tmp_path / f"{case}.png"
+        said = CliRunner().invoke(app, [*given, "-o", str(output), "--num-seeds", "1", "--num-inference-steps", "2"])
+        assert said.exit_code == 0, said.output
+        drawn_by[case] = output.read_bytes()
+    assert drawn_by["files"] != drawn_by["files of another row"]
+    for given in (
+        ["check-model", model, "--targets", "to_q", *files, *shared],
+        ["evaluate", str(tmp_path / "rows.jsonl"), "--model", model, *columns, *shared, *small],
+        ["evaluate", str(tmp_path / "rows.jsonl"), "--run", str(run.folder), *small],
+    ):
+        said = CliRunner().invoke(app, given)
+        assert said.exit_code == 0, said.output
+    for option, message in {
+        "--input=image": "give an argument of the pipeline and what it gets",
+        "--input=image=none.png": "there is no file",
+        "--input=height=tall": "a number is needed",
+    }.items():
+        said = CliRunner().invoke(
+            app, ["sample", "a cat", "--model", model, option, *shared, "-o", str(tmp_path / "x.png")]
+        )
+        assert isinstance(said.exception, ValueError)
+        assert message in str(said.exception)
 
 
 def test_kinds_of_the_zoo_are_read_off_names() -> None:
