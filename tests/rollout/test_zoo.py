@@ -114,9 +114,12 @@ def holds(name: str, guidance_scale: float) -> None:
 
 
 CHECKED = [name for name in ENTRIES if name not in LEFT_OUT]
+LONG = "QwenImageEditInpaintPipeline"  # half a minute: it makes a million pixels of every picture
 
 
-@pytest.mark.parametrize("name", CHECKED)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name == LONG else ()) for name in CHECKED]
+)
 def test_a_pipeline_is_lifted_or_refused(name: str) -> None:
     holds(name, ENTRIES[name].guided or 1.0)
 
