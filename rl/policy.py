@@ -18,6 +18,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from flowsteer.rl.engine.zero import kept
+from flowsteer.rl.targets import endings, linear_layers
 from flowsteer.rollout.lifting.protocol import Pipeline
 from flowsteer.rollout.lifting.several import Prepared
 from flowsteer.rollout.types import ConditioningRows
@@ -30,7 +31,7 @@ class Policy:
 
     Args:
         pipeline: what predicts the velocity.
-        lora: rank, alpha and target suffixes, or None to train all weights.
+        lora: rank, alpha and targets (the ends of layers' paths), or None to train all weights.
         variants: which of ``old``, ``reference`` and ``ema`` are needed besides the current one.
         seed: of the adapters' initial values.
         ema_decay: how much of the ema policy stays at each update.
@@ -251,17 +252,11 @@ class _Copies:
 
 def _check_targets(denoisers: dict[str, nn.Module], targets: Sequence[str]) -> None:
     """PEFT trains nothing, silently, for a name that matches nothing; here it is an error."""
-    linear = {
-        f"{component}.{key}"
-        for component, denoiser in denoisers.items()
-        for key, module in denoiser.named_modules()
-        if isinstance(module, (nn.Linear, nn.Conv2d))
-    }
-    idle = [target for target in targets if not any(f".{key}".endswith(f".{target}") for key in linear)]
+    layers = {f".{key}" for denoiser in denoisers.values() for key in linear_layers(denoiser)}
+    idle = [target for target in targets if not any(key.endswith(f".{target}") for key in layers)]
     if idle:
-        parts = [key.split(".") for key in linear]
-        endings = sorted({".".join(names[-2:]) if names[-1].isdigit() else names[-1] for names in parts})
+        found = sorted({ending for denoiser in denoisers.values() for ending in endings(denoiser)})
         raise ValueError(
             f"model.lora.targets: {', '.join(map(repr, idle))} match no linear layer of {', '.join(denoisers)}; "
-            f"its layers end in {', '.join(endings)}"
+            f"its layers end in {', '.join(found)}"
         )

@@ -108,7 +108,7 @@ def load(config: Config, checked: Checked, rewards: RewardSet) -> Loaded:
     plan = checked_plan(config, pipeline, checked.plan, checked.prompts)
     # processes meet in every pass under ZeRO, so they must ask the same one of several denoisers at the same time
     algorithm = build.build_algorithm(config, plan, processes, common_indices=len(pipeline.denoisers) > 1)
-    policy = build.build_policy(config, pipeline, algorithm)
+    policy = build.build_policy(config, pipeline, algorithm, checked.prompts.row(0))
     return Loaded(
         rewards=rewards,
         depends_on=depends_on,

@@ -27,6 +27,7 @@ class Schedule:
     alpha: Tensor  # [T+1]
     timesteps: Tensor  # [T], what the network wants to be told
     prediction: Literal["velocity", "epsilon", "v_prediction"] = "velocity"
+    rising: bool = False  # the pipeline itself counts 1 - sigma, from 0 to 1, and predicts data minus noise (Mochi)
 
     def __post_init__(self) -> None:
         steps = len(self.timesteps)
@@ -143,7 +144,7 @@ class Rollout:
     seeds: Tensor  # [B] int64, the seed of each sample's own generator
     conditioning: ConditioningRows  # B rows
     latents: Tensor  # [B, *X], final
-    images: Tensor  # [B, 3, H, W] or [B, T, 3, H, W] float32 in [0, 1], on the CPU
+    images: Tensor  # [B, 3, H, W] or [B, T, 3, H, W] float32 in [0, 1], or sound [B, C, N] in [-1, 1]; on the CPU
     trajectory: Trajectory | None
     policy_version: int  # how many optimiser updates the policy that drew it had seen
 

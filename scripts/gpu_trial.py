@@ -139,7 +139,7 @@ class Trial:
         self.network.register_forward_pre_hook(lambda *_: self.passes.update([torch.is_grad_enabled()]))
         plan = build_plan(config.rollout.plan, config)
         self.algorithm = build_algorithm(config, plan, self.processes)
-        self.policy = build_policy(config, self.pipeline, self.algorithm)
+        self.policy = build_policy(config, self.pipeline, self.algorithm, PROMPTS.row(0))
         self.engine = build_engine(config, self.processes, self.policy, self.algorithm)
         self.worker = build_worker(config, self.pipeline, PROMPTS, plan, self.processes)
         self.scorer = StepScorer(build_rewards(config, self.processes.device))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from flowsteer.rl.policy import Policy
+from flowsteer.rl.targets import automatic_targets, summary
 from flowsteer.rollout.data.inputs import Value
 from flowsteer.rollout.data.prompts import Row
 from flowsteer.rollout.lifting.pipeline import Pipeline
@@ -19,7 +21,7 @@ _NAMED = 6  # layers that a finding lists before it only counts
 
 def trainable_findings(
     pipeline: Pipeline,
-    targets: Sequence[str],
+    targets: str = "auto",
     guidance_scale: float = 1.0,
     *,
     rank: int = 32,
@@ -28,14 +30,19 @@ def trainable_findings(
 ) -> list[Finding]:
     """What a LoRA with these targets finds in the pipeline, and which of its tensors a gradient reaches.
 
+    ``targets`` are names separated by commas, or ``auto``.
+
     Costs a forward and a backward pass at batch 1 for each of the ``num_inference_steps``, which together visit every
     denoiser of a pipeline that has several. The adapters stay on the pipeline, with small random values.
 
     The gradient is in order when it is finite and reaches every target in every denoiser. Single tensors may stay
     without one: in the last block of Stable Diffusion 3 the text queries lead nowhere.
     """
+    row = Row.of(PROMPTS[0], inputs or {})
+    settings = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
     try:
-        policy = Policy(pipeline, lora=(rank, rank, targets), variants=frozenset(), seed=0)
+        named = automatic_targets(pipeline, row, **settings) if targets == "auto" else tuple(targets.split(","))
+        policy = Policy(pipeline, lora=(rank, rank, named), variants=frozenset(), seed=0)
     except ValueError as error:
         return [Finding(name="LoRA targets", ok=False, detail=str(error))]
     parameters = policy.parameters()
@@ -43,12 +50,18 @@ def trainable_findings(
     found = {
         (component, target): {layer for layer in layers.values() if _is(layer, component, target)}
         for component in policy.denoisers
-        for target in targets
+        for target in named
     }
-    counts = {target: sum(len(found[component, target]) for component in policy.denoisers) for target in targets}
+    counted = (
+        summary(set(layers.values()))
+        if targets == "auto"
+        else ", ".join(
+            f"{target} {sum(len(found[component, target]) for component in policy.denoisers)}" for target in named
+        )
+    )
     trained = sum(parameter.numel() for parameter in parameters.values())
 
-    gradients = _gradients(pipeline, policy, guidance_scale, num_inference_steps, inputs)
+    gradients = _gradients(pipeline, policy, row, settings)
     idle = [name for name, gradient in gradients.items() if gradient is None or not gradient.any()]
     broken = [name for name, gradient in gradients.items() if gradient is not None and not gradient.isfinite().all()]
     reached = {layers[name] for name in parameters.keys() - idle}
@@ -64,7 +77,7 @@ def trainable_findings(
         Finding(
             name="LoRA targets",
             ok=True,
-            detail="layers found: " + ", ".join(f"{key} {count}" for key, count in counts.items()),
+            detail=f"{'found by auto' if targets == 'auto' else 'layers found'}: {counted}",
         ),
         Finding(name="parameters", ok=True, detail=f"{trained:,} are trained at rank {rank}"),
         Finding(name="gradient", ok=not (dead or broken), detail=detail),
@@ -74,9 +87,8 @@ def trainable_findings(
 def _gradients(
     pipeline: Pipeline,
     policy: Policy,
-    guidance_scale: float,
-    num_inference_steps: int,
-    inputs: Mapping[str, Value] | None,
+    row: Row,
+    settings: dict[str, Any],
 ) -> dict[str, Tensor | None]:
     """The gradient of a random projection of the velocities, summed over the steps, by the names of the parameters."""
     generator = torch.Generator().manual_seed(0)
@@ -85,8 +97,6 @@ def _gradients(
         for name, parameter in parameters.items():
             if ".lora_B" in name:  # at its initial 0 no gradient would reach the other factor
                 parameter += 0.01 * torch.randn(parameter.shape, generator=generator).to(parameter)
-    row = Row.of(PROMPTS[0], inputs or {})
-    settings = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
     conditioning = prepare_rows(pipeline, [row], **settings)
     device = next(iter(parameters.values())).device
     for index in range(conditioning.schedule.num_steps):

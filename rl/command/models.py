@@ -26,7 +26,7 @@ console, stderr = Console(), Console(stderr=True)
 
 def check_model(
     path: Annotated[str, typer.Argument(help="Folder or hub id in diffusers' layout, or `embedded`.")],
-    targets: Annotated[str, typer.Option(help="LoRA targets, separated by commas.")] = "to_q,to_k,to_v,to_out.0",
+    targets: Annotated[str, typer.Option(help="LoRA targets, separated by commas; `auto` finds them.")] = "auto",
     guidance_scale: Annotated[float, typer.Option("--guidance-scale", help="1 is without guidance.")] = 1.0,
     adapter: AdapterOption = None,
     height: HeightOption = None,
@@ -52,7 +52,7 @@ def check_model(
     each = [inputs] * len(PROMPTS) if inputs else None
     report = check(pipeline, guidance_scale=guidance_scale, inputs=each)
     if report.ok:
-        found = trainable_findings(pipeline, targets.split(","), guidance_scale, inputs=inputs)
+        found = trainable_findings(pipeline, targets, guidance_scale, inputs=inputs)
         report = report.with_findings(found)
     console.print(report.text(), markup=False, highlight=False, soft_wrap=True)
     if not report.ok:

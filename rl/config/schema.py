@@ -45,8 +45,9 @@ class LoRAConfig(Section):
     """Rank of the two factors of each adapter."""
     alpha: PositiveInt = 64
     """An adapter's output is multiplied by alpha / rank."""
-    targets: Annotated[tuple[str, ...], Field(min_length=1)] = ("to_q", "to_k", "to_v", "to_out.0")
-    """Names of the linear layers, matched at the end of a module's path. Each must match something."""
+    targets: Literal["auto"] | Annotated[tuple[str, ...], Field(min_length=1)] = "auto"
+    """``auto``: the linear layers of the denoiser's attention and feed-forward networks that a gradient reaches. Or names,
+    matched at the end of a layer's path, such as ``[to_q, to_k, to_v, to_out.0]``; each must match something."""
 
 
 class ModelConfig(Section):

@@ -1,4 +1,4 @@
-"""What a prompt file gives a pipeline besides prompts: pictures, masks, videos, sound, numbers and texts for each row.
+"""What a prompt file gives a pipeline besides prompts: pictures, masks, videos, sound, arrays, numbers and texts for each row.
 
 A configuration maps columns of the file to arguments of the pipeline's own ``__call__``. Files are opened and checked when
 the prompt file is read, and loaded when a row is prepared.
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, ImageSequence, UnidentifiedImageError
 
-Kind = Literal["image", "images", "rgba", "mask", "video", "audio", "number", "text"]
+Kind = Literal["image", "images", "rgba", "mask", "video", "audio", "tensor", "tensors", "number", "text"]
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")  # ends of names
 _FILMS = (".mp4", ".mov", ".webm", ".mkv", ".avi")
 
@@ -40,7 +40,7 @@ class Input:
 
 @dataclass(frozen=True)
 class Media:
-    """A picture, a mask, some pictures, a video or sound of one row: where it is, and a hash of what it is.
+    """A picture, a mask, some pictures, a video, sound or an array of one row: where it is, and a hash of what it is.
 
     Two of the same content and kind are equal.
     """
@@ -53,8 +53,12 @@ class Media:
         """The value for the pipeline.
 
         A picture is a PIL image in RGB (``rgba``: with an alpha channel), a mask one in grey; some pictures and the frames of a
-        video are a list of them; sound is a float32 tensor [channels, samples] in [-1, 1].
+        video are a list of them; sound is a float32 tensor [channels, samples] in [-1, 1]; ``tensor`` is a numpy array, as
+        the pipeline takes it for one prompt, and ``tensors`` a list of them.
         """
+        if self.kind in ("tensor", "tensors"):
+            arrays = [_array(part) for part in self.parts]
+            return arrays if self.kind == "tensors" else arrays[0]
         if self.kind == "audio":
             return _sound(self.parts[0])
         if self.kind == "video" and len(self.parts) == 1:
@@ -73,8 +77,11 @@ Value = Media | int | float | str | None
 def kind_of(argument: str) -> Kind:
     """The kind that an argument of a pipeline takes by its name; an image in doubt.
 
-    Example: ``control_video`` takes a video, ``mask_image`` a mask, ``height`` a number, ``negative_prompt`` a text.
+    Example: ``control_video`` takes a video, ``mask_image`` a mask, ``image_embeds`` an array, ``height`` a number,
+    ``negative_prompt`` a text.
     """
+    if argument.endswith("_embeds") or argument == "hint":
+        return "tensor"
     if (
         argument in ("height", "width", "strength")
         or argument.startswith("num_")
@@ -137,10 +144,10 @@ def _read(value: Any, kind: Kind, folder: Path) -> Value:
         if isinstance(value, bool) or not isinstance(value, (str, int, float)):
             raise ValueError(f"a text is needed, got {value!r}")
         return str(value)
-    several = kind in ("images", "video")
+    several = kind in ("images", "video", "tensors")
     if isinstance(value, (list, tuple)):
         if not value:
-            raise ValueError("an empty list; give at least one picture")
+            raise ValueError("an empty list; give at least one file")
         if not several:
             raise ValueError(f"one {kind} is needed, got a list of {len(value)}")
         parts = tuple(_part(one, folder) for one in value)
@@ -151,7 +158,7 @@ def _read(value: Any, kind: Kind, folder: Path) -> Value:
         data = part if isinstance(part, bytes) else part.read_bytes()
         digest.update(hashlib.sha256(data).digest())
     media = Media(kind, digest.hexdigest()[:16], parts)
-    if kind == "audio" or (kind == "video" and len(parts) == 1):
+    if kind in ("audio", "tensor", "tensors") or (kind == "video" and len(parts) == 1):
         media.load()
         return media
     for part in parts:
@@ -216,6 +223,17 @@ def _film(path: Path) -> list[Image.Image]:
     if not frames:
         raise ValueError(f"{path} is no video that can be read")
     return frames
+
+
+def _array(part: Path | bytes) -> np.ndarray:
+    """The array of a .npy file of numbers."""
+    try:
+        found = np.load(io.BytesIO(part) if isinstance(part, bytes) else part, allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{_named(part)} is no .npy file of numbers ({error})") from error
+    if not isinstance(found, np.ndarray) or found.dtype.kind not in "fiub" or found.ndim == 0:
+        raise ValueError(f"{_named(part)} is no .npy file with one array of numbers")
+    return found
 
 
 def _sound(part: Path | bytes) -> torch.Tensor:

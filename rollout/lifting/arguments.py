@@ -12,12 +12,15 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from flowsteer.rollout.data.inputs import kind_of
 
 PER_ROW = ("negative_prompt", "height", "width")  # settings that a row may have of its own
-_MEDIA = re.compile(r"(^|.*_)(image|images|video|audio|frames|waveforms|image_reference)|mask|control_mask")
+_MEDIA = re.compile(
+    r"(^|.*_)(image|images|video|audio|frames|waveforms|image_reference|image_embeds)|mask|control_mask|hint"
+)
 _SWITCHES = ("render_", "freeze_", "sample_", "num_")  # beginnings of names of truth values and counts
 OURS = frozenset(
     {"self", "prompt", "negative_prompt", "num_inference_steps", "height", "width", "latents", "generator"}
@@ -62,6 +65,7 @@ class CallArguments:
         self.counts_from_zero = counts_from_zero
         self.has_guider = has_guider
         self.bare = False  # the pipeline wants a text and no list of prompts
+        self.output_type = "pt"
         for key in call_kwargs.keys() & OURS:
             raise ValueError(
                 f"the call argument {key!r} is a setting of its own, or not for the user to set; leave it out of the further "
@@ -103,7 +107,7 @@ class CallArguments:
             "generator": torch.Generator().manual_seed(
                 0
             ),  # noise is drawn by the sampler; nothing may touch global state
-            "output_type": "pt",
+            "output_type": self.output_type,
             "return_dict": False,
             **self._guidance(settings.guidance_scale),
         }
@@ -132,7 +136,7 @@ class CallArguments:
 
     @property
     def media(self) -> tuple[str, ...]:
-        """The arguments that take pictures, masks, videos or sound, by their names."""
+        """The arguments that take pictures, masks, videos, sound or what was made of a picture, by their names."""
         names = (name for name in self.parameters if not name.startswith(_SWITCHES))
         return tuple(name for name in names if _MEDIA.fullmatch(name))
 
@@ -142,7 +146,10 @@ class CallArguments:
         for name in inputs[0]:
             values = [own[name] for own in inputs]
             shared = once or len(values) == 1 or name in PER_ROW
-            merged[name] = values[0] if shared else values
+            if _are_arrays(values[0]):
+                merged[name] = _stacked(values[:1] if shared else values)
+            else:
+                merged[name] = values[0] if shared else values
         return merged
 
     def _guidance(self, scale: float) -> dict[str, float]:
@@ -155,3 +162,14 @@ class CallArguments:
         if scale != 1 and not self.has_guider:
             raise ValueError(f"{self.name} has no guidance: guidance_scale must be 1, got {scale:g}")
         return {}
+
+
+def _are_arrays(value: Any) -> bool:
+    return isinstance(value[0] if isinstance(value, list) and value else value, np.ndarray)
+
+
+def _stacked(values: Sequence[Any]) -> Any:
+    """Arrays [1, ...] of B rows as one tensor [B, ...]; a list of such tensors where each row has a list of arrays."""
+    if isinstance(values[0], list):
+        return [_stacked(of_one_place) for of_one_place in zip(*values, strict=True)]
+    return torch.from_numpy(np.concatenate(values))

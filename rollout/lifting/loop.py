@@ -38,6 +38,14 @@ class _Denoiser:
         return type(getattr(self._owner.pipe, self._name))
 
 
+class _Guide(_Denoiser):
+    """Stands for a network that feeds a denoiser and is never trained: no gradient goes through it."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with torch.no_grad():
+            return getattr(self._owner.pipe, self._name)(*args, **kwargs)
+
+
 class Loop:
     """Where lifted code runs.
 
@@ -65,8 +73,11 @@ class Loop:
         return {
             name: component
             for name, component in vars(self.pipe).items()
-            if name in self.lifted.attributes and isinstance(component, nn.Module) and not name.startswith(GUIDES)
+            if name in self.lifted.attributes and isinstance(component, nn.Module) and not self._is_guide(name)
         }
+
+    def _is_guide(self, name: str) -> bool:
+        return name.startswith(GUIDES) and isinstance(getattr(self.pipe, name), nn.Module)
 
     @property
     def device(self) -> torch.device:
@@ -78,6 +89,7 @@ class Loop:
         view = object.__new__(type(self.pipe))
         public = {name: value for name, value in vars(self.pipe).items() if not name.startswith("_")}
         proxies = {name: _Denoiser(self, name) for name in self.denoisers}
+        proxies |= {name: _Guide(self, name) for name in public if self._is_guide(name)}
         view.__dict__.update({**self._private, **public, **proxies, **self.unchecked, **attributes})
         return view
 

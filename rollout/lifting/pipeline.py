@@ -13,6 +13,7 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
@@ -204,7 +205,7 @@ class FlowPipeline:
         if isinstance(conditioning, Several):
             return LiftedStep.of([self.begin(own, index, row) for own, row in conditioning.each(latents)])
         body = self.loop.enter(latents, index, conditioning)
-        velocity = join_states(run_to_step(body, type(self.pipe).__name__, index, len(self.lifted.states)))
+        velocity = self.predicted(body, index, conditioning)
         if velocity.shape != latents.shape:
             raise ValueError(
                 f"{type(self.pipe).__name__} steps {list(velocity.shape)} where its latents are {list(latents.shape)}: "
@@ -224,20 +225,44 @@ class FlowPipeline:
 
         return LiftedStep(velocity, finished)
 
+    def predicted(self, body: Body, index: int, conditioning: Conditioning) -> Tensor:
+        """Run a body that was entered up to its step: what the model predicts, [B, *X]."""
+        name, states = type(self.pipe).__name__, len(self.lifted.states)
+        return join_states(run_to_step(body, name, index, states, rising=conditioning.schedule.rising))
+
     def velocity(self, latents: Tensor, index: int, conditioning: Prepared) -> Tensor:
         """The velocity of `begin`, [B, *X] -> [B, *X]; differentiable. For training, which needs no more of a step."""
         return self.begin(latents, index, conditioning).velocity
 
     def decode(self, latents: Tensor, conditioning: Prepared) -> Tensor:
-        """The epilogue: final latents [B, *X] -> images float32 [B, 3, H, W] in [0, 1], video [B, T, 3, H, W]."""
+        """The epilogue: final latents [B, *X] -> images float32 [B, 3, H, W] in [0, 1], video [B, T, 3, H, W], sound [B, C, N]
+        in [-1, 1], of C channels.
+        """
         if isinstance(conditioning, Several):
             return torch.cat([self.decode(own, row) for own, row in conditioning.each(latents)])
         bound = self.loop.bind(conditioning, self.lifted.epilogue_reads) | self.loop.states(latents, conditioning)
         with torch.no_grad():
             images = self.lifted.epilogue(**bound)[0]
-        if not isinstance(images, Tensor) or images.dim() not in (4, 5):
-            raise ValueError(f"{type(self.pipe).__name__} decodes to {type(images).__name__}, not to a batch of images")
-        return images.float()
+            if images is bound.get(self.lifted.states[0]):  # DeepFloyd IF hands its state back, in [-1, 1]
+                self.preparer.arguments.output_type = "np"
+                images = self.lifted.epilogue(**bound | {"output_type": "np"})[0]
+        return as_tensor(images, type(self.pipe).__name__)
+
+
+def as_tensor(output: Any, name: str) -> Tensor:
+    """What a pipeline's ``__call__`` draws, as `FlowPipeline.decode` gives it.
+
+    Some pipelines give arrays, [B, H, W, 3], whatever they are asked for; some a sound without its one channel, [B, N].
+    Raises ValueError for anything that is no batch of pictures, videos or sounds.
+    """
+    if isinstance(output, np.ndarray):
+        output = torch.from_numpy(output)
+        output = output.movedim(-1, -3) if output.dim() > 3 else output
+    if not isinstance(output, Tensor) or not 2 <= output.dim() <= 5:
+        raise ValueError(
+            f"{name} draws a {type(output).__name__}, not a batch of pictures, videos or sounds; {ADAPTER_ADVICE}"
+        )
+    return (output[:, None] if output.dim() == 2 else output).float()
 
 
 def _settings(num_inference_steps: int, guidance_scale: float, negative_prompt: str | None = None) -> Settings:

@@ -288,6 +288,11 @@ class Preparer:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # whatever a pipeline says of what it was given
+            if "set_timesteps()" in str(error):
+                stands_in = f"{type(pipe.scheduler).__name__}, which stands in for the pipeline's own"
+                raise LiftError(
+                    f"{self.name} asks its scheduler for what {stands_in}, cannot do ({error}); {ADAPTER_ADVICE}"
+                ) from error
             single = len(rows) == 1 and not self.arguments.bare and isinstance(error, (ValueError, TypeError))
             if single and (run := self._bare(rows, settings, draws, value)):
                 return run

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from diffusers import CogVideoXDDIMScheduler, DDIMScheduler
+from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler, DDIMScheduler
 
 from flowsteer.rollout.types import Schedule
 
@@ -62,14 +62,17 @@ def steppable(scheduler: Any) -> Any:
             f"{type(scheduler).__name__} predicts {scheduler.config.prediction_type} on noise levels of its own; a flow, or "
             "a table of alphas_cumprod, is needed"
         )
-    ddim: Any = DDIMScheduler.from_config(scheduler.config, clip_sample=False, thresholding=False)
+    made: Any = CogVideoXDDIMScheduler if isinstance(scheduler, CogVideoXDPMScheduler) else DDIMScheduler
+    ddim: Any = made.from_config(scheduler.config, clip_sample=False, thresholding=False)
+    # DeepFloyd IF predicts its variance besides; its pipeline drops that part where the scheduler does not want it
+    ddim.register_to_config(variance_type="fixed_small")
     if not torch.equal(ddim.alphas_cumprod, scheduler.alphas_cumprod):
         raise ValueError(
-            f"{type(scheduler).__name__} has noise levels that DDIMScheduler.from_config does not reproduce; give the "
+            f"{type(scheduler).__name__} has noise levels that {made.__name__}.from_config does not reproduce; give the "
             "pipeline a DDIM scheduler of its own (pipe.scheduler = ...) before handing it over"
         )
     _check_steps(ddim)
-    logger.warning("%s is replaced by DDIMScheduler with the same noise levels", type(scheduler).__name__)
+    logger.warning("%s is replaced by %s with the same noise levels", type(scheduler).__name__, made.__name__)
     return ddim
 
 
@@ -105,12 +108,14 @@ def read_schedule(scheduler: Any, num_steps: int) -> Schedule:
     if is_variance_preserving(scheduler):
         return _ddim_schedule(scheduler, timesteps)
     sigma = scheduler.sigmas[start : start + num_steps + 1].detach().float().cpu()
+    if rising := bool(scheduler.config.get("invert_sigmas")):
+        sigma = 1 - sigma
     name = type(scheduler).__name__
     if len(sigma) != num_steps + 1:
         raise ValueError(f"{name} has {len(sigma)} noise levels for {num_steps} steps; a one-call scheduler is needed")
     if sigma.min() < 0 or sigma.max() > 1 or (sigma.diff() >= 0).any():
         raise ValueError(f"{name} has noise levels {sigma.tolist()}; they must fall, from at most 1 to at least 0")
-    return Schedule(sigma=sigma, alpha=1 - sigma, timesteps=timesteps)
+    return Schedule(sigma=sigma, alpha=1 - sigma, timesteps=timesteps, rising=rising)
 
 
 def _ddim_schedule(scheduler: Any, timesteps: torch.Tensor) -> Schedule:

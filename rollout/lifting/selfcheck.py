@@ -21,10 +21,10 @@ from torch import Tensor
 from flowsteer.rollout.data.inputs import Value
 from flowsteer.rollout.lifting.conditioning import Attribute, Conditioning, Key, UnlikeConditioning, same
 from flowsteer.rollout.lifting.loop import fixed_randomness
-from flowsteer.rollout.lifting.pipeline import FlowPipeline
+from flowsteer.rollout.lifting.pipeline import FlowPipeline, as_tensor
 from flowsteer.rollout.lifting.protocol import Pipeline
 from flowsteer.rollout.lifting.several import Prepared, Several, join
-from flowsteer.rollout.lifting.step import StepOutput, finish, join_states, run_to_step
+from flowsteer.rollout.lifting.step import StepOutput, finish
 from flowsteer.rollout.steps.solvers import euler
 from flowsteer.rollout.types import Schedule
 
@@ -249,13 +249,13 @@ def _visited(pipeline: Pipeline, latents: Tensor, conditioning: Prepared) -> Vis
 
 def _carried(pipeline: FlowPipeline, latents: Tensor, conditioning: Conditioning) -> Visited:
     """The deterministic path with every local carried from one iteration to the next, as the pipeline's loop does."""
-    lifted, name = pipeline.lifted, type(pipeline.pipe).__name__
+    lifted = pipeline.lifted
     visited, velocities, changed = [], [], set()
     carried: dict[str, Any] = {}
     states = {*lifted.states}
     for index in range(conditioning.schedule.num_steps):
         generator = pipeline.enter(latents, index, conditioning, carried)
-        velocity = join_states(run_to_step(generator, name, index, len(states)))
+        velocity = pipeline.predicted(generator, index, conditioning)
         visited.append(latents.clone())
         velocities.append(velocity)
         latents = _step(velocity, latents, conditioning.schedule, index)
@@ -291,7 +291,7 @@ def _parity(pipeline: FlowPipeline, prompt: str, inputs: Mapping[str, Value], se
     pipe, owner = pipeline.pipe, type(pipeline.pipe).__name__
     current, row = pipeline.own_start(prompt, inputs=inputs, **settings)
     private = copy.copy(pipe)
-    own_step = not isinstance(pipe.scheduler, (FlowMatchEulerDiscreteScheduler, DDIMScheduler))
+    own_step = row.schedule.rising or not isinstance(pipe.scheduler, (FlowMatchEulerDiscreteScheduler, DDIMScheduler))
     private.__dict__["scheduler"] = copy.deepcopy(pipe.scheduler)
     if own_step:
         private.scheduler.step = _Stepper(row.schedule)
@@ -299,12 +299,13 @@ def _parity(pipeline: FlowPipeline, prompt: str, inputs: Mapping[str, Value], se
         private.__dict__["guider"] = copy.deepcopy(pipe.guider)
         private.guider.guidance_scale = settings["guidance_scale"]
     private.__dict__.update({"_progress_bar_config": {"disable": True}, **pipeline.loop.unchecked})
-    with fixed_randomness(current.device):  # as the prologue had it
-        expected = private(**pipeline.call_arguments([prompt], inputs=[inputs], **settings))[0].float()
     for index in range(row.schedule.num_steps):
         step = pipeline.begin(current, index, row)
         current = step.finish(_step(step.velocity, current, row.schedule, index))
-    difference = _difference(pipeline.decode(current, row), expected)
+    drawn = pipeline.decode(current, row)
+    with fixed_randomness(current.device):  # as the prologue had it
+        expected = as_tensor(private(**pipeline.call_arguments([prompt], inputs=[inputs], **settings))[0], owner)
+    difference = _difference(drawn, expected)
     note = f", with Euler steps in place of {type(pipe.scheduler).__name__}'s" if own_step else ""
     allowed = PARITY_TOLERANCE.get(current.dtype, 1e-3)
     equal = "bit for bit" if difference == 0 else f"to {difference:.2g} (allowed {allowed:g})"
@@ -319,7 +320,8 @@ class _Stepper:
 
     def __call__(self, model_output: Tensor, timestep: Any, sample: Tensor, **_: Any) -> StepOutput:
         self.index += 1
-        return StepOutput(_step(model_output, sample, self.schedule, self.index))
+        velocity = -model_output if self.schedule.rising else model_output
+        return StepOutput(_step(velocity, sample, self.schedule, self.index))
 
 
 def _step(velocity: Tensor, latents: Tensor, schedule: Schedule, index: int) -> Tensor:

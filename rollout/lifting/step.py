@@ -63,8 +63,10 @@ class LiftedStep:
         return next_latents if self._finish is None else self._finish(next_latents)
 
 
-def run_to_step(generator: Body, name: str, index: int, states: int = 1) -> list[Tensor]:
+def run_to_step(generator: Body, name: str, index: int, states: int = 1, *, rising: bool = False) -> list[Tensor]:
     """Run a lifted body up to its step: the model output that the scheduler would have got, one for each of ``states``.
+
+    Where the pipeline's levels are ``rising`` it predicts data minus noise: the velocity with the other sign.
 
     Of several states the body goes on with what it had, so it cannot be finished afterwards.
     """
@@ -77,7 +79,8 @@ def run_to_step(generator: Body, name: str, index: int, states: int = 1) -> list
             f"the loop of {name} needs a local that an earlier iteration has set ({error}), so no step can be evaluated "
             f"by itself; {ADAPTER_ADVICE}"
         ) from error
-    return [args[0] if args else kwargs["model_output"] for args, kwargs in outputs]
+    predicted = [args[0] if args else kwargs["model_output"] for args, kwargs in outputs]
+    return [-velocity for velocity in predicted] if rising else predicted
 
 
 def samples(generator: Body, name: str, states: int = 1) -> list[Tensor]:

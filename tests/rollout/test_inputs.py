@@ -75,6 +75,14 @@ def test_each_kind_is_read(tmp_path: Path) -> None:
     whole = np.array([[0, -(2**15)], [2**14, 2**15 - 1]], dtype=np.int16)
     (heard,) = read(tmp_path, "audio", sound(tmp_path / "a.wav", whole))
     assert torch.equal(heard, torch.tensor([[0.0, 0.5], [-1.0, 1 - 2**-15]]))
+    numbers = np.arange(6, dtype=np.float32).reshape(1, 2, 3)
+    np.save(tmp_path / "a.npy", numbers)
+    np.save(tmp_path / "b.npy", numbers[..., :1])
+    (array,) = read(tmp_path, "tensor", "a.npy")
+    assert np.array_equal(array, numbers)
+    for given, shapes in (("a.npy", [(1, 2, 3)]), (["a.npy", "b.npy"], [(1, 2, 3), (1, 2, 1)])):
+        (arrays,) = read(tmp_path, "tensors", given)
+        assert [one.shape for one in arrays] == shapes
     assert read(tmp_path, "number", 3, 0.5, None, "") == [3, 0.5, None, None]
     assert read(tmp_path, "text", "blurry", None, 2024) == ["blurry", None, "2024"]
 
@@ -104,7 +112,10 @@ def test_equal_content_is_equal(tmp_path: Path) -> None:
         ("image", "text.png", r"line 1, .*text.png is no picture that can be read"),
         ("image", 3, r"a path is needed, got a int"),
         ("image", ["a.png"], r"one image is needed, got a list of 1"),
-        ("images", [], r"an empty list; give at least one picture"),
+        ("images", [], r"an empty list; give at least one file"),
+        ("tensor", ["a.npy"], r"one tensor is needed, got a list of 1"),
+        ("tensor", "text.png", r"text.png is no .npy file of numbers"),
+        ("tensor", "words.npy", r"words.npy is no .npy file with one array of numbers"),
         ("image", "half.png", r"half.png is no picture that can be read"),
         ("mask", "deep.png", r"deep.png has more than 8 bits a colour; save it with 8"),
         ("video", "text.png", r"no video that can be read"),
@@ -116,6 +127,7 @@ def test_equal_content_is_equal(tmp_path: Path) -> None:
 )
 def test_a_bad_value_is_refused_with_its_line(tmp_path: Path, kind: str, value: object, message: str) -> None:
     (tmp_path / "text.png").write_text("no picture")
+    np.save(tmp_path / "words.npy", np.array(["a", "b"]))
     picture(tmp_path / "whole.png", (255, 0, 0), (64, 64))
     (tmp_path / "half.png").write_bytes((tmp_path / "whole.png").read_bytes()[:-60])
     Image.fromarray(np.full((4, 4), 30000, dtype=np.uint16)).save(tmp_path / "deep.png")
@@ -136,6 +148,8 @@ def test_kinds_are_read_off_names() -> None:
         "num_frames": "number",
         "strength": "number",
         "image_guidance_scale": "number",
+        "image_embeds": "tensor",
+        "hint": "tensor",
     }
     assert {name: kind_of(name) for name in named} == named
 

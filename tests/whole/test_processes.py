@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -163,19 +164,21 @@ CHOSEN = {*FIRST.values(), "dance_grpo", "mix_grpo flash", "g2rpo", "step_dpo re
 def test_two_processes_under_zero_2_are_one_and_resume_bit_for_bit(
     runs: Runs, make_config: Make, tmp_path: Path, name: str
 ) -> None:
-    """One process without DeepSpeed against two with it; and these two stopped before the last step against these unbroken."""
+    """One process without DeepSpeed against two with it; and these two, resumed before the last step, against unbroken."""
     steps = (
         VARIANTS[name]["algorithm"].get("refresh_every", 1) + 1
     )  # the policy that draws has been renewed before the stop
     overrides = {"num_steps": steps, "ema_decay": 0.9, **VARIANTS[name]}
     one = runs(f"{name} on one", **overrides)
-    zero = {**overrides, "engine.zero_stage": 2}
+    zero = {**overrides, "engine.zero_stage": 2, "save_every": 1, "keep": 2}
     two = runs(f"{name} on two", processes=2, **zero)
     assert_close_runs(one, two)
     assert all(line["grad_norm"] > 0 for line in lines(one))
 
     config = make_config(tmp_path / "resumed", **zero)
-    launch.run(config | {"num_steps": steps - 1}, processes=2)
+    stopped = shutil.copytree(two, tmp_path / "resumed")  # and then as it was before the last step's end
+    shutil.rmtree(stopped / "export")
+    shutil.rmtree(stopped / "checkpoints" / f"step_{steps:06d}")
     assert_equal_runs(launch.run(config, processes=2, resume=True), two)
 
 

@@ -10,9 +10,10 @@ import importlib
 import importlib.util
 import io
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import is_ftfy_available
@@ -75,6 +76,8 @@ class Entry:
     prompts: tuple[str, str, str] = ("a red circle", "a blue field", "a dark cloud")
     """Three prompts of one length."""
     prompt_name: str = "prompt"
+    scheduler: dict[str, Any] = field(default_factory=dict)
+    """Settings of the scheduler that a run has to change; the class itself is built without them."""
 
 
 def entries() -> dict[str, Entry]:
@@ -103,27 +106,36 @@ def built(entry: Entry) -> DiffusionPipeline:
 
 
 def as_input(argument: str, value: Any) -> Any:
-    """A picture, or a list of them, as a prompt file would give it; other values as they are."""
+    """A picture or a tensor, or a list of them, as a prompt file would give it; other values as they are."""
+    given: list[Any] = list(value) if isinstance(value, (list, tuple)) else [value]
+    if given and all(isinstance(one, torch.Tensor) for one in given):
+        files = [io.BytesIO() for _ in given]
+        for file, one in zip(files, given):
+            np.save(file, one.numpy())
+        return _media("tensors" if isinstance(value, (list, tuple)) else "tensor", [file.getvalue() for file in files])
     several = isinstance(value, (list, tuple)) and all(isinstance(one, Image.Image) for one in value)
-    pictures = list(value) if several else [value]
     if not several and not isinstance(value, Image.Image):
         return value
     kind: Any = kind_of(argument)
     if several and kind not in ("video", "images"):
         kind = "images"
     elif not several:
-        kind = {"L": "mask", "RGBA": "rgba"}.get(value.mode, "image")
+        kind = {"L": "mask", "RGBA": "rgba"}.get(given[0].mode, "image")
     kept = []
-    for one in pictures:
+    for one in given:
         buffer = io.BytesIO()
         one.save(buffer, "PNG")
         kept.append(buffer.getvalue())
-    return Media(kind, hashlib.sha256(b"".join(kept)).hexdigest()[:16], tuple(kept))
+    return _media(kind, kept)
+
+
+def _media(kind: Any, parts: list[bytes]) -> Media:
+    return Media(kind, hashlib.sha256(b"".join(parts)).hexdigest()[:16], tuple(parts))
 
 
 def lifted(entry: Entry) -> tuple[FlowPipeline, list[dict[str, Any]] | None, str | None]:
     """The entry's pipeline, the inputs of three rows if it takes any, and its negative prompt."""
     call = {name: value for name, value in entry.call.items() if name not in ("negative_prompt", "output_type")}
-    pipeline = FlowPipeline(built(entry), **entry.size, call_kwargs=call)
+    pipeline = FlowPipeline(built(entry), **entry.size, call_kwargs=call, scheduler=entry.scheduler)
     inputs = [{name: as_input(name, value) for name, value in entry.inputs(row).items()} for row in range(3)]
     return pipeline, inputs if inputs[0] else None, entry.call.get("negative_prompt")

@@ -287,6 +287,13 @@ ENTRIES: dict[str, Entry] = {
         size=SIZE,
         guided=6.0,
     ),
+    "allegro_leading": Entry(
+        build=allegro,
+        call={"num_frames": 8, "max_sequence_length": 32, "clean_caption": False},
+        size=SIZE,
+        guided=6.0,
+        scheduler={"timestep_spacing": "leading"},
+    ),
     "latte": Entry(build=latte, call={"video_length": 4, "clean_caption": False}, size=SIZE, guided=5.0),
     "stable_video": Entry(
         build=stable_video,
@@ -295,6 +302,14 @@ ENTRIES: dict[str, Entry] = {
         guided=3.0,
         guidance_name="max_guidance_scale",
         inputs=image,
+    ),
+    "stable_video_uniform": Entry(
+        build=stable_video,
+        call={"num_frames": 3, "max_guidance_scale": 3.0},
+        size=SIZE,
+        guided=None,
+        inputs=image,
+        scheduler={"use_karras_sigmas": False},
     ),
 }
 NOT_BUILT: dict[str, str] = {}
