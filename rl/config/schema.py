@@ -38,6 +38,12 @@ def by_names(given: Any) -> Any:
     return given
 
 
+def _targets(given: Any) -> Any:
+    if given != "auto" and (isinstance(given, str) or given in ([], ())):
+        raise ValueError("auto, or a list of names of linear layers such as [to_q, to_k, to_v, to_out.0]")
+    return given
+
+
 class LoRAConfig(Section):
     """Low-rank adapters on the denoiser (arXiv 2106.09685)."""
 
@@ -45,7 +51,7 @@ class LoRAConfig(Section):
     """Rank of the two factors of each adapter."""
     alpha: PositiveInt = 64
     """An adapter's output is multiplied by alpha / rank."""
-    targets: Literal["auto"] | Annotated[tuple[str, ...], Field(min_length=1)] = "auto"
+    targets: Annotated[Literal["auto"] | tuple[str, ...], BeforeValidator(_targets)] = "auto"
     """``auto``: the linear layers of the denoiser's attention and feed-forward networks that a gradient reaches. Or names,
     matched at the end of a layer's path, such as ``[to_q, to_k, to_v, to_out.0]``; each must match something."""
 
