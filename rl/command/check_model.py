@@ -26,6 +26,8 @@ def trainable_findings(
     *,
     rank: int = 32,
     num_inference_steps: int = 3,
+    prompt: str = PROMPTS[0],
+    negative_prompt: str | None = None,
     inputs: Mapping[str, Value] | None = None,
 ) -> list[Finding]:
     """What a LoRA with these targets finds in the pipeline, and which of its tensors a gradient reaches.
@@ -38,8 +40,12 @@ def trainable_findings(
     The gradient is in order when it is finite and reaches every target in every denoiser. Single tensors may stay
     without one: in the last block of Stable Diffusion 3 the text queries lead nowhere.
     """
-    row = Row.of(PROMPTS[0], inputs or {})
-    settings = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+    row = Row.of(prompt, inputs or {})
+    settings: dict[str, Any] = {
+        "num_inference_steps": num_inference_steps,
+        "guidance_scale": guidance_scale,
+        "negative_prompt": negative_prompt,
+    }
     try:
         named = automatic_targets(pipeline, row, **settings) if targets == "auto" else tuple(targets.split(","))
         policy = Policy(pipeline, lora=(rank, rank, named), variants=frozenset(), seed=0)
@@ -84,12 +90,7 @@ def trainable_findings(
     ]
 
 
-def _gradients(
-    pipeline: Pipeline,
-    policy: Policy,
-    row: Row,
-    settings: dict[str, Any],
-) -> dict[str, Tensor | None]:
+def _gradients(pipeline: Pipeline, policy: Policy, row: Row, settings: Mapping[str, Any]) -> dict[str, Tensor | None]:
     """The gradient of a random projection of the velocities, summed over the steps, by the names of the parameters."""
     generator = torch.Generator().manual_seed(0)
     parameters = policy.parameters()

@@ -242,11 +242,20 @@ class FlowPipeline:
             return torch.cat([self.decode(own, row) for own, row in conditioning.each(latents)])
         bound = self.loop.bind(conditioning, self.lifted.epilogue_reads) | self.loop.states(latents, conditioning)
         with torch.no_grad():
+            if "output_type" in bound:
+                bound["output_type"] = self.preparer.arguments.output_type
             images = self.lifted.epilogue(**bound)[0]
-            if images is bound.get(self.lifted.states[0]):  # DeepFloyd IF hands its state back, in [-1, 1]
-                self.preparer.arguments.output_type = "np"
-                images = self.lifted.epilogue(**bound | {"output_type": "np"})[0]
+            pictures = isinstance(images, Tensor) and images.dim() > 3
+            if pictures and "output_type" in bound and not within_range(images):
+                # DeepFloyd IF and Kandinsky 3 hand tensors back as they are, and only scale arrays to [0, 1]
+                self.preparer.arguments.output_type = bound["output_type"] = "np"
+                images = self.lifted.epilogue(**bound)[0]
         return as_tensor(images, type(self.pipe).__name__)
+
+
+def within_range(images: Tensor) -> bool:
+    """Whether all numbers lie in [0, 1], as those of finished pictures do."""
+    return bool(((images >= 0) & (images <= 1)).all())
 
 
 def as_tensor(output: Any, name: str) -> Tensor:

@@ -18,6 +18,7 @@ from safetensors import safe_open
 from torch import Tensor
 from typer.testing import CliRunner
 from zoo.entries import Entry, built, entries
+from zoo.training import drawn
 
 from flowsteer.rl.command.main import app
 from flowsteer.rl.config import parse_config
@@ -26,7 +27,6 @@ from flowsteer.rl.start import start
 from flowsteer.rollout.data.inputs import kind_of
 from flowsteer.rollout.lifting.loop import fixed_randomness
 from flowsteer.rollout.lifting.pipeline import FlowPipeline
-from flowsteer.rollout.steps.solvers import euler
 
 ENTRIES = entries()
 # a picture that samples start from, along the sequence, along the channels, with a mask, for a ControlNet; on a UNet
@@ -40,6 +40,7 @@ KINDS = {
     "sd_controlnet": {},
 }
 STEPS = 4
+SETTINGS = {"num_inference_steps": STEPS, "guidance_scale": 1.0}
 
 
 def prompt_file(entry: Entry, folder: Path) -> tuple[Path, dict[str, str]]:
@@ -80,17 +81,6 @@ def configuration(name: str, make_config: Make, folder: Path, **more: Any) -> di
     return make_config(folder / "run", **settings, inputs=inputs, **more)
 
 
-def drawn(pipeline: FlowPipeline, prompt: str, inputs: dict[str, Any]) -> Tensor:
-    """The picture by lifted steps, from what the pipeline itself would start with."""
-    settings = {"num_inference_steps": STEPS, "guidance_scale": 1.0}
-    latents, row = pipeline.own_start(prompt, inputs=inputs, **settings)
-    with torch.no_grad():
-        for index in range(row.schedule.num_steps):
-            step = pipeline.begin(latents, index, row)
-            latents = step.finish(euler(step.velocity, latents, row.schedule, index)[0].to(step.velocity.dtype))
-        return pipeline.decode(latents, row)
-
-
 @pytest.mark.parametrize("name", KINDS)
 def test_a_pipeline_with_pictures_is_trained_exported_and_redrawn(name: str, make_config: Make, tmp_path: Path) -> None:
     run = finished(configuration(name, make_config, tmp_path))
@@ -99,16 +89,14 @@ def test_a_pipeline_with_pictures_is_trained_exported_and_redrawn(name: str, mak
     row = run.worker.prompts.row(0)
     assert set(dict(row.inputs)) == set(ENTRIES[name].inputs(0))
     with run.policy.using("current"):
-        after = drawn(pipeline, row.text, dict(row.inputs))
+        after = drawn(pipeline, row.text, dict(row.inputs), SETTINGS)
 
     plain = DiffusionPipeline.from_pretrained(tmp_path / "model")
     plain.set_progress_bar_config(disable=True)
     if getattr(plain, "safety_checker", None) is not None:
         plain.safety_checker = None
     lifted = FlowPipeline(plain, **ENTRIES[name].size, call_kwargs={**ENTRIES[name].call, **KINDS[name]})
-    arguments = lifted.call_arguments(
-        [row.text], inputs=[dict(row.inputs)], num_inference_steps=STEPS, guidance_scale=1.0
-    )
+    arguments = lifted.call_arguments([row.text], inputs=[dict(row.inputs)], **SETTINGS)
 
     def by_diffusers() -> Tensor:
         with fixed_randomness(torch.device("cpu")):

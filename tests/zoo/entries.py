@@ -9,6 +9,7 @@ import hashlib
 import importlib
 import importlib.util
 import io
+import wave
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -106,7 +107,9 @@ def built(entry: Entry) -> DiffusionPipeline:
 
 
 def as_input(argument: str, value: Any) -> Any:
-    """A picture or a tensor, or a list of them, as a prompt file would give it; other values as they are."""
+    """A picture, a tensor, a list of them, or a sound, as a prompt file would give it; other values as they are."""
+    if isinstance(value, torch.Tensor) and value.dim() == 2 and kind_of(argument) == "audio":
+        return _media("audio", [_wav(value)])
     given: list[Any] = list(value) if isinstance(value, (list, tuple)) else [value]
     if given and all(isinstance(one, torch.Tensor) for one in given):
         files = [io.BytesIO() for _ in given]
@@ -129,8 +132,20 @@ def as_input(argument: str, value: Any) -> Any:
     return _media(kind, kept)
 
 
-def _media(kind: Any, parts: list[bytes]) -> Media:
-    return Media(kind, hashlib.sha256(b"".join(parts)).hexdigest()[:16], tuple(parts))
+def _media(kind: Any, files: list[bytes]) -> Media:
+    return Media(kind, hashlib.sha256(b"".join(files)).hexdigest()[:16], tuple(files))
+
+
+def _wav(sound: torch.Tensor) -> bytes:  # [channels, samples] in [-1, 1]
+    """A WAV file of 32 bits."""
+    whole = (sound.double() * (2**31 - 1)).round().to(torch.int32)
+    buffer = io.BytesIO()
+    with wave.open(buffer, "wb") as opened:
+        opened.setnchannels(len(sound))
+        opened.setsampwidth(4)
+        opened.setframerate(16000)
+        opened.writeframes(whole.T.contiguous().numpy().tobytes())
+    return buffer.getvalue()
 
 
 def lifted(entry: Entry) -> tuple[FlowPipeline, list[dict[str, Any]] | None, str | None]:
