@@ -41,11 +41,10 @@ from flowsteer.rl.plugins import find_algorithm, is_foreign
 from flowsteer.rl.policy import Policy
 from flowsteer.rl.saving import Saving
 from flowsteer.rl.scoring import StepScorer, check_scorable, warn_of_single_images
-from flowsteer.rl.targets import automatic_targets
 from flowsteer.rl.types import Algorithm, Comparison, Facts
 from flowsteer.rollout.branches import Branching
 from flowsteer.rollout.data.batches import step_rows
-from flowsteer.rollout.data.prompts import Prompts, Row
+from flowsteer.rollout.data.prompts import Prompts
 from flowsteer.rollout.lifting.protocol import Pipeline
 from flowsteer.rollout.steps.plan import Plan, all_steps, decay, fixed_steps, no_steps, window
 from flowsteer.rollout.worker import RolloutWorker
@@ -279,31 +278,15 @@ def plugins_of(config: Config) -> dict[str, str | None]:
     return found
 
 
-def build_policy(config: Config, pipeline: Pipeline, algorithm: Algorithm, row: Row) -> Policy:
-    """The policies that the algorithm and the evaluation need. ``row`` is any prompt of the run."""
+def build_policy(config: Config, pipeline: Pipeline, algorithm: Algorithm, targets: tuple[str, ...]) -> Policy:
+    """The policies that the algorithm and the evaluation need; ``targets`` are the layers of a LoRA."""
     lora = config.model.lora
     return Policy(
         pipeline,
-        lora=None if lora is None else (lora.rank, lora.alpha, lora_targets(config, pipeline, row)),
+        lora=None if lora is None else (lora.rank, lora.alpha, targets),
         variants=algorithm.variants | ({"ema"} if config.ema_decay else frozenset()),
         seed=config.seed,
         ema_decay=config.ema_decay,
-    )
-
-
-def lora_targets(config: Config, pipeline: Pipeline, row: Row) -> tuple[str, ...]:
-    """The layers that the run's LoRA trains, by the ends of their paths; none where it has no LoRA."""
-    lora, rollout = config.model.lora, config.rollout
-    if lora is None:
-        return ()
-    if lora.targets != "auto":
-        return lora.targets
-    return automatic_targets(
-        pipeline,
-        row,
-        num_inference_steps=rollout.num_inference_steps,
-        guidance_scale=rollout.guidance_scale,
-        negative_prompt=rollout.negative_prompt,
     )
 
 

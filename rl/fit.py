@@ -10,6 +10,7 @@ from typing import Any
 from flowsteer.rl import build
 from flowsteer.rl.adapters import name_of, tail_is_idle
 from flowsteer.rl.config import Config
+from flowsteer.rl.targets import automatic_targets
 from flowsteer.rollout.data.inputs import PICTURES
 from flowsteer.rollout.data.prompts import Prompts, Row
 from flowsteer.rollout.lifting import selfcheck
@@ -41,6 +42,22 @@ def warn_of_idle_columns(config: Config, pipeline: Pipeline, prompts: Prompts) -
                 name if name in media else media[0],
                 name,
             )
+
+
+def lora_targets(config: Config, pipeline: Pipeline, row: Row) -> tuple[str, ...]:
+    """The layers that the run's LoRA trains, by the ends of their paths; none where it has no LoRA."""
+    lora, rollout = config.model.lora, config.rollout
+    if lora is None:
+        return ()
+    if lora.targets != "auto":
+        return lora.targets
+    return automatic_targets(
+        pipeline,
+        row,
+        num_inference_steps=rollout.num_inference_steps,
+        guidance_scale=rollout.guidance_scale,
+        negative_prompt=rollout.negative_prompt,
+    )
 
 
 def check_rows(pipeline: Pipeline, rows: Sequence[Row], settings: dict[str, Any]) -> None:

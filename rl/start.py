@@ -22,7 +22,7 @@ from flowsteer.rl.engine.base import Engine
 from flowsteer.rl.engine.processes import Processes
 from flowsteer.rl.evaluations import Evaluations
 from flowsteer.rl.export import how_to_load
-from flowsteer.rl.fit import checked_plan
+from flowsteer.rl.fit import checked_plan, lora_targets
 from flowsteer.rl.metrics import Log, Meter
 from flowsteer.rl.policy import Policy
 from flowsteer.rl.report.screen import Screen
@@ -108,7 +108,7 @@ def load(config: Config, checked: Checked, rewards: RewardSet) -> Loaded:
     plan = checked_plan(config, pipeline, checked.plan, checked.prompts)
     # processes meet in every pass under ZeRO, so they must ask the same one of several denoisers at the same time
     algorithm = build.build_algorithm(config, plan, processes, common_indices=len(pipeline.denoisers) > 1)
-    policy = build.build_policy(config, pipeline, algorithm, checked.prompts.row(0))
+    policy = build.build_policy(config, pipeline, algorithm, lora_targets(config, pipeline, checked.prompts.row(0)))
     return Loaded(
         rewards=rewards,
         depends_on=depends_on,

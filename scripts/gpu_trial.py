@@ -30,6 +30,7 @@ from flowsteer.rl.build import (
 from flowsteer.rl.checkpoint import Checkpoints, fingerprint
 from flowsteer.rl.compare import compare
 from flowsteer.rl.config import load_config
+from flowsteer.rl.fit import lora_targets
 from flowsteer.rl.metrics import Meter
 from flowsteer.rl.scoring import StepScorer
 from flowsteer.rollout.data.prompts import Prompts
@@ -139,7 +140,9 @@ class Trial:
         self.network.register_forward_pre_hook(lambda *_: self.passes.update([torch.is_grad_enabled()]))
         plan = build_plan(config.rollout.plan, config)
         self.algorithm = build_algorithm(config, plan, self.processes)
-        self.policy = build_policy(config, self.pipeline, self.algorithm, PROMPTS.row(0))
+        self.policy = build_policy(
+            config, self.pipeline, self.algorithm, lora_targets(config, self.pipeline, PROMPTS.row(0))
+        )
         self.engine = build_engine(config, self.processes, self.policy, self.algorithm)
         self.worker = build_worker(config, self.pipeline, PROMPTS, plan, self.processes)
         self.scorer = StepScorer(build_rewards(config, self.processes.device))
