@@ -41,12 +41,20 @@ def column_parameters(reward: Callable[..., Any]) -> dict[str, inspect.Parameter
     }
 
 
-def check_columns(rewards: Mapping[str, Mapping[str, Any]], files: Mapping[str, Collection[str]]) -> None:
+def check_columns(
+    rewards: Mapping[str, Mapping[str, Any]],
+    files: Mapping[str, Collection[str]],
+    names: Mapping[str, Mapping[str, str]] | None = None,
+    media: Mapping[str, Collection[str]] | None = None,
+) -> None:
     """Refuse a prompt file that lacks a column which a reward requires. Nothing but the reward's module is loaded.
 
     Args:
         rewards: name of each reward in this process -> its options.
         files: the setting that names a prompt file, and the file -> the columns that the reward gets with it.
+        names: name of a reward -> what it calls a column -> what the file calls it, where that is something else.
+        media: a file as in ``files`` -> its columns that hold pictures themselves, as in data sets. A reward gets those that it
+            declares as its ``pictures``.
 
     Raises:
         ValueError: a column is missing, or there is no such reward.
@@ -56,11 +64,17 @@ def check_columns(rewards: Mapping[str, Mapping[str, Any]], files: Mapping[str, 
     """
     for name, options in rewards.items():
         for file, columns in files.items():
-            if missing := lacking(name, options, columns):
+            own = (names or {}).get(name, {})
+            shown = getattr(find_target(name), "pictures", None) or {}
+            timed = ["frame_rate"] if getattr(find_target(name), "video", False) is True else []
+            known = [*columns, *timed, *(argument for argument, column in own.items() if column in columns)]
+            known += [argument for argument in shown if own.get(argument, argument) in (media or {}).get(file, ())]
+            if missing := lacking(name, options, known):
                 raise ValueError(
                     f"the reward {name!r} requires the column {', '.join(map(repr, missing))}, which {file} lacks (its "
                     f"columns: {', '.join(columns) or 'none'}). Give prompts as a .jsonl file, each line with it: "
-                    f"{example_line('prompt', missing)}; or give the argument a default value"
+                    f"{example_line('prompt', missing)}; or say which of its columns it is, in the reward's "
+                    f"section: {{columns: {{{missing[0]}: COLUMN}}}}; or give the argument a default value"
                 )
 
 

@@ -18,7 +18,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowsteer.rewards.contract import NO_SCORE, SCORE, Answer, Shown, ask, ask_each, is_groupwise, join, unscorable_by
+from flowsteer.rewards.contract import (
+    NO_SCORE,
+    SCORE,
+    Answer,
+    Shown,
+    ask,
+    ask_each,
+    is_groupwise,
+    join,
+    takes_videos,
+    unscorable_by,
+)
+from flowsteer.rewards.frames import Frames, as_images, as_videos, is_video
+from flowsteer.rewards.pictures import Kind, Picture, pictures_of
 from flowsteer.rewards.types import Reward, Scores
 
 logger = logging.getLogger(__name__)
@@ -64,14 +77,24 @@ class RewardSet:
     Args:
         rewards: (name, reward, weight) each. A weight may be negative; 0 only reports. Names are distinct, without ``/``.
         normalise: constants by name, for the rewards that want some.
+        columns: by name, what the reward calls a column -> what the prompt file calls it, where that is something else.
+        frames: by name, which frames of a video a reward of images is shown; all, if it is not named.
+
+    ``frame_rate`` is that of the pipeline's videos, in frames a second, or None; rewards with ``video = True`` get it as a
+    column of that name, unless the prompt file has one.
 
     Raises:
-        ValueError: no reward with a weight, a name twice or with ``/``, a weight that is no number, constants for a name
-            that is not there.
+        ValueError: no reward with a weight, a name twice or with ``/``, a weight that is no number, constants or columns or
+            frames for a name that is not there, frames for a reward that takes videos, one column as pictures of two kinds.
     """
 
     def __init__(
-        self, rewards: Iterable[tuple[str, Reward, float]], *, normalise: Mapping[str, Normalise] | None = None
+        self,
+        rewards: Iterable[tuple[str, Reward, float]],
+        *,
+        normalise: Mapping[str, Normalise] | None = None,
+        columns: Mapping[str, Mapping[str, str]] | None = None,
+        frames: Mapping[str, Frames] | None = None,
     ) -> None:
         entries = list(rewards)
         check_names_and_weights([(name, weight) for name, _, weight in entries])
@@ -79,13 +102,33 @@ class RewardSet:
         for name, reward, _ in entries:
             if not callable(reward):
                 raise ValueError(f"reward {name!r} is a {type(reward).__name__}, which cannot be called")
-        normalise = dict(normalise or {})
-        unknown = sorted(set(normalise) - set(names))
-        if unknown:
-            raise ValueError(f"normalise names {', '.join(unknown)}, which is not among the rewards {names}")
+        normalise, columns, frames = dict(normalise or {}), dict(columns or {}), dict(frames or {})
+        for what, own in (("normalise", normalise), ("columns", columns), ("frames", frames)):
+            if unknown := sorted(set(own) - set(names)):
+                raise ValueError(f"{what} names {', '.join(unknown)}, which is not among the rewards {names}")
         self.rewards: dict[str, Reward] = {name: reward for name, reward, _ in entries}
         self.weights: dict[str, float] = {name: weight for name, _, weight in entries}
         self.normalise: dict[str, Normalise] = {name: normalise.get(name, Normalise()) for name in names}
+        self.columns: dict[str, Mapping[str, str]] = {name: columns.get(name, {}) for name in names}
+        self.frames: dict[str, Frames] = frames
+        self._told: set[str] = set()
+        self.frame_rate: float | None = None
+        for name in frames:
+            if takes_videos(self.rewards[name]):
+                raise ValueError(
+                    f"rewards.{name}.frames={frames[name].text}: this reward takes videos itself (video = True), so it is "
+                    "shown all frames; leave frames out"
+                )
+        self._wanted = {name: pictures_of(name, reward) for name, reward in self.rewards.items()}
+        self.pictures: dict[str, Kind] = {}  # the columns of the prompt file that some reward wants as pictures
+        for name in names:
+            for own, kind in self._wanted[name].items():
+                column = self.columns[name].get(own, own)
+                if self.pictures.setdefault(column, kind) != kind:
+                    raise ValueError(
+                        f"reward {name!r} wants the column {column!r} as {kind}, another one as {self.pictures[column]}; give "
+                        "them columns of their own (rewards.NAME.columns)"
+                    )
 
     @property
     def groupwise(self) -> tuple[str, ...]:
@@ -135,6 +178,7 @@ class RewardSet:
         prompts: Sequence[str],
         columns: Mapping[str, Sequence[Any]] | None = None,
         group: Sequence[int] | None = None,
+        pictures: Mapping[str, Sequence[Picture | None]] | None = None,
     ) -> Scores:
         """Score one rollout batch.
 
@@ -143,6 +187,7 @@ class RewardSet:
             prompts: B texts.
             columns: the prompt file's other columns, B values each.
             group: which samples a groupwise reward compares, B numbers; None: those of equal prompts.
+            pictures: the columns of `RewardSet.pictures`, B pictures each.
 
         Returns:
             Scores: ``total`` is the weighted sum of the rewards' normalised scores, missing where that of a reward with a
@@ -152,12 +197,26 @@ class RewardSet:
         Raises:
             ValueError: images, prompts and columns do not fit together, or a reward breaks its contract.
         """
-        batch = Shown.of(images, prompts, columns or {}, group)
+        batch = Shown.of(images, prompts, columns or {}, group, pictures)
         return self.combine(batch, {name: self.ask(name, batch) for name in self.rewards})
 
     @torch.no_grad()
     def ask(self, name: str, batch: Shown) -> Answer:
         """What one of the rewards says of a batch. Raises ValueError when it breaks its contract."""
+        batch = batch.for_reward(self._wanted[name], self.columns[name])
+        if not is_video(batch):
+            if name in self.frames and name not in self._told:
+                self._told.add(name)
+                logger.warning("rewards.%s.frames=%s does nothing: there are no videos", name, self.frames[name].text)
+            return self._ask(name, batch)
+        if takes_videos(self.rewards[name]):
+            rates = [self.frame_rate] * len(batch)
+            return self._ask(name, replace(batch, columns={"frame_rate": rates, **batch.columns}))
+        frames = self.frames.get(name, Frames()).chosen(batch.pixels.shape[1])
+        return as_videos(self._ask(name, as_images(batch, frames)), frames)
+
+    def _ask(self, name: str, batch: Shown) -> Answer:
+        """The answer of a reward for a batch of what it takes, with what it says of prompts that nobody can score."""
         reward = self.rewards[name]
         answer = join(ask_each(name, reward, batch), batch) if is_groupwise(reward) else ask(name, reward, batch)
         unexplained = [place for place, reason in answer.failures.items() if reason == NO_SCORE]

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flowsteer.rewards.pictures import Picture, pixels_of
 from flowsteer.rewards.pixels import check_images, to_uint8
 from flowsteer.rewards.types import Reward, Values
 
@@ -38,6 +39,11 @@ NO_SCORE = "gave no score (None)"
 def is_groupwise(reward: Reward) -> bool:
     """Whether each call of a reward gets the images of one group, to compare them: its class says ``groupwise = True``."""
     return getattr(reward, "groupwise", False) is True
+
+
+def takes_videos(reward: Reward) -> bool:
+    """Whether a reward is shown videos as they are, and not frame by frame: its class says ``video = True``."""
+    return getattr(reward, "video", False) is True
 
 
 def unscorable_by(name: str, reward: Reward, prompts: Sequence[str]) -> dict[str, str]:
@@ -70,6 +76,7 @@ class Shown:
     prompts: list[str]  # R
     columns: dict[str, list[Any]]  # R each
     group: list[int]  # R
+    pictures: dict[str, list[np.ndarray | None]] = field(default_factory=dict)  # R each, see pictures.py
 
     @classmethod
     def of(
@@ -78,9 +85,10 @@ class Shown:
         prompts: Sequence[str],
         columns: Mapping[str, Sequence[Any]],
         group: Sequence[int] | None = None,
+        pictures: Mapping[str, Sequence[Picture | None]] | None = None,
     ) -> Shown:
         """The arguments are `RewardSet.score`'s. Raises ValueError when they do not fit together."""
-        _check_batch(images, prompts, columns, group)
+        _check_batch(images, prompts, {**columns, **(pictures or {})}, group)
         whole = torch.isfinite(images).flatten(1).all(1)  # [B]
         rows: list[int] = torch.nonzero(whole).flatten().tolist()
         known = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompts))}
@@ -92,6 +100,7 @@ class Shown:
             prompts=[prompts[row] for row in rows],
             columns={name: [values[row] for row in rows] for name, values in columns.items()},
             group=[numbers[row] for row in rows],
+            pictures={name: pixels_of([all_[row] for row in rows]) for name, all_ in (pictures or {}).items()},
         )
 
     def __len__(self) -> int:
@@ -113,7 +122,20 @@ class Shown:
             prompts=[self.prompts[place] for place in places],
             columns={name: [values[place] for place in places] for name, values in self.columns.items()},
             group=[self.group[place] for place in places],
+            pictures={name: [pictures[place] for place in places] for name, pictures in self.pictures.items()},
         )
+
+    def for_reward(self, pictures: Collection[str], names: Mapping[str, str]) -> Shown:
+        """The batch as one reward gets it: with the pixels of the columns that it wants as pictures, no others.
+
+        Args:
+            pictures: what the reward calls them.
+            names: what the reward calls a column -> what the prompt file calls it, where that is something else.
+        """
+        columns = self.columns | {own: self.columns[name] for own, name in names.items() if name in self.columns}
+        shown = {own: names.get(own, own) for own in pictures}
+        columns |= {own: self.pictures[name] for own, name in shown.items() if name in self.pictures}
+        return replace(self, columns=columns, pictures={})
 
     def shown_to(self, reward: Reward) -> Any:
         """The reward's answer, as it comes. It gets a copy: what it does to the images, the next one does not see."""

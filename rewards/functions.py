@@ -5,7 +5,8 @@ What such a function is given follows `GRPOTrainer._calculate_rewards` of TRL 1.
 =================  ==================================================================================================
 ``prompts``        list of B strings
 ``completions``    list of B ``PIL.Image`` in RGB (TRL: texts); of a video, a list of frames each
-columns            every other column of the prompt file, a list of B values each
+columns            every other column of the prompt file, a list of B values each; those that the function declares as
+                   ``pictures`` as ``PIL.Image``, a mask in grey, a video as a list of frames
 ``log_extra``      ``log_extra(column, values)``: B numbers become a part of the scores under that name; columns that
                    are not numbers have nowhere to go here, which is said once
 ``log_metric``     ``log_metric(name, value)``: a part with that value for every sample (neither may be called ``score``)
@@ -37,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 NOT_PASSED = ("completion_ids", "trainer_state", "environments")
 # what a reward may declare of itself, as attributes: of a class, or of a function (`flowsteer.rewards.types.Reward`)
-DECLARED = ("groupwise", "video", "uses_prompt", "score_range", "fingerprint", "unscorable")
+DECLARED = ("groupwise", "video", "pictures", "uses_prompt", "score_range", "fingerprint", "unscorable")
 RESERVED = ("prompts", "completions", "images", "log_extra", "log_metric", *NOT_PASSED)
 
 
@@ -84,6 +85,12 @@ class FunctionReward:
             logged[name] = [_finite(value)] * len(prompts)
 
         arguments: dict[str, Any] = {name: list(values) for name, values in columns.items()}
+        wanted = getattr(self, "pictures", {})
+        arguments |= {
+            name: [None if own is None else _as_pil(own, wanted[name]) for own in arguments[name]]
+            for name in wanted
+            if name in arguments
+        }
         arguments |= {"prompts": list(prompts), "completions": to_pil(images)}
         arguments |= {"log_extra": log_extra, "log_metric": log_metric}
         if not self._takes_all:
@@ -97,6 +104,10 @@ class FunctionReward:
 def to_pil(images: np.ndarray) -> list[Any]:
     """uint8 [B, H, W, 3] to B images; [B, T, H, W, 3] to B lists of T frames."""
     return [Image.fromarray(image) if image.ndim == 3 else to_pil(image) for image in images]
+
+
+def _as_pil(pixels: np.ndarray, kind: str) -> Any:
+    return to_pil(pixels) if kind == "video" else Image.fromarray(pixels)
 
 
 def bind_options(name: str, function: Callable[..., Any], options: Mapping[str, Any]) -> Callable[..., Any]:

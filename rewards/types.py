@@ -32,7 +32,10 @@ class Reward(Protocol):
 
     - ``groupwise = True``: it compares. Each call gets the images of exactly one group, all of the same prompt, and gives
       each a number relative to the others, or ``None`` to all where they are too few.
-    - ``video = True``: it takes videos, which `flowsteer rewards certify` then asks for.
+    - ``video = True``: it takes videos, which `flowsteer rewards certify` then asks for, and gets their rate in frames a
+      second as the column ``frame_rate`` (None where the pipeline has none). Others are shown a video frame by frame.
+    - ``pictures = {"source": "image", "mask": "mask"}``: these columns are pictures, and it gets them as pixels
+      (`flowsteer.rewards.pictures`), each under its name, with None for a sample without one.
     - ``uses_prompt = False``: the prompt plays no part, so `flowsteer rewards certify` does not ask for it.
     - ``score_range = (0.0, 1.0)``: all its scores and parts lie between these; evaluations then cut their intervals there.
     - ``fingerprint``: a mapping of names to texts and numbers on which scores depend (weights' hash, preprocessing, versions);

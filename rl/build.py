@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from diffusers import ModelMixin
 
-from flowsteer.rewards.columns import check_columns
 from flowsteer.rewards.combine import Normalise, RewardSet, check_names_and_weights
 from flowsteer.rewards.doors import blaming
 from flowsteer.rewards.envs.environments import locate
+from flowsteer.rewards.frames import Frames
 from flowsteer.rewards.hosts.child import WorkerReward
 from flowsteer.rewards.hosts.remote import HTTPReward
 from flowsteer.rewards.hosts.worker import source_hash
@@ -121,9 +121,17 @@ def build_rewards(config: Config, device: torch.device) -> RewardSet:
             label_of(name): Normalise(scale=section.scale, offset=section.offset)
             for name, section in config.rewards.items()
         }
-        rewards = RewardSet(entries, normalise=constants)
+        columns = {label_of(name): section.columns for name, section in config.rewards.items()}
+        frames = {label_of(name): frames_of(section) for name, section in config.rewards.items() if section.frames}
+        rewards = RewardSet(entries, normalise=constants, columns=columns, frames=frames)
         undo.pop_all()
     return rewards
+
+
+def frames_of(section: RewardConfig) -> Frames:
+    """Which frames of a video a reward of images scores."""
+    given = section.frames
+    return Frames(**given) if isinstance(given, dict) else Frames(limit=1 if given == "first" else None)
 
 
 def build_reward(name: str, section: RewardConfig, device: torch.device) -> Reward:
@@ -192,20 +200,6 @@ def check_groupwise(rewards: RewardSet, config: Config) -> None:
             f"rollout.batch_size={rollout.batch_size} cuts groups of rollout.group_size={rollout.group_size} apart; set "
             f"rollout.batch_size to a multiple of {rollout.group_size}"
         )
-
-
-def check_columns_of_prompts(config: Config, train: Prompts, evaluation: Prompts | None) -> None:
-    """Raise ValueError where a reward in this process requires a column that a prompt file lacks."""
-    files = {
-        f"prompts.train={name_of(config.prompts.train)}": [
-            *train.columns,
-            *(["sigma"] if config.rollout.branching else []),
-        ]
-    }
-    if config.evaluation is not None and evaluation is not None:
-        files[f"evaluation.prompts={name_of(config.evaluation.prompts)}"] = list(evaluation.columns)
-    own = {name: section.options for name, section in config.rewards.items() if section.host is None}
-    check_columns(own, files)
 
 
 def check_prompts(rewards: RewardSet, config: Config, train: Prompts, evaluation: Prompts | None) -> None:

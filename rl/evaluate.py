@@ -38,7 +38,8 @@ class Evaluation:
 
     prompts: tuple[str, ...]  # P
     parts: dict[str, Tensor]  # name -> [P, S] float32, NaN where missing; "total" is the weighted sum
-    images: Tensor  # [P, 3, H, W] float32 in [0, 1], of the first seed
+    images: Tensor  # [P, 3, H, W] or [P, T, 3, H, W] float32 in [0, 1], of the first seed
+    frame_rate: float | None = None  # of videos, in frames a second, where the pipeline has one
     ranges: dict[str, tuple[float, float]] = field(
         default_factory=dict
     )  # name -> lowest and highest score, where known
@@ -122,9 +123,12 @@ def evaluate(
         for start in range(0, len(mine), together):
             own = [(p, s) for p in mine[start : start + together] for s in range(num_seeds)]
             images = torch.cat([draw(own[first : first + batch_size]) for first in range(0, len(own), batch_size)])
-            extra = {name: [values[chosen[p]] for p, _ in own] for name, values in prompts.columns.items()}
+            extra, shown = (
+                {name: [values[chosen[p]] for p, _ in own] for name, values in all_.items()}
+                for all_ in (prompts.columns, prompts.pictures)
+            )
             texts = [prompts.texts[chosen[p]] for p, _ in own]
-            pending.append(scorer.submit(images, texts, extra, group=[p for p, _ in own]))
+            pending.append(scorer.submit(images, texts, extra, group=[p for p, _ in own], pictures=shown))
             pictures.append(images)
             jobs += own
             progress(len(jobs))
@@ -141,6 +145,7 @@ def evaluate(
         prompts=tuple(prompts.texts[row] for row in chosen),
         parts={name: whole[:, column].view(count, num_seeds) for column, name in enumerate(names)},
         images=first[::num_seeds],
+        frame_rate=rewards.frame_rate,
         ranges={name: known for name in names if (known := rewards.range_of(name)) is not None},
     )
 
@@ -182,7 +187,7 @@ def image_grid(rows: Sequence[Tensor], *, scale: int = 1, columns: int = 12) -> 
 
 
 def save_grid(images: Tensor, path: Path, *, columns: int = 12) -> None:
-    """Write a sheet of pictures as PNG, small ones enlarged; of videos the first frames."""
+    """Write a sheet of pictures as PNG, small ones enlarged; of videos the first frames (`films.save_film_grid`: all)."""
     first_frames = images[:, 0] if images.dim() == 5 else images
     image_grid([first_frames], scale=max(1, 128 // first_frames.shape[-1]), columns=columns).save(path)
 

@@ -9,12 +9,15 @@ from pathlib import Path
 from flowsteer.rl.checkpoint import write_whole
 from flowsteer.rl.engine.base import Engine
 from flowsteer.rl.evaluate import Evaluation, save_grid
+from flowsteer.rl.films import save_film_grid
 from flowsteer.rl.policy import Policy
 from flowsteer.rl.report.screen import Screen
 
 
 class Evaluations:
     """Draws fixed prompts with the best policy when due, and keeps a table and a sheet of pictures of each evaluation.
+
+    Of videos there are two sheets: their first frames, and one that plays.
 
     Args:
         folder: of the run; files go to ``evaluations/``.
@@ -41,16 +44,17 @@ class Evaluations:
         self._draw, self._policy, self._engine, self._screen = draw, policy, engine, screen
         self._num_steps, self._every = num_steps, every
 
-    def when_due(self, step: int) -> None:
+    def when_due(self, step: int) -> Evaluation | None:
         """Evaluate after ``step`` training steps, unless that has been kept already. Every process calls it."""
         regular = self._every and step % self._every == 0
         if not (step in (0, self._num_steps) or regular) or self._file(step).exists():
-            return
+            return None
         with self._policy.using(self._policy.best), self._screen.evaluating(step) as progress:
             result = self._draw(progress=progress)
         if self._engine.is_main:
             self._keep(step, result)
         self._engine.wait()
+        return result
 
     def drop_after(self, step: int) -> None:
         """Remove evaluations of weights that are not there any more: a resumed run makes them again."""
@@ -65,5 +69,7 @@ class Evaluations:
         file = self._file(step)
         file.parent.mkdir(exist_ok=True)
         save_grid(result.images, file.with_suffix(".png"))
+        if result.images.dim() == 5:
+            save_film_grid(result.images, file.with_suffix(".webp"), frame_rate=result.frame_rate)
         write_whole(file, json.dumps({"step": step, **result.table()}, indent=1))
         self._screen.evaluation(step, result.summary())

@@ -28,7 +28,7 @@ def warn_of_idle_columns(config: Config, pipeline: Pipeline, prompts: Prompts) -
     """Warn of columns that look like inputs of the pipeline and are mapped nowhere."""
     if not isinstance(pipeline, FlowPipeline) or not (media := pipeline.preparer.arguments.media):
         return
-    mapped = {own.column for own in config.inputs.values()}
+    mapped = {*(own.column for own in config.inputs.values()), *prompts.pictures}
     for name, values in prompts.columns.items():
         named = name in media or any(
             isinstance(value, str) and value.lower().endswith(PICTURES) for value in values[:64]

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import torch
-from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
+from accelerate.tracking import TensorBoardTracker, WandBTracker
 from torch import Tensor
 
 from flowsteer.rl.engine.base import Engine
@@ -85,7 +85,7 @@ class Log:
     ) -> None:
         self.path = folder / "metrics.jsonl"
         self._file: TextIO | None = None
-        self._trackers: list[GeneralTracker] = []
+        self.trackers: list[TensorBoardTracker | WandBTracker] = []
         self.missing_trackers: list[str] = []
         if not is_main:
             return
@@ -106,7 +106,7 @@ class Log:
             tracker.start()
             if name == "wandb":
                 tracker.store_init_configuration(config)
-            self._trackers.append(tracker)
+            self.trackers.append(tracker)
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """One line; numbers that are not finite are written as null."""
@@ -115,14 +115,14 @@ class Log:
         finite = {key: value if math.isfinite(value) else None for key, value in values.items()}
         self._file.write(json.dumps({"step": step, **finite}) + "\n")
         self._file.flush()
-        for tracker in self._trackers:
+        for tracker in self.trackers:
             tracker.log({key: value for key, value in values.items() if math.isfinite(value)}, step=step)
 
     def close(self) -> None:
         """Flush everything."""
         if self._file is not None:
             self._file.close()
-        for tracker in self._trackers:
+        for tracker in self.trackers:
             tracker.finish()
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from flowsteer.rl.config import Config
 from flowsteer.rl.engine.base import Engine
 from flowsteer.rl.evaluations import Evaluations
+from flowsteer.rl.films import show
 from flowsteer.rl.metrics import Log, Meter
 from flowsteer.rl.policy import Policy
 from flowsteer.rl.report.screen import Screen
@@ -50,9 +51,9 @@ class Run:
         self.screen.step(step, values)
 
     def evaluate(self, step: int) -> None:
-        """Evaluate when due."""
-        if self.evaluations is not None:
-            self.evaluations.when_due(step)
+        """Evaluate when due, and show the trackers what was drawn."""
+        if self.evaluations is not None and (result := self.evaluations.when_due(step)) is not None:
+            show(self.log.trackers, step, result.images, frame_rate=result.frame_rate)
 
     def close(self) -> None:
         """Let go of threads, files, processes and signals."""

@@ -84,9 +84,8 @@ class StepScorer:
 
     def submit(self, rollout: Rollout) -> None:
         """Begin to score a rollout batch; returns at once."""
-        self._pending.append(
-            self._scorer.submit(rollout.images, rollout.prompts, rollout.columns, rollout.group.tolist())
-        )
+        batch = (rollout.images, rollout.prompts, rollout.columns, rollout.group.tolist(), rollout.pictures)
+        self._pending.append(self._scorer.submit(*batch))
 
     def collect(self) -> list[Scores]:
         """Wait for everything that was submitted, in that order. Scores that are not there in time are missing.

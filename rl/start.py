@@ -9,7 +9,7 @@ import json
 import logging
 import os
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from flowsteer.rl.export import how_to_load
 from flowsteer.rl.fit import checked_plan, lora_targets
 from flowsteer.rl.metrics import Log, Meter
 from flowsteer.rl.policy import Policy
+from flowsteer.rl.prompt_files import add_pictures, check_columns_of_prompts, frame_rate_of, warn_of_long_prompts
 from flowsteer.rl.report.screen import Screen
 from flowsteer.rl.run import Run
 from flowsteer.rl.scoring import StepScorer
@@ -48,6 +49,8 @@ def start(config: Config, *, resume: bool = False, quiet: bool = False) -> Run:
     with ExitStack() as undo:  # a reward may be a process, which must not stay behind when anything below fails
         rewards = build.build_rewards(config, checked.processes.device)
         undo.callback(rewards.close)
+        prompts, evaluation = add_pictures(config, rewards, checked.prompts, checked.evaluation_prompts)
+        checked = replace(checked, prompts=prompts, evaluation_prompts=evaluation)
         loaded = load(config, checked, rewards)
         run = open_folder(config, folder, checked, loaded, resume=resume, quiet=quiet)
         undo.pop_all()
@@ -78,7 +81,7 @@ def check(config: Config) -> Checked:
     evaluation_prompts = (
         read_prompts(sources_of(config.evaluation.prompts), inputs=inputs) if config.evaluation else None
     )
-    build.check_columns_of_prompts(config, prompts, evaluation_prompts)  # a reward may require some
+    check_columns_of_prompts(config, prompts, evaluation_prompts)  # a reward may require some
     return Checked(plan=plan, processes=processes, prompts=prompts, evaluation_prompts=evaluation_prompts)
 
 
@@ -104,6 +107,8 @@ def load(config: Config, checked: Checked, rewards: RewardSet) -> Loaded:
     depends_on = build.without(rewards.fingerprints, "platform")
     build.check_alike(depends_on, processes.gather)
     pipeline = build.build_pipeline(config, processes.device)
+    rewards.frame_rate = frame_rate_of(pipeline)
+    warn_of_long_prompts(config, pipeline, checked.prompts, checked.evaluation_prompts)
     model = fingerprint(dict(pipeline.denoisers))
     plan = checked_plan(config, pipeline, checked.plan, checked.prompts)
     # processes meet in every pass under ZeRO, so they must ask the same one of several denoisers at the same time

@@ -139,6 +139,7 @@ class Rollout:
 
     prompts: tuple[str, ...]  # B
     columns: dict[str, tuple[Any, ...]] = field(default_factory=dict)  # other columns of the prompt file, B each
+    pictures: dict[str, tuple[Any, ...]] = field(default_factory=dict)  # columns that rewards want as pictures, B each
     group: Tensor  # [B] int64, the same number for samples of one prompt in one training step
     sample: Tensor  # [B] int64, the sample's place in the whole training step, on whichever process it was drawn
     seeds: Tensor  # [B] int64, the seed of each sample's own generator

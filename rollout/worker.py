@@ -123,13 +123,17 @@ class RolloutWorker:
         conditioning = self._prepare(batch, self.guidance_scale)
         guided_alike = self.train_guidance_scale == self.guidance_scale
         for_training = conditioning if guided_alike else self._prepare(batch, self.train_guidance_scale)
-        columns = {name: tuple(values[row] for row in batch.rows) for name, values in self.prompts.columns.items()}
+        columns, pictures = (
+            {name: tuple(values[row] for row in batch.rows) for name, values in all_.items()}
+            for all_ in (self.prompts.columns, self.prompts.pictures)
+        )
         noise_levels = self.plan.noise_levels(step)
 
         def rollout(latents: Tensor, trajectory: Trajectory | None) -> Rollout:
             return Rollout(
                 prompts=texts,
                 columns=columns,
+                pictures=pictures,
                 group=batch.group,
                 sample=batch.sample,
                 seeds=batch.seeds,

@@ -413,4 +413,25 @@ FAULTS = (
         wrong="for source, _ in enumerate(weights)]",
         tests="tests/rollout/test_prompts.py -k by_its_weight",
     ),
+    Fault(
+        name="the mask is compared, and what is outside of it left out",
+        file="rewards/scorers/edit_consistency.py",
+        right="_resized(mask, image) < HALF",
+        wrong="_resized(mask, image) >= HALF",
+        tests="tests/rewards/test_edit_consistency.py -k TestMask",
+    ),
+    Fault(
+        name="the pictures of a batch are those of its first samples",
+        file="rewards/hosts/worker.py",
+        right="[None if row is None else arrays[row] for row in given",
+        wrong="[None if row is None else arrays[0] for row in given",
+        tests="tests/rewards/test_pictures.py -k pixels_arrive",
+    ),
+    Fault(
+        name="frames of all videos are mixed",
+        file="rewards/frames.py",
+        right="values[count * row : count * (row + 1)]",
+        wrong="values[row::size]",
+        tests="tests/rewards/test_frames.py",
+    ),
 )

@@ -282,6 +282,7 @@ def _watch_parts(trace: Trace, patch: pytest.MonkeyPatch) -> None:
     _wrap(patch, starting, "Log", built("Log"))
     _wrap(patch, starting, "StepScorer", built("StepScorer"))
     _wrap(patch, build, "load_reward", built("load_reward"))
+    _wrap(patch, build, "RewardSet", built("RewardSet"))
     _wrap(
         patch, build, "locate", built("locate", instead=lambda environment, target: (f"{environment}/python", target))
     )

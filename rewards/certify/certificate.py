@@ -165,6 +165,7 @@ def certify(
     tolerance: float = TOLERANCE,
     golden: str | Path | None = None,
     checks: Mapping[str, CheckFunction] = CHECKS,
+    folder: Path | None = None,
     progress: Callable[[str], object] = lambda title: None,
 ) -> Certificate:
     """Hold a reward to the contract.
@@ -174,11 +175,13 @@ def certify(
         name: what messages call it.
         images: uint8 [B, H, W, 3] in RGB, at least four, with scores that differ; None: the built-in ones.
         prompts: B texts that the reward can judge; given with the images.
-        columns: further columns, B values each.
+        columns: further columns, B values each. Of those that the reward declares as ``pictures``, paths or arrays; they are
+            made of the images where there are none.
         uses_prompt: whether the prompt must matter; None: as the reward declares.
         tolerance: what scores may differ by and still be equal, relative to their spread.
         golden: a file of `Certificate.golden`, with which the scores must agree: one more check, ``golden scores``.
         checks: by name, in this order.
+        folder: what paths in the columns are relative to.
         progress: is told the name of each check before it begins, so that it is known which one ended the process.
 
     Returns:
@@ -202,6 +205,7 @@ def certify(
         columns=columns or {},
         uses_prompt=uses_prompt,
         tolerance=tolerance,
+        folder=folder,
     )
     results: list[Check] = []
     try:

@@ -22,6 +22,7 @@ from flowsteer.rewards.certify.many import many_pictures
 from flowsteer.rewards.certify.odd import (
     grey_levels,
     impossible_images,
+    missing_pictures,
     odd_batches,
     odd_prompts,
     plain_images,
@@ -275,6 +276,7 @@ CHECKS: dict[str, CheckFunction] = {
     "grey levels": grey_levels,
     "as the trainer asks": as_the_trainer_asks,
     "odd prompts": odd_prompts,
+    "missing pictures": missing_pictures,
     "impossible images": impossible_images,
     "inputs untouched": inputs_untouched,
     "surroundings": surroundings,

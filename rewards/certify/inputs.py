@@ -6,12 +6,15 @@ Letters: B images.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps, ImageSequence
+
+from flowsteer.rewards.columns import column_parameters
+from flowsteer.rewards.pictures import Kind, pictures_of
 
 SIDE = 64  # pixels of the built-in images
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -94,6 +97,72 @@ def built_in_inputs() -> tuple[np.ndarray, list[str]]:
     return np.stack([image for image, _ in shown]), [prompt for _, prompt in shown]
 
 
+def with_trial_columns(
+    name: str, reward: Callable[..., Any], images: np.ndarray, columns: Mapping[str, Sequence[Any]], folder: Path | None
+) -> dict[str, list[Any]]:
+    """The columns with pixels where the reward wants pictures: those of the files that they name, or made of the images.
+
+    A reward that names ``frame_rate`` gets one if there is none.
+
+    Args:
+        name: of the reward, for messages.
+        reward: whose columns they are.
+        images: uint8 [B, H, W, 3].
+        columns: B values each.
+        folder: what paths in the columns are relative to.
+
+    Raises:
+        ValueError: a file that is no picture.
+    """
+    whole = {column: list(values) for column, values in columns.items()}
+    for column, kind in pictures_of(name, reward).items():
+        if column not in whole:
+            whole[column] = trial_pictures(kind, images)
+        whole[column] = [
+            _read_picture((folder or Path()) / value, kind) if isinstance(value, str) else value
+            for value in whole[column]
+        ]
+    if "frame_rate" in column_parameters(reward):
+        whole.setdefault("frame_rate", [(8.0, 24.0, 25.0, 30.0)[row % 4] for row in range(len(images))])
+    return whole
+
+
+def trial_pictures(kind: Kind, images: np.ndarray) -> list[Any]:
+    """A picture for each of B images, related to it: mixed with the next one, some of them of another size.
+
+    Masks are nothing, a half, a quarter and a frame by turns; a video is the picture and two shifted ones.
+    """
+    height, width = images.shape[1:3]
+    if kind == "mask":
+        masks = np.zeros((4, height, width), np.uint8)
+        masks[1, :, : width // 2] = masks[2, : height // 2, : width // 2] = masks[3] = 255
+        masks[3, height // 4 : -(height // 4), width // 4 : -(width // 4)] = 0
+        return [masks[row % 4].copy() for row in range(len(images))]
+    mixed = (3 * images.astype(np.uint16) + np.roll(images, -1, axis=0)) // 4
+    pictures = [
+        np.asarray(Image.fromarray(one).resize(_sizes(row, height, width)))
+        for row, one in enumerate(mixed.astype(np.uint8))
+    ]
+    if kind == "image":
+        return pictures
+    return [np.stack([np.roll(one, place, axis=1) for place in range(3)]) for one in pictures]
+
+
+def _sizes(row: int, height: int, width: int) -> tuple[int, int]:
+    """Width and height of a trial picture: of every other one as they are."""
+    return (width, height) if row % 2 == 0 else (width + width // 4, height - height // 4)
+
+
+def _read_picture(file: Path, kind: Kind) -> np.ndarray:
+    try:
+        with Image.open(file) as opened:
+            if kind == "video":
+                return np.stack([np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(opened)])
+            return np.asarray(opened.convert("L" if kind == "mask" else "RGB"))
+    except OSError as error:
+        raise ValueError(f"{file} is no {kind} that can be read: {error}") from None
+
+
 def _draw_word(text: str) -> np.ndarray:
     """uint8 [64, 64, 3], black on white."""
     small = Image.new("L", (SIDE // 2, SIDE // 2), 255)
@@ -110,4 +179,4 @@ def check_inputs(images: np.ndarray, prompts: Sequence[str], columns: Mapping[st
             raise ValueError(f"{len(images)} images need {len(images)} {name}, got {len(values)}")
 
 
-__all__ = ["built_in_inputs", "check_inputs", "read_folder"]
+__all__ = ["built_in_inputs", "check_inputs", "read_folder", "trial_pictures", "with_trial_columns"]

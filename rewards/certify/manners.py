@@ -43,11 +43,22 @@ def inputs_untouched(trial: Trial) -> str:
     """The images and lists that it is given are as before."""
     given, before = trial.arguments(trial.rows), trial.arguments(trial.rows)
     trial.ask(*given)
-    changed = [name for name, now, then in zip(("prompts", "columns"), given[1:], before[1:]) if now != then]
+    changed = ["prompts"] if given[1] != before[1] else []
+    changed += ["columns"] if not _same_columns(given[2], before[2]) else []
     changed += [] if np.array_equal(given[0], before[0]) else ["images"]
     if changed:
         raise Refused(f"changes the {' and '.join(changed)} that it is given; work on a copy")
     return "images, prompts and columns are as before"
+
+
+def _same_columns(first: Mapping[str, Sequence[Any]], second: Mapping[str, Sequence[Any]]) -> bool:
+    def same(one: Any, other: Any) -> bool:
+        pixels = isinstance(one, np.ndarray) and isinstance(other, np.ndarray)
+        return np.array_equal(one, other) if pixels else one is other or bool(one == other)
+
+    return first.keys() == second.keys() and all(
+        len(own) == len(second[name]) and all(map(same, own, second[name])) for name, own in first.items()
+    )
 
 
 def surroundings(trial: Trial) -> str:

@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from flowsteer.rewards.certify.trial import ROUNDING, NotApplicable, Refused, Trial, error_text
+from flowsteer.rewards.pictures import pictures_of
 
 SIZES = ((32, 32), (64, 48), (48, 64), (224, 224), (16, 256))  # height, width
 ODD_PROMPTS = {
@@ -130,6 +131,28 @@ def odd_prompts(trial: Trial) -> str:
     return "; ".join(answers)
 
 
+def missing_pictures(trial: Trial) -> str:
+    """A sample without a picture gets a number or None, and changes nothing for the sample beside it."""
+    wanted = [name for name in pictures_of(trial.name, trial.reward) if name in trial.columns]
+    if not wanted:
+        raise NotApplicable("declares no pictures")
+    pairs, said = trial.samples[:2], []
+    expected = trial.score(pairs)
+    for name in wanted:
+        images, prompts, columns = trial.arguments(pairs)
+        columns[name][1] = None
+        try:
+            beside, odd = trial.ask(images, prompts, columns)
+        except Exception as error:
+            raise Refused(
+                f"a sample without {name!r} (None): {_said(error)}; answer None where the picture is needed"
+            ) from error
+        if not trial.groupwise and not trial.same(beside, expected[0]):
+            raise Refused(f"a sample without {name!r} changes the score of the sample beside it")
+        said.append(f"without {name} {'None' if np.isnan(odd) else f'{odd:.4g}'}")
+    return "; ".join(said)
+
+
 def impossible_images(trial: Trial) -> str:
     """What is no image makes it raise or answer None, never a 0 or another constant in place of an error.
 
@@ -214,6 +237,7 @@ def _score_levels(trial: Trial, levels: Sequence[int], *, seed: int) -> np.ndarr
 __all__ = [
     "grey_levels",
     "impossible_images",
+    "missing_pictures",
     "odd_batches",
     "odd_prompts",
     "plain_images",

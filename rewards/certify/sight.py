@@ -264,6 +264,8 @@ def _changed(value: Any) -> Any:
         return not value
     if isinstance(value, int | float):
         return 2 * value + 1
+    if isinstance(value, np.ndarray):
+        return 255 - value
     return value[::-1] + "x" if isinstance(value, str) else type(value)()
 
 

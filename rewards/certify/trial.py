@@ -15,11 +15,13 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from fractions import Fraction
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 
+from flowsteer.rewards.certify.inputs import with_trial_columns
 from flowsteer.rewards.contract import SCORE, is_groupwise, read_answer
 from flowsteer.rewards.functions import FunctionReward
 from flowsteer.rewards.types import Reward
@@ -64,9 +66,10 @@ class Trial:
         columns: Mapping[str, Sequence[Any]],
         uses_prompt: bool | None,
         tolerance: float,
+        folder: Path | None = None,
     ) -> None:
         self.make, self.name, self.images, self.prompts = make, name, images, list(prompts)
-        self.columns = {column: list(values) for column, values in columns.items()}
+        self._given, self._folder = columns, folder
         self.relative_tolerance = tolerance
         self.settings = process_settings()  # before the reward is made
         self._declared_use = uses_prompt
@@ -88,6 +91,11 @@ class Trial:
     def reward(self) -> Reward:
         """The instance that most checks ask."""
         return self.new()
+
+    @functools.cached_property
+    def columns(self) -> dict[str, list[Any]]:
+        """What the reward gets besides images and prompts: B values each, with pixels of the pictures that it declares."""
+        return with_trial_columns(self.name, self.reward, self.images, self._given, self._folder)
 
     @functools.cached_property
     def other(self) -> Reward:
@@ -117,13 +125,14 @@ class Trial:
 
     @property
     def inputs(self) -> str:
-        """Hash of the images, prompts and columns."""
-        text = json.dumps([self.images.shape, self.prompts, self.columns], default=str)
+        """Hash of the images, prompts and columns; without those that only the reward could tell if it was never made."""
+        columns = self.columns if "columns" in vars(self) else {name: list(own) for name, own in self._given.items()}
+        text = json.dumps([self.images.shape, self.prompts, columns], default=_text_of)
         return hashlib.sha256(self.images.tobytes() + text.encode()).hexdigest()
 
     def arguments(self, pairs: Sequence[Pair]) -> tuple[np.ndarray, list[str], dict[str, list[Any]]]:
         """Copies of the images [N, H, W, 3], prompts and columns of N pairs."""
-        columns = {name: [values[row] for _, row in pairs] for name, values in self.columns.items()}
+        columns = {name: [copied(values[row]) for _, row in pairs] for name, values in self.columns.items()}
         return self.images[[row for row, _ in pairs]], [self.prompts[row] for _, row in pairs], columns
 
     def read(self, given: Any, size: int) -> np.ndarray:
@@ -251,6 +260,18 @@ class Trial:
         return "pairing" if "pairing" in common else "all against all" if common else "batch"
 
 
+def copied(value: Any) -> Any:
+    """A value of a column, as a reward may change it."""
+    return value.copy() if isinstance(value, np.ndarray) else value
+
+
+def _text_of(value: Any) -> str:
+    """What stands for a value that is no JSON in a hash."""
+    if isinstance(value, np.ndarray):
+        return f"{value.dtype} {value.shape} {hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest()}"
+    return str(value)
+
+
 def largest_difference(first: np.ndarray, second: np.ndarray) -> str:
     """Where two lists of scores differ most, in words."""
     distance = np.abs(first - second)
@@ -298,6 +319,7 @@ __all__ = [
     "Refused",
     "Suspected",
     "Trial",
+    "copied",
     "error_text",
     "largest_difference",
     "process_settings",

@@ -132,6 +132,7 @@ class WorkerReward:
         self._worker: WorkerProcess | None = None
         self.hello: Hello = self._start()
         self.groupwise, self.video, self.uses_prompt = self.hello.groupwise, self.hello.video, self.hello.uses_prompt
+        self.pictures = self.hello.pictures
 
     @property
     def pid(self) -> int | None:
@@ -156,7 +157,8 @@ class WorkerReward:
         """
         number, size = next(self._numbers), len(images)
         seconds = self._deadline[0] + self._deadline[1] * size
-        head, body = score_request(images, prompts, columns, number, seconds, self.hello.max_body_bytes)
+        limit, pictures = self.hello.max_body_bytes, self.pictures
+        head, body = score_request(images, prompts, columns, number, seconds, limit, pictures)
         with self._lock:
             deadline = time.monotonic() + seconds
             for last_try in (False, True):

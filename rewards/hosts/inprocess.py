@@ -15,6 +15,7 @@ from torch import Tensor
 
 from flowsteer.rewards.combine import RewardSet
 from flowsteer.rewards.contract import Answer, Shown, failed
+from flowsteer.rewards.pictures import Picture
 from flowsteer.rewards.types import Scores
 
 logger = logging.getLogger(__name__)
@@ -83,12 +84,14 @@ class Scorer:
         prompts: Sequence[str],
         columns: Mapping[str, Sequence[Any]] | None = None,
         group: Sequence[int] | None = None,
+        pictures: Mapping[str, Sequence[Picture | None]] | None = None,
     ) -> PendingScores:
         """Begin to score a batch; the arguments are `RewardSet.score`'s, copied: the caller may go on to use them."""
         kept = images.detach().to("cpu", copy=True)
         kept_columns = {name: tuple(values) for name, values in (columns or {}).items()}
         kept_group = None if group is None else tuple(group)
-        batch = self._threads["to-pixels"].submit(Shown.of, kept, tuple(prompts), kept_columns, kept_group)
+        rest = (kept_columns, kept_group, dict(pictures or {}))
+        batch = self._threads["to-pixels"].submit(Shown.of, kept, tuple(prompts), *rest)
         answers = {name: self._threads[name].submit(self._ask, name, batch) for name in self.rewards.rewards}
         return PendingScores(self.rewards, batch, answers)
 

@@ -107,6 +107,7 @@ class HTTPReward:
             lambda: read_hello(self._request("GET", "hello", [], deadline)), deadline, num_tries=None
         )
         self.groupwise, self.video, self.uses_prompt = self.hello.groupwise, self.hello.video, self.hello.uses_prompt
+        self.pictures = self.hello.pictures
 
     @property
     def fingerprint(self) -> dict[str, Any]:
@@ -128,7 +129,8 @@ class HTTPReward:
 
         def ask() -> Values | dict[str, Values]:
             left = seconds_left(deadline)  # of each try, for the server
-            head, body = score_request(images, prompts, columns, number, left, self.hello.max_body_bytes)
+            limit, pictures = self.hello.max_body_bytes, self.pictures
+            head, body = score_request(images, prompts, columns, number, left, limit, pictures)
             return read_scores(self._request("POST", "score", [head, body], deadline), size, number, self.hello)
 
         return self._persist(ask, deadline, num_tries=NUM_TRIES)

@@ -9,11 +9,15 @@ request      body                                    answer
 ===========  ======================================  =================================================================
 ``hello``    none                                    ``proto`` (lowest, highest), ``fingerprint``, ``identity`` (its
                                                      hash), ``max_body_bytes``, ``groupwise``, ``video``,
-                                                     ``uses_prompt``
-``score``    uint8 pixels, shape in the header       ``scores``: ``parts`` with B numbers or null each, ``errors`` (row
+                                                     ``uses_prompt``, ``pictures`` (of the prompt file, which are
+                                                     sent: column to kind)
+``score``    uint8 pixels, shape in the header;      ``scores``: ``parts`` with B numbers or null each, ``errors`` (row
                                                      to text), ``identity``; or ``error``: what the scorer raised; or
                                                      ``expired``: its turn came after its ``seconds``
 ===========  ======================================  =================================================================
+
+The pictures of a column stand behind the images, each different one once: the header's ``pictures`` has, by column, their
+``shapes`` in order, and as ``rows`` which of them is each sample's, B numbers or null. All of it counts as the body.
 
 Letters: B samples, T frames.
 """
@@ -26,7 +30,7 @@ import math
 import socket
 import struct
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,6 +62,7 @@ class Hello:
     groupwise: bool
     video: bool
     uses_prompt: bool
+    pictures: dict[str, Any]  # column -> kind, as `flowsteer.rewards.pictures` has them
 
 
 def check_seconds(start_timeout_s: float, deadline_s: float, deadline_per_image_s: float) -> None:
@@ -145,13 +150,15 @@ def score_request(
     number: int,
     seconds: float,
     limit: int,
+    pictures: Collection[str] = (),
 ) -> tuple[bytes, memoryview]:
-    """Head and body of the frame that asks for a batch's scores; the body is not copied where it is contiguous.
+    """Head and body of the frame that asks for a batch's scores; the body is not copied where it is images alone.
 
     Args:
         images: uint8 [B, H, W, 3] or [B, T, H, W, 3].
         prompts: B texts.
         columns: B values each, which JSON can hold; a tuple arrives as a list.
+        pictures: those of the columns that hold pixels, as uint8 arrays or None.
         number: comes back with the answer.
         seconds: how long the answer is waited for; a server that cannot begin by then need not.
         limit: bytes that the body may have.
@@ -161,9 +168,11 @@ def score_request(
     """
     if images.dtype != np.uint8 or images.ndim not in LAYOUTS or images.shape[-1] != 3:
         raise ValueError(f"images are uint8 [B, H, W, 3] or [B, T, H, W, 3], got {images.dtype} {images.shape}")
-    if images.nbytes > limit:
+    shown = {name: _different(name, columns[name]) for name in pictures if name in columns}
+    size = images.nbytes + sum(array.nbytes for arrays, _ in shown.values() for array in arrays)
+    if size > limit:
         raise ValueError(
-            f"the images take {images.nbytes} bytes, the worker accepts {limit}: raise its max_body_bytes or score fewer "
+            f"the images take {size} bytes, the worker accepts {limit}: raise its max_body_bytes or score fewer "
             "images at once"
         )
     for name, values in {"prompts": prompts, **columns}.items():
@@ -178,9 +187,35 @@ def score_request(
         "layout": LAYOUTS[images.ndim],
         "shape": images.shape,
         "prompts": list(prompts),
-        "columns": {name: list(values) for name, values in columns.items()},
+        "columns": {name: list(values) for name, values in columns.items() if name not in shown},
+        "pictures": {
+            name: {"shapes": [array.shape for array in arrays], "rows": rows} for name, (arrays, rows) in shown.items()
+        },
     }
-    return frame_head(header, images.nbytes), np.ascontiguousarray(images).reshape(-1).data
+    body = np.ascontiguousarray(images).reshape(-1)
+    if shown:
+        body = np.concatenate([body, *(array.reshape(-1) for arrays, _ in shown.values() for array in arrays)])
+    return frame_head(header, size), body.data
+
+
+def _different(name: str, pictures: Sequence[np.ndarray | None]) -> tuple[list[np.ndarray], list[int | None]]:
+    """The arrays of a column, each once, and which of them each sample has. Raises ValueError for what are no pixels."""
+    places: dict[int, int] = {}  # by object: samples that share a picture share its array
+    arrays: list[np.ndarray] = []
+    rows: list[int | None] = []
+    for picture in pictures:
+        if picture is None:
+            rows.append(None)
+            continue
+        if not isinstance(picture, np.ndarray) or picture.dtype != np.uint8:
+            raise ValueError(
+                f"the column {name!r} holds a {type(picture).__name__}; pictures are uint8 arrays, or None"
+            )
+        if id(picture) not in places:
+            places[id(picture)] = len(arrays)
+            arrays.append(picture)
+        rows.append(places[id(picture)])
+    return arrays, rows
 
 
 def read_hello(answer: Mapping[str, Any]) -> Hello:
@@ -195,8 +230,9 @@ def read_hello(answer: Mapping[str, Any]) -> Hello:
         )
     fields = {
         "fingerprint": dict, "identity": str, "max_body_bytes": int, "groupwise": bool, "video": bool,
-        "uses_prompt": bool,
+        "uses_prompt": bool, "pictures": dict,
     }  # fmt: skip
+    answer = {"pictures": {}, **answer}  # a worker of before has none
     wrong = [name for name, kind in fields.items() if type(answer.get(name)) is not kind]
     if wrong:
         raise ProtocolError(f"the handshake lacks {', '.join(wrong)}")

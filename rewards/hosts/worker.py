@@ -8,7 +8,8 @@ TARGET is ``module:attribute`` or ``path/to/file.py:attribute``: a function, or 
 ``--options``. The scorer is called as every reward is, ``(images, prompts, **columns)``, one call at a time. ``images`` is
 a numpy array, uint8 [B, H, W, 3] or [B, T, H, W, 3]; without numpy a memoryview of that shape. It returns B numbers or None,
 or a mapping of such parts, one of them called "score". Optional attributes of the scorer: ``fingerprint`` (what else decides
-its scores: a hash of the weights, preprocessing), ``version``, ``groupwise``, ``video``, ``uses_prompt``.
+its scores: a hash of the weights, preprocessing), ``version``, ``groupwise``, ``video``, ``uses_prompt``, and ``pictures``, as
+in ``{"source": "image", "mask": "mask"}``: these columns hold pixels of the same type as the images, or None.
 
 The protocol is described in ``wire.py``. Over HTTP: GET /v1/hello and POST /v1/score, whose body is the frame, answered in
 JSON, with ``Authorization: Bearer TOKEN``. Nothing is encrypted: use a tunnel beyond this machine.
@@ -129,6 +130,7 @@ class Answerer:
             "groupwise": bool(getattr(scorer, "groupwise", False)),
             "video": bool(getattr(scorer, "video", False)),
             "uses_prompt": bool(getattr(scorer, "uses_prompt", True)),
+            "pictures": dict(getattr(scorer, "pictures", None) or {}),
         }
 
     def answer(self, header: Mapping[str, Any], body: bytearray, begin: float) -> dict[str, Any]:
@@ -142,7 +144,8 @@ class Answerer:
             with self._lock:
                 if time.monotonic() - begin > header["seconds"]:  # nobody waits for it any more, and others do
                     return dict(reply, op="expired")
-                given = self._score(as_images(body, header["shape"]), header["prompts"], **header["columns"])
+                images, pictures = as_pixels(body, header)
+                given = self._score(images, header["prompts"], **header["columns"], **pictures)
             parts, errors = read_parts(given, size)
         except Exception as error:  # whatever it is, the other side is told, and this process lives on
             traceback.print_exc()
@@ -227,8 +230,9 @@ def check_request(header: Mapping[str, Any], body_bytes: int) -> None:
     if not isinstance(shape, list) or not all(type(size) is int and size >= 0 for size in shape):
         raise Refused(f"the shape {shape!r} is no list of sizes")
     layout = (header.get("dtype"), header.get("layout"), shape[-1:])
-    if layout != ("uint8", LAYOUTS.get(len(shape)), [3]) or math.prod(shape) != body_bytes:
-        raise Refused("{} {} of the shape {} in {} bytes are no images".format(*layout[:2], shape, body_bytes))
+    rest = check_pictures(header.get("pictures", {}), shape[:1], columns)
+    if layout != ("uint8", LAYOUTS.get(len(shape)), [3]) or math.prod(shape) + rest != body_bytes:
+        raise Refused("{} {} of the shape {} in {} bytes are no images".format(*layout[:2], shape, body_bytes - rest))
     seconds = header.get("seconds")
     if not isinstance(seconds, (int, float)) or not seconds > 0:
         raise Refused(f"seconds is {seconds!r}, expected a number above 0")
@@ -239,11 +243,46 @@ def check_request(header: Mapping[str, Any], body_bytes: int) -> None:
             raise Refused(f"{name} is no list of {shape[0]} values")
 
 
-def as_images(body: bytearray, shape: list[int]) -> Any:
-    """The body as uint8 of that shape, without a copy."""
+def check_pictures(pictures: Any, size: list[int], columns: Any) -> int:
+    """How many bytes the pictures of a request take. Raises Refused for what is no ``{column: {shapes, rows}}``."""
+    if not isinstance(pictures, dict):
+        raise Refused("pictures are no JSON object")
+    total = 0
+    for name, given in pictures.items():
+        shapes, rows = (given.get(key) for key in ("shapes", "rows")) if isinstance(given, dict) else (None, None)
+        if not isinstance(shapes, list) or not isinstance(rows, list) or [len(rows)] != size:
+            raise Refused(f"the pictures {name!r} are no shapes and {size} rows")
+        for shape in shapes:
+            if not isinstance(shape, list) or not all(type(side) is int and side > 0 for side in shape):
+                raise Refused(f"the shape {shape!r} of a picture {name!r} is no list of sizes")
+            total += math.prod(shape)
+        if not all(row is None or (type(row) is int and 0 <= row < len(shapes)) for row in rows):
+            raise Refused(f"the rows of the pictures {name!r} are no numbers below {len(shapes)}")
+        if isinstance(columns, dict) and name in columns:
+            raise Refused(f"{name!r} is among the columns and the pictures")
+    return total
+
+
+def as_pixels(body: bytearray, header: Mapping[str, Any]) -> tuple[Any, dict[str, list[Any]]]:
+    """The images, and the pictures of each sample by column (None where it has none), without a copy."""
+    place = math.prod(header["shape"])
+    images, pictures = as_array(body, 0, header["shape"]), {}
+    for name, given in header.get("pictures", {}).items():
+        arrays = []
+        for shape in given["shapes"]:
+            arrays.append(as_array(body, place, shape))
+            place += math.prod(shape)
+        pictures[name] = [None if row is None else arrays[row] for row in given["rows"]]
+    return images, pictures
+
+
+def as_array(body: bytearray, begin: int, shape: list[int]) -> Any:
+    """A part of the body as uint8 of that shape, without a copy."""
+    size = math.prod(shape)
     if numpy is not None:
-        return numpy.frombuffer(body, dtype=numpy.uint8).reshape(shape)
-    return memoryview(body).cast("B", shape) if body else memoryview(body)
+        return numpy.frombuffer(body, dtype=numpy.uint8, count=size, offset=begin).reshape(shape)
+    part = memoryview(body)[begin : begin + size]
+    return part.cast("B", shape) if size else part
 
 
 def read_parts(given: Any, size: int) -> tuple[dict[str, list[float | None]], dict[str, str]]:

@@ -185,6 +185,12 @@ class Chosen:
             return options_by_reward(names or DEFAULT_REWARDS, options or [])
         return {name: section.options for name, section in self.config.rewards.items() if section.host is None}
 
+    def names_of_columns(self, names: list[str] | None) -> Mapping[str, Mapping[str, str]]:
+        """What the rewards of the run call columns, by reward; nothing for those that options name."""
+        if self.config is None or names:
+            return {}
+        return {name: section.columns for name, section in self.config.rewards.items()}
+
     def rewards(self, names: list[str] | None, options: list[str] | None = None) -> RewardSet:
         """The rewards by name; without names the run's own, with its weights. Raises ValueError for options to those."""
         import torch

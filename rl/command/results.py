@@ -74,7 +74,9 @@ def evaluate(
     ] = 900.0,
     output: Annotated[
         Path | None,
-        typer.Option(help="JSON file for the table and all single scores; the pictures go beside it as PNG."),
+        typer.Option(
+            help="JSON file for the table and all single scores; the pictures go beside it as PNG, videos as WebP, too."
+        ),
     ] = None,
 ) -> None:
     """Score a pipeline on fixed prompts and seeds with the deterministic sampler; exit code 1 if no picture has a score.
@@ -86,13 +88,15 @@ def evaluate(
     from flowsteer.rl.config.data import SourceConfig, name_of, sources_of
     from flowsteer.rl.evaluate import evaluate as run_evaluation
     from flowsteer.rl.evaluate import save_grid
+    from flowsteer.rl.films import save_film_grid
+    from flowsteer.rl.prompt_files import frame_rate_of
     from flowsteer.rl.scoring import warn_of_single_images
-    from flowsteer.rollout.data.prompts import read_prompts
+    from flowsteer.rollout.data.prompts import read_prompts, with_pictures
 
     if output is not None:
-        if output.suffix == ".png":
+        if output.suffix in (".png", ".webp"):
             raise ValueError(f"{output} is to be a JSON file; the pictures are written beside it as PNG")
-        refuse_existing(output, output.with_suffix(".png"))
+        refuse_existing(output, output.with_suffix(".png"), output.with_suffix(".webp"))
     chosen = choose(
         run=run,
         model=model,
@@ -105,12 +109,21 @@ def evaluate(
         device=device,
     )
     given = (SourceConfig(file=prompts),) if prompts else chosen.evaluation.prompts
-    texts = read_prompts(sources_of(given), inputs=chosen.inputs(columns))
-    check_columns(chosen.rewards_in_this_process(reward, option), {name_of(given): list(texts.columns)})
+    inputs, file = chosen.inputs(columns), name_of(given)
+    texts = read_prompts(sources_of(given), inputs=inputs)
+    check_columns(
+        chosen.rewards_in_this_process(reward, option),
+        {file: list(texts.columns)},
+        chosen.names_of_columns(reward),
+        {file: texts.media},
+    )
     with closing(chosen.rewards(reward, option)) as rewards, console.status("loading") as status:
         warn_of_single_images(rewards, num_seeds=num_seeds, key="--num-seeds")
+        texts = with_pictures(texts, sources_of(given), rewards.pictures, inputs=inputs)
+        pipeline = chosen.load()
+        rewards.frame_rate = frame_rate_of(pipeline)
         result = run_evaluation(
-            chosen.load(),
+            pipeline,
             texts,
             rewards,
             num_prompts=num_prompts,
@@ -131,6 +144,8 @@ def evaluate(
     if output is not None:
         output.write_text(json.dumps(result.table(), indent=1), encoding="utf-8")
         save_grid(result.images, output.with_suffix(".png"))
+        if result.images.dim() == 5:
+            save_film_grid(result.images, output.with_suffix(".webp"), frame_rate=result.frame_rate)
     if result.parts["total"].isnan().all():
         stderr.print("no picture has a score")
         raise typer.Exit(UNSCORED)
@@ -196,8 +211,9 @@ def sample(
         typer.Option(
             "--output",
             "-o",
-            help="A sheet of all pictures, small ones enlarged (NAME.png), or a folder that gets each picture as a file of its "
-            "own size, with a metadata.jsonl that `score` and `rewards certify` read.",
+            help="A sheet of all pictures, small ones enlarged (NAME.png; NAME.webp for videos that play), or a folder that "
+            "gets each picture as a file of its own size (a video as WebP), with a metadata.jsonl that `score` and "
+            "`rewards certify` read.",
         ),
     ] = Path("samples.png"),
     num_seeds: SeedsOption = 4,
@@ -206,7 +222,7 @@ def sample(
     negative_prompt: NegativeOption = None,
     given: InputOption = None,
 ) -> None:
-    """Draw pictures, a line of seeds per prompt; of a video the first frame.
+    """Draw pictures or videos, a line of seeds per prompt.
 
     **Example**: `flowsteer sample "a red circle left of a blue square" --run runs/first -o pictures/`
     """
@@ -214,13 +230,15 @@ def sample(
 
     from flowsteer.rl.build import DTYPES
     from flowsteer.rl.evaluate import save_files, save_grid
+    from flowsteer.rl.films import save_film_grid, save_films
+    from flowsteer.rl.prompt_files import frame_rate_of
     from flowsteer.rollout.data.prompts import Row
     from flowsteer.rollout.sample import prepare_rows
     from flowsteer.rollout.sample import sample as draw
 
     refuse_existing(output)
-    if output.suffix.lower() not in ("", ".png"):
-        raise ValueError(f"{output} must end in .png, or be the name of a folder")
+    if output.suffix.lower() not in ("", ".png", ".webp"):
+        raise ValueError(f"{output} must end in .png, for videos in .webp, or be the name of a folder")
     chosen = choose(
         run=run,
         model=model,
@@ -255,10 +273,18 @@ def sample(
                 device=chosen.device,
             )
             pictures.append(pipeline.decode(latents, conditioning).float().cpu())
-    if output.suffix:
-        save_grid(torch.cat(pictures), output, columns=num_seeds)
+    drawn, texts = torch.cat(pictures), [prompt for prompt in prompts for _ in range(num_seeds)]
+    rate, videos = frame_rate_of(pipeline), drawn.dim() == 5
+    if output.suffix == ".webp" and not videos:
+        raise ValueError(f"{output}: these are no videos; write a .png, or a folder")
+    if output.suffix == ".webp":
+        save_film_grid(drawn, output, frame_rate=rate, columns=num_seeds)
+    elif output.suffix:
+        save_grid(drawn, output, columns=num_seeds)
+    elif videos:
+        save_films(drawn, texts, output, frame_rate=rate)
     else:
-        save_files(torch.cat(pictures), [prompt for prompt in prompts for _ in range(num_seeds)], output)
+        save_files(drawn, texts, output)
     console.print(Text(f"{len(prompts) * num_seeds} pictures: {output}"), soft_wrap=True)
 
 

@@ -113,7 +113,7 @@ def certify(
     pixels, prompts, columns = read_folder(images) if images is not None else (None, None, None)
     if prompts is not None and len(prompts) < 4:
         raise ValueError(f"--images {images} holds {len(prompts)} images; at least 4 are needed")
-    given: Any = {"uses_prompt": prompt, "tolerance": tolerance, "checks": checks}
+    given: Any = {"uses_prompt": prompt, "tolerance": tolerance, "checks": checks, "folder": images}
     with _check_told(name) as progress:
         certificate = hold_to_the_contract(
             make, name=name, images=pixels, prompts=prompts, columns=columns, golden=golden, progress=progress, **given

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from flowsteer.rewards.columns import lacking
 from flowsteer.rewards.combine import RewardSet
+from flowsteer.rollout.data.inputs import read_pictures
 from flowsteer.rollout.data.prompts import read_prompts
 
 
@@ -31,6 +32,7 @@ class Pictures:
     files: tuple[Path, ...]  # B
     prompts: tuple[str, ...]  # B
     columns: Mapping[str, tuple[Any, ...]]  # name -> B values
+    folder: Path = Path()  # what paths in the columns are relative to
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +54,9 @@ def from_metadata(file: Path) -> Pictures:
         raise ValueError(f'{file}: each line needs the image as "file_name", relative to the folder of this file')
     names = rows.columns["file_name"]
     columns = {name: values for name, values in rows.columns.items() if name != "file_name"}
-    return Pictures(files=tuple(file.parent / str(name) for name in names), prompts=rows.texts, columns=columns)
+    return Pictures(
+        files=tuple(file.parent / str(name) for name in names), prompts=rows.texts, columns=columns, folder=file.parent
+    )
 
 
 def check_columns_of_pictures(rewards: Mapping[str, Mapping[str, Any]], pictures: Pictures) -> None:
@@ -76,6 +80,17 @@ def score_files(pictures: Pictures, rewards: RewardSet) -> FileScores:
     """
     images = [_read(file) for file in pictures.files]
     count = len(images)
+    shown = {
+        column: read_pictures(
+            pictures.columns[column],
+            kind,
+            f"column {column!r}",
+            where=list(map(str, pictures.files)),
+            folder=pictures.folder,
+        )
+        for column, kind in rewards.pictures.items()
+        if column in pictures.columns
+    }
     if not rewards.groupwise:
         batches = [[place] for place in range(count)]
     elif len(sizes := {tuple(image.shape[1:]) for image in images}) > 1:
@@ -92,6 +107,7 @@ def score_files(pictures: Pictures, rewards: RewardSet) -> FileScores:
             torch.stack([images[place] for place in places]),
             [pictures.prompts[place] for place in places],
             {name: [values[place] for place in places] for name, values in pictures.columns.items()},
+            pictures={name: [values[place] for place in places] for name, values in shown.items()},
         )
         for name, values in scores.parts.items():
             column = parts.setdefault(name, [math.nan] * count)

@@ -233,6 +233,14 @@ class HostConfig(Section):
         return self
 
 
+def as_frames(given: Any) -> Any:
+    """Which frames of a video count, if it says so. Raises ValueError otherwise, in one sentence for all of its forms."""
+    every = given.get("every") if isinstance(given, dict) and len(given) == 1 else None
+    if given not in (None, "mean", "first") and not (type(every) is int and every > 0):
+        raise ValueError("give mean, first, or {every: NUMBER} with a number from 1 on")
+    return given
+
+
 class RewardConfig(Section):
     """One reward: ``weight * scale * (score - offset)``."""
 
@@ -244,6 +252,11 @@ class RewardConfig(Section):
     """Subtracted from the score."""
     options: dict[str, Any] = {}
     """Arguments of the reward's constructor."""
+    columns: dict[str, str] = {}
+    """What the reward calls a column, and what the prompt file calls it, where the two differ: ``{source: photo}``."""
+    frames: Annotated[Literal["mean", "first"] | dict[Literal["every"], int] | None, BeforeValidator(as_frames)] = None
+    """Which frames of a video a reward of images scores: ``mean`` (of all, as null is), ``first``, or ``{every: 4}`` for the
+    mean of every fourth. Not for rewards that take videos."""
     host: HostConfig | None = None
     """Where it runs; null is this process."""
 

@@ -7,9 +7,7 @@ Letters: P evaluation prompts, S noise seeds of each.
 
 from __future__ import annotations
 
-import base64
 import importlib.metadata
-import io
 import json
 import math
 import platform
@@ -24,17 +22,16 @@ import jinja2
 import numpy as np
 import torch
 import yaml
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from flowsteer.rl.export import LORA_FILE, SECOND
 from flowsteer.rl.intervals import Estimate, mean_and_interval
 from flowsteer.rl.metrics import read_metrics
 from flowsteer.rl.report.panels import evaluation_panels, is_act, learning_panels, number, reward_panels, time_panel
+from flowsteer.rl.report.sheets import cut_films, embed, embed_tile, read_picture, sheets_of
 from flowsteer.rollout.lifting.pipeline import EMBEDDED_LENGTH
 
 _PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "deepspeed")
-_GRID_COLUMNS = 12  # of `evaluate.image_grid`
-_MAX_WIDTH = 1800  # pixels; wider pictures are reduced, or the page would weigh tens of megabytes
 _MAX_TILE = 256
 _CHANGED = 6  # prompts that are shown for each direction
 _COMPARED = 24  # prompts whose pictures are shown side by side
@@ -193,7 +190,7 @@ def changed_prompts(evaluations: Sequence[Evaluated]) -> tuple[list[Changed], li
     tiles = _pairs(first, last)
 
     def entry(place: int) -> Changed:
-        pair = (_embed(tiles[0][place], _MAX_TILE), _embed(tiles[1][place], _MAX_TILE)) if tiles else None
+        pair = (embed_tile(tiles[0][place], _MAX_TILE), embed_tile(tiles[1][place], _MAX_TILE)) if tiles else None
         return Changed(
             prompt=first.prompts[place], before=float(before[place]), after=float(after[place]), pictures=pair
         )
@@ -203,33 +200,10 @@ def changed_prompts(evaluations: Sequence[Evaluated]) -> tuple[list[Changed], li
     return gained, lost
 
 
-def cut_grids(sheets: Sequence[Image.Image], count: int) -> list[list[Image.Image]] | None:
-    """Each sheet of `evaluate.image_grid` as its ``count`` pictures, without the gutters; None where it is no such sheet."""
-    columns = min(_GRID_COLUMNS, count)
-    lines = math.ceil(count / columns)
-    width, height = sheets[0].width // columns, sheets[0].height // lines
-    if any(sheet.size != (width * columns, height * lines) for sheet in sheets):
-        return None
-    white = np.stack([np.asarray(sheet) for sheet in sheets]).min((0, 3)) == 255  # [lines * height, columns * width]
-    right = _trailing(white.all(0).reshape(columns, width).all(0))
-    below = _trailing(white.all(1).reshape(lines, height).all(0))
-    corners = [((place % columns) * width, (place // columns) * height) for place in range(count)]
-    return [
-        [sheet.crop((left, top, left + width - right, top + height - below)) for left, top in corners]
-        for sheet in sheets
-    ]
-
-
-def _trailing(flags: np.ndarray) -> int:
-    """How many flags at the end are set; 0 if all are."""
-    unset = np.flatnonzero(~flags)
-    return len(flags) - 1 - int(unset[-1]) if len(unset) else 0
-
-
-def _pairs(first: Evaluated, last: Evaluated) -> list[list[Image.Image]] | None:
+def _pairs(first: Evaluated, last: Evaluated) -> list[list[list[Image.Image]]] | None:
     if not (first.picture.exists() and last.picture.exists()):
         return None
-    return cut_grids([_open(first.picture), _open(last.picture)], len(first.prompts))
+    return cut_films([sheets_of(first.picture), sheets_of(last.picture)], len(first.prompts))
 
 
 def compared_pictures(evaluations: Sequence[Evaluated]) -> Pictures | None:
@@ -238,15 +212,15 @@ def compared_pictures(evaluations: Sequence[Evaluated]) -> Pictures | None:
         return None
     prompts = evaluations[-1].prompts
     alike = [own for own in evaluations if own.prompts == prompts and own.picture.exists()]
-    sheets = [_open(own.picture) for own in alike]
-    usable = [place for place, sheet in enumerate(sheets) if sheet.size == sheets[-1].size]
-    tiles = cut_grids([sheets[place] for place in usable], len(prompts)) if usable else None
+    sheets = [sheets_of(own.picture) for own in alike]
+    usable = [place for place, own in enumerate(sheets) if own[0].size == sheets[-1][0].size]
+    tiles = cut_films([sheets[place] for place in usable], len(prompts)) if usable else None
     if tiles is None:
         return None
     shown = [alike[place] for place in usable]
     count = min(_COMPARED, len(prompts))
     chosen = [place * len(prompts) // count for place in range(count)]
-    first = tiles[0][0]
+    first = tiles[0][0][0]
     pixels = _COMPARED_PIXELS / (count * len(shown)) * first.width / first.height  # a tile's width, squared
     width = max(_MIN_TILE, min(_MAX_TILE, int(math.sqrt(pixels))))
     totals = [own.scores["total"].nanmean(1).tolist() for own in shown]
@@ -254,7 +228,7 @@ def compared_pictures(evaluations: Sequence[Evaluated]) -> Pictures | None:
         names=["before" if own.step == 0 else f"after {own.step} step{'' if own.step == 1 else 's'}" for own in shown],
         prompts=[prompts[place] for place in chosen],
         scores=[[total[place] for total in totals] for place in chosen],
-        images=[[_embed(pictures[place], width) for pictures in tiles] for place in chosen],
+        images=[[embed_tile(pictures[place], width) for pictures in tiles] for place in chosen],
         num_prompts=len(prompts),
         left_out=len(evaluations) - len(shown),
     )
@@ -335,7 +309,7 @@ def _results(folder: Path) -> dict[str, dict[str, Any]]:
 
 def _extra_pictures(folder: Path) -> list[tuple[str, str]]:
     paths = sorted((folder / "pictures").glob("*.png"))
-    return [(re.sub(r"[_-]+", " ", path.stem).strip(), _embed(_open(path))) for path in paths]
+    return [(re.sub(r"[_-]+", " ", path.stem).strip(), embed(read_picture(path))) for path in paths]
 
 
 def _public(value: Any) -> Any:
@@ -382,19 +356,3 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise ValueError(f"{path} must hold a mapping, it holds a {type(data).__name__}")
     return data
-
-
-def _open(path: Path) -> Image.Image:
-    try:
-        return Image.open(path).convert("RGB")
-    except (UnidentifiedImageError, OSError) as error:
-        raise ValueError(f"{path} is not a picture that can be read: {error}") from None
-
-
-def _embed(picture: Image.Image, width: int = _MAX_WIDTH) -> str:
-    """PNG as a data URI, reduced to at most ``width`` pixels."""
-    if picture.width > width:
-        picture = picture.resize((width, round(picture.height * width / picture.width)), Image.Resampling.LANCZOS)
-    file = io.BytesIO()
-    picture.save(file, format="PNG", optimize=True)
-    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode('ascii')}"

@@ -67,6 +67,13 @@ class Media:
         pictures = [_picture(part, mode) for part in self.parts]
         return pictures if self.kind in ("images", "video") else pictures[0]
 
+    def pixels(self) -> np.ndarray:
+        """What a reward is shown of an image, a mask or a video: uint8 [H, W, 3], [H, W] or [T, H, W, 3]."""
+        loaded = self.load()
+        if self.kind not in ("image", "mask", "video"):
+            raise ValueError(f"rewards are shown images, masks and videos; this is {self}")
+        return np.array(loaded) if self.kind != "video" else np.stack([np.asarray(frame) for frame in loaded])
+
     def __str__(self) -> str:
         return f"{self.kind} {self.digest}"
 
@@ -118,14 +125,33 @@ def read_inputs(
                 f"inputs.{argument}.column={own.column}: {where[0].partition(',')[0]} has no such column; it has "
                 f"{', '.join(columns) or 'none besides the prompt'}"
             )
-        values = []
-        for value, place in zip(columns[own.column], where):
-            try:
-                values.append(_read(value, own.kind, folder))
-            except (ValueError, OSError, TypeError) as error:
-                raise ValueError(f"{place}, column {own.column!r} (inputs.{argument}): {error}") from error
-        found[argument] = tuple(values)
+        column = f"column {own.column!r} (inputs.{argument})"
+        found[argument] = read_values(columns[own.column], own.kind, column, where=where, folder=folder)
     return found
+
+
+def read_values(
+    values: Sequence[Any], kind: Kind, column: str, *, where: Sequence[str], folder: Path
+) -> tuple[Value, ...]:
+    """The values of one column, as `read_inputs` reads them; ``column`` names it in messages."""
+    found = []
+    for value, place in zip(values, where):
+        try:
+            found.append(_read(value, kind, folder))
+        except (ValueError, OSError, TypeError) as error:
+            raise ValueError(f"{place}, {column}: {error}") from error
+    return tuple(found)
+
+
+def read_pictures(
+    values: Sequence[Any], kind: Kind, column: str, *, where: Sequence[str], folder: Path
+) -> tuple[Media | None, ...]:
+    """As `read_values`, of a kind whose pixels rewards are shown. The frames of a video must have one size."""
+    read = read_values(values, kind, column, where=where, folder=folder)
+    for value, place in zip(read, where):
+        if isinstance(value, Media) and len(value.parts) > 1 and len({frame.size for frame in value.load()}) > 1:
+            raise ValueError(f"{place}, {column}: the frames of this video have several sizes; give them one")
+    return tuple(value if isinstance(value, Media) else None for value in read)
 
 
 def load(value: Value) -> Any:

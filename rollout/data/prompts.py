@@ -7,7 +7,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from PIL.Image import Image
 
 from flowsteer.rollout.data.files import Source, Table, read_table
-from flowsteer.rollout.data.inputs import Input, Value, read_inputs
+from flowsteer.rollout.data.inputs import Input, Kind, Media, Value, read_inputs, read_pictures
 
 logger = logging.getLogger(__name__)
 
@@ -49,11 +49,13 @@ class Prompts:
     inputs: dict[str, tuple[Value, ...]] = field(default_factory=dict)  # argument of the pipeline -> N values
     sources: tuple[tuple[int, int], ...] = ()  # (rows, weight) of each source, in order; () is one source
     num_duplicates: int = 0  # rows that stand earlier in the file too; they are drawn as often as any other
+    media: tuple[str, ...] = ()  # columns that hold pictures themselves, as in data sets; they are not in ``columns``
+    pictures: dict[str, tuple[Media | None, ...]] = field(default_factory=dict)  # column -> N pictures, for rewards
 
     def __post_init__(self) -> None:
         if not self.texts:
             raise ValueError("there are no prompts")
-        for name, values in chain(self.columns.items(), self.inputs.items()):
+        for name, values in chain(self.columns.items(), self.inputs.items(), self.pictures.items()):
             if len(values) != len(self.texts):
                 raise ValueError(f"column {name!r} has {len(values)} values for {len(self.texts)} prompts")
         object.__setattr__(self, "sources", self.sources or ((len(self.texts), 1),))
@@ -70,6 +72,7 @@ class Prompts:
         """A hash of everything in it: two files with the same one are the same training data."""
         more = [self.inputs] if self.inputs else []
         more += [self.sources] if len(self.sources) > 1 else []
+        more += [self.pictures] if self.pictures else []
         everything = json.dumps([self.texts, self.columns, *more], sort_keys=True, default=str)
         return hashlib.sha256(everything.encode()).hexdigest()[:16]
 
@@ -102,6 +105,7 @@ def read_prompts(
         columns={name: tuple(value for table in tables for value in _column(table, name)) for name in names},
         inputs={name: tuple(value for own in read for value in own[name]) for name in inputs or {}},
         sources=tuple((len(table.texts), source.weight) for table, source in zip(tables, given)),
+        media=tuple(name for name in columns if name not in names),
     )
     rows = Counter(map(Prompts(**parts).row, range(len(texts))))
     duplicates = sum(count - 1 for count in rows.values())
@@ -114,6 +118,57 @@ def read_prompts(
             len(texts),
         )
     return Prompts(**parts, num_duplicates=duplicates)
+
+
+def with_pictures(
+    prompts: Prompts,
+    sources: Sequence[Source],
+    wanted: Mapping[str, Kind],
+    *,
+    inputs: Mapping[str, Input] | None = None,
+) -> Prompts:
+    """The prompts with the pictures that rewards want, from the same sources. A column that no source has is left out.
+
+    Args:
+        prompts: what `read_prompts` made of the sources and inputs.
+        sources: of the prompts.
+        wanted: column -> what it is to be shown as.
+        inputs: which columns are arguments of the pipeline.
+
+    Raises:
+        ValueError: a value that is no such picture, with its row; a column that the pipeline gets as something else.
+    """
+    found: dict[str, tuple[Media | None, ...]] = {}
+    missing: dict[str, Kind] = {}
+    for column, kind in wanted.items():
+        same = {own.kind: argument for argument, own in (inputs or {}).items() if own.column == column}
+        alike = _STILL if kind in _STILL else (kind,)
+        if unlike := sorted(set(same).difference(alike)):
+            raise ValueError(
+                f"inputs.{same[unlike[0]]} takes the column {column!r} as {unlike[0]}, a reward wants it as {kind}; give them "
+                "columns of their own"
+            )
+        if kind in same and kind != "video":  # whose frames may have several sizes for a pipeline, not for a reward
+            found[column] = tuple(own if isinstance(own, Media) else None for own in prompts.inputs[same[kind]])
+        elif column in prompts.columns or column in prompts.media:
+            missing[column] = kind
+    tables = [read_table(source, warn=False) for source in sources] if missing else []
+    for column, kind in missing.items():
+        found[column] = tuple(
+            value
+            for table in tables
+            for value in read_pictures(
+                _column(table, column),
+                kind,
+                f"column {column!r} (for a reward)",
+                where=table.where,
+                folder=table.folder,
+            )
+        )
+    return replace(prompts, pictures=found)
+
+
+_STILL = ("image", "rgba", "mask")  # one picture each, of which one kind can be read as another
 
 
 def _is_media(value: Any) -> bool:

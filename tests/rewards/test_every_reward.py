@@ -33,6 +33,9 @@ def worth(image: np.ndarray, text: str) -> float:
 def judge(images: list[np.ndarray], texts: list[str], count: int) -> str:
     """The reply to a question of any of the judges."""
     question = texts[-1]
+    if "Preservation Score:" in question:
+        first, second = worth(images[0], question), worth(images[1], question)
+        return f"Instruction Score: {5 * (first + second):.6f}\nPreservation Score: {10 * abs(first - second):.6f}"
     prompt = re.search(r"\[(.*)\]$", question, re.DOTALL)
     values = [worth(image, prompt[1] if prompt else question) for image in images]
     if "Scores:" in question:
@@ -55,6 +58,7 @@ def options(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mapping[str, d
     v25 = {"prefix": "scoring_head.", "places": (0, 2, 4, 6, 8)}
     yield {
         "composition": {},
+        "edit_consistency": {},
         "ocr": {"mode": "recognize"},
         "jpeg_compressibility": {},
         "jpeg_incompressibility": {},
@@ -76,6 +80,7 @@ def options(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mapping[str, d
         "clip_diversity": {"weights": clip},
         "unified_reward": {"endpoint": endpoint, "image_size": 128},  # resized as to 512, in a fifth of the time
         "vlm_rubric": {"endpoint": endpoint, "rubric": "Rate it: [{prompt}]", "min_score": 1, "max_score": 5},
+        "vlm_edit": {"endpoint": endpoint, "image_size": 128},
         "vlm_pairwise": {"endpoint": endpoint},
         "vlm_groupwise": {"endpoint": endpoint},
     }

@@ -16,6 +16,7 @@ from PIL import Image
 
 from flowsteer.rewards.combine import RewardSet
 from flowsteer.rewards.registry import load_reward
+from flowsteer.rewards.scorers.vlm.edit import EditJudge
 from flowsteer.rewards.scorers.vlm.judges import (
     GroupwiseJudge,
     PairwiseJudge,
@@ -317,6 +318,8 @@ class TestFingerprint:
             (RubricJudge, {"min_score": 1}),
             (RubricJudge, {"pattern": r"Total: (\d+)"}),
             (RubricJudge, {"raw": True}),
+            (EditJudge, {"template": "Another {prompt}"}),
+            (EditJudge, {"image_size": None}),
             (PairwiseJudge, {"both_orders": False}),
             (PairwiseJudge, {"max_opponents": 2}),
             (PairwiseJudge, {"seed": 1}),
@@ -410,6 +413,50 @@ class TestRubricJudge:
                 {"base_url": "http://localhost:1/v1", "model": "tiny"},
                 **{"rubric": "{prompt}", "min_score": 0, "max_score": 1, **options},
             )
+
+
+class TestEditJudge:
+    def test_source_and_result_are_shown_and_the_smaller_score_counts(self, serve):
+        def answer(images, texts, count):
+            source, result = (image.mean() / 25.5 for image in images)
+            return f"The sky is blue now.\n**Instruction Score:** {result:.4f}\nPreservation Score: {source:.4f}"
+
+        server = serve(answer)
+        images, source = noise(3, 5, 7, 3), noise(9, 4, 3)[::-1]
+        judge = EditJudge(endpoint(server), image_size=None)
+        scores = judge(images, ["make the sky blue", "b", "c"], source=[source, None, images[1]])
+        instruction = [float(image.mean()) / 255 for image in images]
+        preservation = [float(source.mean()) / 255, None, float(images[1].mean()) / 255]
+        assert scores["instruction"] == pytest.approx([instruction[0], None, instruction[2]], abs=1e-5)
+        assert scores["preservation"] == pytest.approx([preservation[0], None, preservation[2]], abs=1e-5)
+        smaller = [min(instruction[row], preservation[row]) for row in (0, 2)]
+        assert scores["score"] == pytest.approx([smaller[0], None, smaller[1]], abs=1e-5)
+        assert len(server.seen) == 2
+        (body,) = (body for _, _, body in server.seen if "make the sky blue" in json.dumps(body))
+        shown, texts = server.read(body)
+        np.testing.assert_array_equal(shown[0], source)
+        np.testing.assert_array_equal(shown[1], images[0])
+        assert texts[:2] == ["Source:", "Result:"]
+        assert re.search(r"Instruction Score: X\nPreservation Score: Y\nInstruction: \[make the sky blue\]$", texts[2])
+
+    def test_both_are_resized(self, serve):
+        server = serve(lambda images, texts, count: "Instruction Score: 5\nPreservation Score: 10")
+        scores = EditJudge(endpoint(server), image_size=6)(noise(1, 12, 8, 3), ["a"], source=[noise(24, 36, 3)])
+        assert scores == {"score": [0.5], "instruction": [0.5], "preservation": [1.0]}
+        assert [image.shape for image in server.read(server.seen[0][2])[0]] == [(4, 6, 3), (6, 4, 3)]
+
+    @pytest.mark.parametrize(
+        "reply", ["Instruction Score: 5", "Preservation Score: 5", "Instruction Score: 11\nPreservation Score: 5", "5"]
+    )
+    def test_what_is_no_pair_of_scores_is_missing(self, serve, reply):
+        server = serve(lambda images, texts, count: reply)
+        scores = EditJudge(endpoint(server))(levels(9), ["a"], source=[levels(8)[0]])
+        assert scores == {"score": [None], "instruction": [None], "preservation": [None]}
+
+    def test_without_a_source_nothing_is_asked(self, serve):
+        server = serve(mean_of_first)
+        assert EditJudge(endpoint(server))(levels(9), ["a"], source=[None])["score"] == [None]
+        assert server.seen == []
 
 
 class TestPairwiseJudge:

@@ -24,13 +24,13 @@ from flowsteer.rl.report import curves
 from flowsteer.rl.report.page import (
     changed_prompts,
     compared_pictures,
-    cut_grids,
     difference,
     loading_snippet,
     number,
     read_evaluations,
     write_report,
 )
+from flowsteer.rl.report.sheets import cut_grids
 
 VOID = {"meta", "img", "br"}
 HOSTILE = "<script>alert('x')</script> & \"quotes\" {{ 7 * 7 }}"

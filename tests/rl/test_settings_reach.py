@@ -24,6 +24,7 @@ from pydantic import BaseModel
 from spies import observe
 from variants import VARIANTS
 
+from flowsteer.rewards.frames import Frames
 from flowsteer.rl.algorithms import ALGORITHMS
 from flowsteer.rl.config import Config
 from flowsteer.rl.config.data import SourceConfig
@@ -65,6 +66,8 @@ NFT = VARIANTS["diffusion_nft"]
 STEPS = {"name": "steps", "indices": [1, 2]}
 WINDOW = {"name": "window", "size": 1}
 BOTH = {"jpeg_compressibility": {}, "jpeg_incompressibility": {"weight": 0.1}}
+CAPTIONED = {"prompts__train": "CAPTIONED"}
+BRIGHT = {"rewards": {"brightness:Brightness": {}}}
 EVALUATED = {"evaluation": {"prompts": "OTHER", "num_prompts": 2, "num_inference_steps": 2}}
 
 
@@ -211,6 +214,13 @@ CASES: dict[str, list[Case]] = {
     "rewards.*.scale": [moves(3.0, "scores")],
     "rewards.*.offset": [moves(0.5, "scores")],
     "rewards.*.options": [direct("load_reward.quality", {"quality": 30}, "scores", reads=(30,))],
+    "rewards.*.columns": [
+        direct("RewardSet.columns", {"own": "caption"}, reads=({"jpeg_compressibility": {"own": "caption"}},), **CAPTIONED)
+    ],
+    "rewards.*.frames": [
+        Case("first", ("RewardSet.frames",), BRIGHT, ({"brightness:Brightness": Frames(limit=1)},)),
+        Case({"every": 2}, ("RewardSet.frames",), BRIGHT, ({"brightness:Brightness": Frames(every=2)},)),
+    ],
     "rewards.*.host": [moves({"python": "some/python"}, "WorkerReward.first")],
     "rewards.*.host.environment": [host("vlm", "locate.first"), host("vlm", "locate.first", target="a:b")],
     "rewards.*.host.python": [host("some/python", "WorkerReward.python")],

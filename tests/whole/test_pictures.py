@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 from conftest import Make
 from diffusers import DiffusionPipeline
-from inprocess import finished
+from inprocess import finished, fresh_process
 from PIL import Image
 from safetensors import safe_open
 from torch import Tensor
@@ -20,13 +21,19 @@ from typer.testing import CliRunner
 from zoo.entries import Entry, built, entries
 from zoo.training import drawn
 
+from flowsteer.rewards.pixels import to_uint8
+from flowsteer.rewards.scorers import edit_consistency
+from flowsteer.rewards.scorers.edit_consistency import EditConsistency
 from flowsteer.rl.command.main import app
 from flowsteer.rl.config import parse_config
 from flowsteer.rl.export import LORA_FILE, load_lora
+from flowsteer.rl.metrics import read_metrics
 from flowsteer.rl.start import start
+from flowsteer.rl.train import train
 from flowsteer.rollout.data.inputs import kind_of
 from flowsteer.rollout.lifting.loop import fixed_randomness
 from flowsteer.rollout.lifting.pipeline import FlowPipeline
+from flowsteer.rollout.types import Rollout
 
 ENTRIES = entries()
 # a picture that samples start from, along the sequence, along the channels, with a mask, for a ControlNet; on a UNet
@@ -41,6 +48,7 @@ KINDS = {
 }
 STEPS = 4
 SETTINGS = {"num_inference_steps": STEPS, "guidance_scale": 1.0}
+EDITS = f"{edit_consistency.__file__}:EditConsistency"
 
 
 def prompt_file(entry: Entry, folder: Path) -> tuple[Path, dict[str, str]]:
@@ -111,6 +119,62 @@ def test_a_pipeline_with_pictures_is_trained_exported_and_redrawn(name: str, mak
     assert (after - base).abs().max() > 1e-4
     with safe_open(run.folder / "export" / LORA_FILE, framework="pt") as file:
         assert {key.partition(".")[0] for key in file.keys()} <= {"transformer", "unet"}  # noqa: SIM118  (no mapping)
+
+
+@pytest.mark.parametrize("host", [None, {"python": sys.executable}], ids=["this process", "a worker"])
+@pytest.mark.parametrize("name", ["FluxFillPipeline", "FluxKontextPipeline"])
+def test_a_reward_compares_the_result_with_the_source(
+    name: str, host: dict[str, Any] | None, make_config: Make, tmp_path: Path
+) -> None:
+    """In this process and in a worker: the scores are those of the rollout's own pictures, asked by hand."""
+    columns = {"source": "image_file", **({"mask": "mask_image_file"} if name == "FluxFillPipeline" else {})}
+    section = {"columns": columns, **({"host": {**host, "target": EDITS}} if host else {})}
+    config = configuration(name, make_config, tmp_path, rewards={"edit_consistency": section})
+    evaluation = {"prompts": [{"file": str(tmp_path / "rows.jsonl")}], "num_prompts": 2, "num_inference_steps": 2}
+    config |= {"num_steps": 1, "evaluation": evaluation}
+    expected, seen = EditConsistency(), []
+    with fresh_process(), contextlib.closing(start(parse_config(config), quiet=True)) as run:
+        submit = run.scorer.submit
+
+        def watched(rollout: Rollout) -> None:
+            seen.append(rollout)
+            submit(rollout)
+
+        run.scorer.submit = watched
+        train(run)
+        run.export()
+    scores = []
+    for rollout in seen:
+        given = {
+            own: [picture and picture.pixels() for picture in rollout.pictures[name]] for own, name in columns.items()
+        }
+        scores += expected(to_uint8(rollout.images), rollout.prompts, **given)
+    (line,) = read_metrics(run.folder / "metrics.jsonl")
+    assert line["reward/edit_consistency"] == pytest.approx(sum(scores) / len(scores), abs=1e-6)
+    assert line["reward_missing"] == 0
+    assert len({*scores}) > 1
+    table = json.loads((run.folder / "evaluations" / "step_000001.json").read_text())
+    assert all(0 <= score <= 1 for row in table["scores"]["edit_consistency"] for score in row)
+    if host is None:
+        small = ["--num-seeds", "1", "--num-prompts", "2", "--num-inference-steps", "2"]
+        output = tmp_path / "again.json"
+        said = CliRunner().invoke(app, ["evaluate", "--run", str(run.folder), *small, "--output", str(output)])
+        assert said.exit_code == 0, said.output
+        again = json.loads(output.read_text())["scores"]["edit_consistency"]
+        assert again == [pytest.approx(row, abs=1e-3) for row in table["scores"]["edit_consistency"]]
+
+
+def test_a_column_of_a_reward_that_is_not_there_is_refused(make_config: Make, tmp_path: Path) -> None:
+    section = {"columns": {"source": "photo"}}
+    config = configuration("FluxFillPipeline", make_config, tmp_path, rewards={"edit_consistency": section})
+    with pytest.raises(
+        ValueError, match=r"rewards\.edit_consistency\.columns\.source=photo: prompts\.train=.* no such column"
+    ):
+        start(parse_config(config), quiet=True)
+    config["rewards"] = {"edit_consistency": {}}
+    with pytest.raises(ValueError, match=r"requires the column 'source', .* section: \{columns: \{source: COLUMN\}\}"):
+        start(parse_config(config), quiet=True)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_column_that_is_mapped_nowhere_is_told(

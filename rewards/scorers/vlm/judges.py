@@ -7,7 +7,7 @@
 `GroupwiseJudge`          a group: all its images at once, a score for each or a ranking
 ========================  ===========================================================================================
 
-All take ``endpoint``, the options of `ChatClient`, as a mapping::
+`flowsteer.rewards.scorers.vlm.edit` has a judge of edits. All take ``endpoint``, the options of `ChatClient`, as a mapping::
 
     endpoint: {base_url: "http://localhost:8000/v1", model: CodeGoat24/UnifiedReward-7b-v1.5, concurrency: 16}
 
@@ -88,8 +88,8 @@ class UnifiedReward:
     ) -> None:
         if form not in ("final_score", "axes"):
             raise ValueError(f"form must be final_score or axes, got {form!r}")
-        self.form, self.raw, self.image_size = form, raw, _check_size(image_size)
-        self.template = _check_template(template or (AXIS_SCORES if form == "axes" else FINAL_SCORE))
+        self.form, self.raw, self.image_size = form, raw, check_size(image_size)
+        self.template = check_template(template or (AXIS_SCORES if form == "axes" else FINAL_SCORE))
         self._client = ChatClient.of(endpoint)
         self._pattern = compile_pattern(FINAL_SCORE_PATTERN)
         self.fingerprint: Fingerprint = {
@@ -97,7 +97,7 @@ class UnifiedReward:
             "version": "1",
             "form": form,
             "raw": raw,
-            **_shared_fingerprint(self._client, self.template, image_size),
+            **shared_fingerprint(self._client, self.template, image_size),
         }
 
     def __call__(self, images: np.ndarray, prompts: Sequence[str], **columns: Sequence[Any]) -> Mapping[str, Values]:
@@ -148,7 +148,7 @@ class RubricJudge:
     ) -> None:
         if not -float("inf") < min_score < max_score < float("inf"):
             raise ValueError(f"min_score must be below max_score and both finite, got {min_score} and {max_score}")
-        self.rubric, self.raw, self.image_size = _check_template(rubric), raw, _check_size(image_size)
+        self.rubric, self.raw, self.image_size = check_template(rubric), raw, check_size(image_size)
         self.min_score, self.max_score = min_score, max_score
         self._pattern = compile_pattern(pattern)
         self._client = ChatClient.of(endpoint)
@@ -158,7 +158,7 @@ class RubricJudge:
             "range": f"{float(min_score)} to {float(max_score)}",
             "pattern": pattern,
             "raw": raw,
-            **_shared_fingerprint(self._client, rubric, image_size),
+            **shared_fingerprint(self._client, rubric, image_size),
         }
 
     def __call__(self, images: np.ndarray, prompts: Sequence[str], **columns: Sequence[Any]) -> list[float | None]:
@@ -212,7 +212,7 @@ class PairwiseJudge:
         if max_opponents is not None and max_opponents < 2:
             raise ValueError(f"max_opponents must be at least 2, or None for all others, got {max_opponents}")
         self.both_orders, self.max_opponents, self.seed = both_orders, max_opponents, seed
-        self.template, self.image_size = _check_template(template), _check_size(image_size)
+        self.template, self.image_size = check_template(template), check_size(image_size)
         self._pattern = compile_pattern(pattern)
         self._client = ChatClient.of(endpoint)
         self.fingerprint: Fingerprint = {
@@ -222,7 +222,7 @@ class PairwiseJudge:
             "max_opponents": max_opponents or "all",
             "seed": seed,
             "pattern": pattern,
-            **_shared_fingerprint(self._client, template, image_size),
+            **shared_fingerprint(self._client, template, image_size),
         }
 
     def __call__(self, images: np.ndarray, prompts: Sequence[str], **columns: Sequence[Any]) -> list[float | None]:
@@ -275,8 +275,8 @@ class GroupwiseJudge:
     ) -> None:
         if answer not in ("scores", "ranking"):
             raise ValueError(f"answer must be scores or ranking, got {answer!r}")
-        self.answer, self.seed, self.image_size = answer, seed, _check_size(image_size)
-        self.template = _check_template(template or (RANK_ALL if answer == "ranking" else SCORE_EACH))
+        self.answer, self.seed, self.image_size = answer, seed, check_size(image_size)
+        self.template = check_template(template or (RANK_ALL if answer == "ranking" else SCORE_EACH))
         self._read = read_ranking if answer == "ranking" else read_scores
         self._client = ChatClient.of(endpoint)
         self.fingerprint: Fingerprint = {
@@ -284,7 +284,7 @@ class GroupwiseJudge:
             "version": "1",
             "answer": answer,
             "seed": seed,
-            **_shared_fingerprint(self._client, self.template, image_size),
+            **shared_fingerprint(self._client, self.template, image_size),
         }
 
     def __call__(self, images: np.ndarray, prompts: Sequence[str], **columns: Sequence[Any]) -> list[float | None]:
@@ -344,18 +344,18 @@ def _order_by_content(images: np.ndarray, seed: int) -> list[int]:
     return sorted(range(len(images)), key=keys.__getitem__)
 
 
-def _shared_fingerprint(client: ChatClient, template: str, image_size: int | None) -> Fingerprint:
+def shared_fingerprint(client: ChatClient, template: str, image_size: int | None) -> Fingerprint:
     digest = hashlib.sha256(template.encode()).hexdigest()
     return {**client.fingerprint, "template_sha256": digest, "image_size": image_size or "as it is"}
 
 
-def _check_template(template: str) -> str:
+def check_template(template: str) -> str:
     if "{prompt}" not in template:
         logger.warning("the judge's question has no {prompt}: it will not know what an image was asked to show")
     return template
 
 
-def _check_size(size: int | None) -> int | None:
+def check_size(size: int | None) -> int | None:
     if size is not None and size < 1:
         raise ValueError(f"image_size must be at least 1 pixel, or None for images as they are, got {size}")
     return size

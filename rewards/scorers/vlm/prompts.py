@@ -22,6 +22,7 @@ from PIL import Image
 Part = dict[str, Any]  # of a chat message: a text or an image
 
 AXES = ("alignment", "coherence", "style")
+EDIT_PARTS = ("instruction", "preservation")
 
 FINAL_SCORE = """\
 You see one image that was generated from a text caption. Judge it by two criteria:
@@ -64,11 +65,23 @@ that has the numbers of all {count} images, the best first:
 Ranking: <best> > <second> > ...
 Text Caption: [{prompt}]"""
 
+EDIT = """\
+The first image was edited by the instruction below; the second image is the result. Give two scores from 0 (worst) to 10 \
+(best):
+- Instruction: how completely and how exactly the result carries out the instruction.
+- Preservation: how well everything that the instruction does not speak of is as in the first image: other objects, faces, \
+background, layout, style.
+Answer in exactly this form:
+Instruction Score: X
+Preservation Score: Y
+Instruction: [{prompt}]"""
+
 NUMBER = r"-?\d+(?:\.\d+)?"
 FINAL_SCORE_PATTERN = rf"Final Score:[\s*]*({NUMBER})"  # the asterisks are those of **Final Score:** 4
 SCORE_PATTERN = rf"Score:[\s*]*({NUMBER})"
 BETTER_PATTERN = r"<answer>\s*(?:Image\s*)?([12]|tie)\b"
 _AXIS = re.compile(rf"\b({'|'.join(AXES)}) Score(?: ?\(1-5\))?:[\s*]*({NUMBER})", re.IGNORECASE)
+_EDIT = re.compile(rf"\b(Instruction|Preservation) Score:[\s*]*({NUMBER})", re.IGNORECASE)
 _SCORES = re.compile(r"Scores:[\s*]*(.+)", re.IGNORECASE)
 _DRESSED = rf"[\s*\[(<]*{NUMBER}[\s*\])>.]*"
 _NUMBERS = re.compile(rf"{_DRESSED}(?:,{_DRESSED})*")
@@ -131,6 +144,15 @@ def read_axes(reply: str) -> Mapping[str, float]:
     if lacking:
         raise ValueError(f"no score for {' and '.join(lacking)}")
     return {axis: _number(found[axis], 1, 5) for axis in AXES}
+
+
+def read_edit(reply: str) -> Mapping[str, float]:
+    """The scores ``instruction`` and ``preservation`` of an edit, 0 to 10."""
+    found = {name.lower(): text for name, text in _EDIT.findall(reply)}
+    lacking = [name for name in EDIT_PARTS if name not in found]
+    if lacking:
+        raise ValueError(f"no score for {' and '.join(lacking)}")
+    return {name: _number(found[name], 0, 10) for name in EDIT_PARTS}
 
 
 def read_better(reply: str, pattern: re.Pattern[str]) -> float:
