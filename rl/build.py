@@ -27,9 +27,8 @@ from flowsteer.rewards.types import Reward
 from flowsteer.rl.adapters import DOOR as ADAPTERS
 from flowsteer.rl.adapters import load_pipeline
 from flowsteer.rl.checkpoint import Checkpoints
-from flowsteer.rl.compare import compare
+from flowsteer.rl.compare import compare, uncompared
 from flowsteer.rl.config import Config
-from flowsteer.rl.config.data import name_of
 from flowsteer.rl.config.schema import EvaluationConfig, PlanConfig, RewardConfig
 from flowsteer.rl.engine.base import Engine, prepare
 from flowsteer.rl.engine.optimizer import OptimizerSettings
@@ -40,12 +39,15 @@ from flowsteer.rl.interrupts import Interrupts
 from flowsteer.rl.plugins import find_algorithm, is_foreign
 from flowsteer.rl.policy import Policy
 from flowsteer.rl.saving import Saving
-from flowsteer.rl.scoring import StepScorer, check_scorable, warn_of_single_images
+from flowsteer.rl.scoring import StepScorer
 from flowsteer.rl.types import Algorithm, Comparison, Facts
 from flowsteer.rollout.branches import Branching
-from flowsteer.rollout.data.batches import step_rows
 from flowsteer.rollout.data.prompts import Prompts
+from flowsteer.rollout.lifting.encode import Encoder
+from flowsteer.rollout.lifting.kept import Kept
+from flowsteer.rollout.lifting.pipeline import FlowPipeline
 from flowsteer.rollout.lifting.protocol import Pipeline
+from flowsteer.rollout.offline import PictureWorker
 from flowsteer.rollout.steps.plan import Plan, all_steps, decay, fixed_steps, no_steps, window
 from flowsteer.rollout.worker import RolloutWorker
 
@@ -189,29 +191,6 @@ def without(fingerprints: dict[str, dict[str, Any]], key: str) -> dict[str, dict
     return {name: {own: value for own, value in said.items() if own != key} for name, said in fingerprints.items()}
 
 
-def check_groupwise(rewards: RewardSet, config: Config) -> None:
-    """Rewards that compare the images of a group must be shown whole groups. Raises ValueError; warns for evaluations."""
-    rollout = config.rollout
-    if config.evaluation is not None:
-        warn_of_single_images(rewards, num_seeds=config.evaluation.num_seeds, key="evaluation.num_seeds")
-    if rewards.groupwise and rollout.batch_size % rollout.group_size:
-        raise ValueError(
-            f"the reward {rewards.groupwise[0]!r} compares the images of a group, but a rollout batch of "
-            f"rollout.batch_size={rollout.batch_size} cuts groups of rollout.group_size={rollout.group_size} apart; set "
-            f"rollout.batch_size to a multiple of {rollout.group_size}"
-        )
-
-
-def check_prompts(rewards: RewardSet, config: Config, train: Prompts, evaluation: Prompts | None) -> None:
-    """Warn of prompts that the rewards cannot score. Raises ValueError where a training step would fail."""
-    each = {"seed": config.seed, "prompts_per_step": config.rollout.prompts_per_step}
-    steps = (step_rows(train, step=step, **each) for step in range(config.num_steps))
-    key = f"prompts.train={name_of(config.prompts.train)}"
-    check_scorable(rewards, train.texts, key=key, steps=steps, min_scored=config.advantage.min_scored)
-    if config.evaluation is not None and evaluation is not None:
-        check_scorable(rewards, evaluation.texts, key=f"evaluation.prompts={name_of(config.evaluation.prompts)}")
-
-
 def build_processes(config: Config) -> Processes:
     """The process group."""
     return Processes(cpu=config.engine.device == "cpu", timeout_s=config.engine.timeout_s)
@@ -299,29 +278,43 @@ def build_optimizer_settings(config: Config) -> OptimizerSettings:
     )
 
 
+def build_encoder(config: Config, pipeline: Pipeline) -> Encoder:
+    """What makes latents of pictures. Raises ValueError for a pipeline that has no image processor."""
+    assert config.prompts.pictures is not None, "asked for where there are pictures"
+    assert isinstance(pipeline, FlowPipeline), "the configuration is held to it"
+    folder = config.prompts.pictures.cache
+    kept = Kept(folder=None if folder is None else Path(folder).absolute())
+    return Encoder(pipeline, dtype=DTYPES[config.model.dtype], kept=kept)
+
+
 def build_worker(
     config: Config, pipeline: Pipeline, prompts: Prompts, plan: Plan, processes: Processes
-) -> RolloutWorker:
-    """The rollout worker of this process."""
+) -> RolloutWorker | PictureWorker:
+    """What draws the samples of this process, or takes its pictures."""
     rollout = config.rollout
-    return RolloutWorker(
-        pipeline,
-        prompts,
-        plan=plan,
-        kernel=rollout.kernel.name,
-        log_prob_weight=rollout.kernel.log_prob_weight,
-        solver=rollout.solver,
+    common: dict[str, Any] = dict(
         num_inference_steps=rollout.num_inference_steps,
         guidance_scale=rollout.guidance_scale,
         negative_prompt=rollout.negative_prompt,
         prompts_per_step=rollout.prompts_per_step,
         group_size=rollout.group_size,
         batch_size=rollout.batch_size,
-        shared_noise=rollout.shared_noise,
         updates_per_rollout=config.algorithm.updates_per_rollout,
         seed=config.seed,
         num_processes=processes.num_processes,
         process_index=processes.process_index,
+    )
+    if config.prompts.pictures is not None:
+        return PictureWorker(build_encoder(config, pipeline), prompts, **common)
+    return RolloutWorker(
+        pipeline,
+        prompts,
+        **common,
+        plan=plan,
+        kernel=rollout.kernel.name,
+        log_prob_weight=rollout.kernel.log_prob_weight,
+        solver=rollout.solver,
+        shared_noise=rollout.shared_noise,
         dtype=DTYPES[config.model.dtype],
         device=processes.device,
         branching=build_branching(config),
@@ -374,7 +367,9 @@ def build_saving(config: Config, checkpoints: Checkpoints, engine: Engine, *, st
 
 
 def build_compare(config: Config, rewards: RewardSet) -> Callable[..., tuple[list[Comparison], dict[str, float]]]:
-    """`compare` with its settings."""
+    """`compare` with its settings; `uncompared` for an algorithm that compares nothing."""
+    if not config.algorithm.compares:
+        return uncompared
     return partial(compare, weights=rewards.weights, **config.advantage.model_dump())
 
 

@@ -99,6 +99,22 @@ def compare(
     return comparisons, reward_statistics(total, group) | _of_parts(table)
 
 
+def uncompared(
+    rollouts: Sequence[Rollout], scores: Sequence[Scores], gather: Callable[[Tensor], Tensor]
+) -> tuple[list[Comparison], dict[str, float]]:
+    """For algorithms that learn from all samples alike: each has the weight 1 and no advantage, scored or not.
+
+    The arguments are those of `compare`. Statistics are those of the scores that there are.
+    """
+    comparisons = [
+        Comparison(score=own.total, advantage=torch.zeros_like(own.total), weight=torch.ones_like(own.total))
+        for own in scores
+    ]
+    table = gathered(rollouts, scores, gather)
+    statistics = reward_statistics(table.total, table.group)
+    return comparisons, {name: statistics[name] for name in ("reward_mean", "reward_std") if name in statistics}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Table:
     """The scores of a training step's N samples over all processes, in the order in which they were gathered."""

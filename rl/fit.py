@@ -1,4 +1,4 @@
-"""Can this pipeline be trained as a configuration asks? A few network passes at the start of a run."""
+"""Do the rewards, the prompt files and the pipeline fit the configuration? Asked at the start of a run."""
 
 from __future__ import annotations
 
@@ -7,10 +7,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from flowsteer.rl import build
-from flowsteer.rl.adapters import name_of, tail_is_idle
+from flowsteer.rewards.combine import RewardSet
+from flowsteer.rl import adapters, build
+from flowsteer.rl.adapters import tail_is_idle
 from flowsteer.rl.config import Config
+from flowsteer.rl.config.data import name_of
+from flowsteer.rl.scoring import check_scorable, warn_of_single_images
 from flowsteer.rl.targets import automatic_targets
+from flowsteer.rollout.data.batches import step_rows
 from flowsteer.rollout.data.inputs import PICTURES
 from flowsteer.rollout.data.prompts import Prompts, Row
 from flowsteer.rollout.lifting import selfcheck
@@ -24,21 +28,46 @@ from flowsteer.rollout.steps.plan import Plan
 logger = logging.getLogger(__name__)
 
 
+def check_groupwise(rewards: RewardSet, config: Config) -> None:
+    """Rewards that compare the images of a group must be shown whole groups. Raises ValueError; warns for evaluations."""
+    rollout = config.rollout
+    if config.evaluation is not None:
+        warn_of_single_images(rewards, num_seeds=config.evaluation.num_seeds, key="evaluation.num_seeds")
+    if rewards.groupwise and not config.training_asks_no_reward and rollout.batch_size % rollout.group_size:
+        raise ValueError(
+            f"the reward {rewards.groupwise[0]!r} compares the images of a group, but a rollout batch of "
+            f"rollout.batch_size={rollout.batch_size} cuts groups of rollout.group_size={rollout.group_size} apart; set "
+            f"rollout.batch_size to a multiple of {rollout.group_size}"
+        )
+
+
+def check_prompts(rewards: RewardSet, config: Config, train: Prompts, evaluation: Prompts | None) -> None:
+    """Warn of prompts that the rewards cannot score. Raises ValueError where a training step would fail."""
+    if not config.training_asks_no_reward:
+        each = {"seed": config.seed, "prompts_per_step": config.rollout.prompts_per_step}
+        steps = (step_rows(train, step=step, **each) for step in range(config.num_steps))
+        key = f"prompts.train={name_of(config.prompts.train)}"
+        check_scorable(rewards, train.texts, key=key, steps=steps, min_scored=config.advantage.min_scored)
+    if config.evaluation is not None and evaluation is not None:
+        check_scorable(rewards, evaluation.texts, key=f"evaluation.prompts={name_of(config.evaluation.prompts)}")
+
+
 def warn_of_idle_columns(config: Config, pipeline: Pipeline, prompts: Prompts) -> None:
     """Warn of columns that look like inputs of the pipeline and are mapped nowhere."""
     if not isinstance(pipeline, FlowPipeline) or not (media := pipeline.preparer.arguments.media):
         return
     mapped = {*(own.column for own in config.inputs.values()), *prompts.pictures}
     for name, values in prompts.columns.items():
-        named = name in media or any(
-            isinstance(value, str) and value.lower().endswith(PICTURES) for value in values[:64]
-        )
+        paths = any(isinstance(value, str) and value.lower().endswith(PICTURES) for value in values[:64])
+        named = name in media or (
+            paths and config.prompts.pictures is None
+        )  # of pictures, a file may hold some to spare
         if named and name not in mapped:
             logger.warning(
                 "the column %r looks like an input, but %s is not given it; map it, as in inputs={%s: %s}, unless only rewards "
                 "want it",
                 name,
-                name_of(pipeline),
+                adapters.name_of(pipeline),
                 name if name in media else media[0],
                 name,
             )
@@ -68,6 +97,17 @@ def check_rows(pipeline: Pipeline, rows: Sequence[Row], settings: dict[str, Any]
         raise ValueError(report.text())
 
 
+def check_pictures(config: Config, pipeline: Pipeline, prompts: Prompts, settings: dict[str, Any]) -> None:
+    """Encode a picture of each kind of row. Raises ValueError where the pipeline cannot learn from pictures."""
+    if not prompts.groups:
+        return
+    encoder = build.build_encoder(config, pipeline)
+    kinds = {prompts.row(place).signature: place for place in range(len(prompts))}
+    for place in kinds.values():
+        row = prepare_rows(pipeline, [prompts.row(place)], **settings)
+        encoder.encode(prompts.groups[place][0].media, row.parts[0] if isinstance(row, Several) else row)
+
+
 def checked_plan(config: Config, pipeline: Pipeline, plan: Plan, prompts: Prompts) -> Plan:
     """Can this pipeline be trained so? A few network passes; raises ValueError that says what does not hold.
 
@@ -87,7 +127,7 @@ def checked_plan(config: Config, pipeline: Pipeline, plan: Plan, prompts: Prompt
     if (taken := conditioning.schedule.num_steps) != plan.num_steps:
         logger.warning(
             "%s takes %d of the %d denoising steps of rollout.num_inference_steps; the plan is for those",
-            name_of(pipeline),
+            adapters.name_of(pipeline),
             taken,
             rollout.num_inference_steps,
         )
@@ -95,6 +135,7 @@ def checked_plan(config: Config, pipeline: Pipeline, plan: Plan, prompts: Prompt
     for row in {row.signature: row for row in map(prompts.row, range(len(prompts)))}.values():
         # now, on all processes at once: what a pipeline is asked first about such rows may take network passes
         prepare_rows(pipeline, [row], **settings)
+    check_pictures(config, pipeline, prompts, settings)
     if rollout.batch_size > rollout.group_size:
         try:
             together = prepare_rows(pipeline, first, **settings)
@@ -107,7 +148,7 @@ def checked_plan(config: Config, pipeline: Pipeline, plan: Plan, prompts: Prompt
             ) from error
     if (rollout.tail_fraction < 1 or rollout.branching) and not tail_is_idle(pipeline, conditioning):
         raise ValueError(
-            f"{name_of(pipeline)} does something to the latents after each denoising step, which neither skipped "
+            f"{adapters.name_of(pipeline)} does something to the latents after each denoising step, which neither skipped "
             "steps nor candidates would get; leave rollout.tail_fraction and rollout.branching out"
         )
     if rollout.branching and "sigma" in prompts.columns:

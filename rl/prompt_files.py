@@ -27,11 +27,13 @@ _EXCERPT = 80  # characters of a prompt in a message
 
 def check_columns_of_prompts(config: Config, train: Prompts, evaluation: Prompts | None) -> None:
     """Raise ValueError where a reward in this process requires a column that a prompt file lacks."""
-    read = {f"prompts.train={name_of(config.prompts.train)}": train}
+    scored = {} if config.training_asks_no_reward else {f"prompts.train={name_of(config.prompts.train)}": train}
+    read = dict(scored)
     if config.evaluation is not None and evaluation is not None:
         read[f"evaluation.prompts={name_of(config.evaluation.prompts)}"] = evaluation
     files = {file: list(prompts.columns) for file, prompts in read.items()}
-    files[next(iter(files))] += ["sigma"] if config.rollout.branching else []
+    for file in scored:
+        files[file] += ["sigma"] if config.rollout.branching else []
     media = {file: prompts.media for file, prompts in read.items()}
     for name, section in config.rewards.items():
         for argument, column in section.columns.items():
@@ -49,6 +51,11 @@ def add_pictures(
 ) -> tuple[Prompts, Prompts | None]:
     """The prompts of training and evaluation with the pictures that the rewards want. Raises as `with_pictures`."""
     inputs = inputs_of(config.inputs)
+    if train.groups and rewards.pictures:
+        raise ValueError(
+            f"a reward wants the pictures of the column {next(iter(rewards.pictures))!r}, which are not kept for rewards where "
+            "prompts.pictures is given; leave the reward out"
+        )
     train = with_pictures(train, sources_of(config.prompts.train), rewards.pictures, inputs=inputs)
     if config.evaluation is not None and evaluation is not None:
         sources = sources_of(config.evaluation.prompts)

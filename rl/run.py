@@ -16,8 +16,9 @@ from flowsteer.rl.metrics import Log, Meter
 from flowsteer.rl.policy import Policy
 from flowsteer.rl.report.screen import Screen
 from flowsteer.rl.saving import Saving
-from flowsteer.rl.scoring import StepScorer
+from flowsteer.rl.scoring import StepScorer, StoredScorer
 from flowsteer.rl.types import Algorithm, Comparison
+from flowsteer.rollout.offline import PictureWorker
 from flowsteer.rollout.worker import RolloutWorker
 
 
@@ -31,8 +32,8 @@ class Run:
     num_steps: int
     policy: Policy
     engine: Engine
-    worker: RolloutWorker
-    scorer: StepScorer
+    worker: RolloutWorker | PictureWorker
+    scorer: StepScorer | StoredScorer
     compare: Callable[
         ..., tuple[list[Comparison], dict[str, float]]
     ]  # `flowsteer.rl.compare.compare`, with its settings

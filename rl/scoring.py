@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Sequence
 
+import torch
+
 from flowsteer.rewards.combine import RewardSet
 from flowsteer.rewards.hosts.inprocess import PendingScores, Scorer, collect
 from flowsteer.rewards.types import Scores
@@ -66,6 +68,34 @@ def warn_of_single_images(rewards: RewardSet, *, num_seeds: int, key: str) -> No
             key,
             key,
         )
+
+
+class StoredScorer:
+    """In the place of a `StepScorer` where the file says what its pictures are worth: no reward is asked.
+
+    Args:
+        scorer: of the same run's evaluations, which is closed with this one.
+    """
+
+    def __init__(self, scorer: StepScorer) -> None:
+        self._scorer = scorer
+        self._stored: list[Scores] = []
+
+    def submit(self, rollout: Rollout) -> None:
+        """Take the scores that the rollout carries."""
+        assert rollout.stored_scores is not None, "pictures carry their scores"
+        missing = torch.nonzero(rollout.stored_scores.isnan()).flatten().tolist()
+        reasons = dict.fromkeys(missing, "the prompt file has no score for the picture")
+        self._stored.append(Scores(total=rollout.stored_scores, failures=reasons))
+
+    def collect(self) -> list[Scores]:
+        """The scores of everything that was submitted, in that order."""
+        stored, self._stored = self._stored, []
+        return stored
+
+    def close(self) -> None:
+        """End the rewards of the evaluations."""
+        self._scorer.close()
 
 
 class StepScorer:

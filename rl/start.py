@@ -17,18 +17,18 @@ from flowsteer.rewards.combine import RewardSet
 from flowsteer.rl import build
 from flowsteer.rl.checkpoint import Checkpoints, fingerprint, open_run, write_whole
 from flowsteer.rl.config import Config, check_config, save_config
-from flowsteer.rl.config.data import inputs_of, sources_of
+from flowsteer.rl.config.data import inputs_of, pictures_of, sources_of
 from flowsteer.rl.engine.base import Engine
 from flowsteer.rl.engine.processes import Processes
 from flowsteer.rl.evaluations import Evaluations
 from flowsteer.rl.export import how_to_load
-from flowsteer.rl.fit import checked_plan, lora_targets
+from flowsteer.rl.fit import check_groupwise, check_prompts, checked_plan, lora_targets
 from flowsteer.rl.metrics import Log, Meter
 from flowsteer.rl.policy import Policy
 from flowsteer.rl.prompt_files import add_pictures, check_columns_of_prompts, frame_rate_of, warn_of_long_prompts
 from flowsteer.rl.report.screen import Screen
 from flowsteer.rl.run import Run
-from flowsteer.rl.scoring import StepScorer
+from flowsteer.rl.scoring import StepScorer, StoredScorer
 from flowsteer.rl.types import Algorithm
 from flowsteer.rollout.data.prompts import Prompts, read_prompts
 from flowsteer.rollout.lifting.pipeline import FlowPipeline
@@ -77,7 +77,8 @@ def check(config: Config) -> Checked:
     )  # before the rewards: a model of theirs then lands on this process's device
     build.build_algorithm(config, plan, processes)  # likewise; made again when the pipeline's denoisers are known
     inputs = inputs_of(config.inputs)
-    prompts = read_prompts(sources_of(config.prompts.train), inputs=inputs)
+    pictures = pictures_of(config.prompts, config.rollout.group_size)
+    prompts = read_prompts(sources_of(config.prompts.train), inputs=inputs, pictures=pictures)
     evaluation_prompts = (
         read_prompts(sources_of(config.evaluation.prompts), inputs=inputs) if config.evaluation else None
     )
@@ -101,8 +102,8 @@ class Loaded:
 
 def load(config: Config, checked: Checked, rewards: RewardSet) -> Loaded:
     """Load the pipeline, check that it can be trained so, and prepare the engine."""
-    build.check_groupwise(rewards, config)
-    build.check_prompts(rewards, config, checked.prompts, checked.evaluation_prompts)
+    check_groupwise(rewards, config)
+    check_prompts(rewards, config, checked.prompts, checked.evaluation_prompts)
     processes = checked.processes
     depends_on = build.without(rewards.fingerprints, "platform")
     build.check_alike(depends_on, processes.gather)
@@ -181,7 +182,7 @@ def open_folder(config: Config, folder: Path, checked: Checked, loaded: Loaded, 
         policy=policy,
         engine=engine,
         worker=build.build_worker(config, loaded.pipeline, prompts, loaded.plan, checked.processes),
-        scorer=scorer,
+        scorer=StoredScorer(scorer) if config.training_asks_no_reward else scorer,
         compare=build.build_compare(config, rewards),
         algorithm=loaded.algorithm,
         meter=Meter(),
@@ -215,6 +216,7 @@ def derived(config: Config, policy: Policy, engine: Engine, prompts: Prompts, pi
         "batches": f"{images // rollout.batch_size} of {rollout.batch_size} on {engine.processes.num_processes} process(es), "
         f"{engine.accumulation} backward passes per update",
         "prompts": f"{len(prompts)}, all seen after {len(prompts) / rollout.prompts_per_step:.1f} steps",
+        **({"pictures": f"{sum(map(len, prompts.groups))} of them, none is drawn"} if prompts.groups else {}),
         "output": config.output,
         **({"export": loads} if (loads := how_the_export_loads(config, pipeline)) else {}),
     }

@@ -100,6 +100,7 @@ class Setting:
     best_and_worst: int | None
     advantage_changed: frozenset[str]  # keys of ``advantage`` that are not the defaults
     train_guidance: bool  # ``rollout.train_guidance_scale`` is given
+    pictures: bool = False  # pictures of a file stand in for samples (``prompts.pictures``)
 
     def groups_are_whole(self, *, across_processes: bool = False) -> bool:
         """Are all samples of a group in one batch, or else in the batches that the processes train on at the same time?"""
@@ -204,6 +205,11 @@ class Algorithm(BaseModel, Generic[LossTerm]):
     def idle(self) -> Iterator[str]:
         """One sentence for every setting that would do nothing."""
         yield from ()
+
+    @property
+    def compares(self) -> bool:
+        """Whether samples are compared by their scores; if not, each of them has the weight 1."""
+        return True
 
     @property
     def label(self) -> str:

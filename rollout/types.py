@@ -148,6 +148,7 @@ class Rollout:
     images: Tensor  # [B, 3, H, W] or [B, T, 3, H, W] float32 in [0, 1], or sound [B, C, N] in [-1, 1]; on the CPU
     trajectory: Trajectory | None
     policy_version: int  # how many optimiser updates the policy that drew it had seen
+    stored_scores: Tensor | None = None  # [B] float32, what the file says that pictures are worth; NaN: it says nothing
 
     def __post_init__(self) -> None:
         size = len(self.prompts)

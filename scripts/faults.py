@@ -434,4 +434,32 @@ FAULTS = (
         wrong="values[row::size]",
         tests="tests/rewards/test_frames.py",
     ),
+    Fault(
+        name="latents of pictures stay where the autoencoder has them",
+        file="rollout/lifting/epilogue.py",
+        right="torch.empty_like(values).scatter_(0, self.source, values)",
+        wrong="values",
+        tests="tests/rollout/test_encode.py -k FluxPipeline",
+    ),
+    Fault(
+        name="kept encodings of other weights are taken",
+        file="rollout/lifting/encode.py",
+        right='said = f"{self._hash(autoencoder)} ',
+        wrong='said = f"',
+        tests="tests/rollout/test_encode.py -k other_weights",
+    ),
+    Fault(
+        name="the rejected picture is preferred",
+        file="rollout/data/pictures.py",
+        right="Picture(chosen, 1.0, columns), Picture(rejected, 0.0, columns)",
+        wrong="Picture(chosen, 0.0, columns), Picture(rejected, 1.0, columns)",
+        tests="tests/rollout/test_pictures.py -k chosen_and_rejected",
+    ),
+    Fault(
+        name="a picture's draw starts at the same one each time",
+        file="rollout/offline.py",
+        right="passes[group] * self.group_size + ",
+        wrong="",
+        tests="tests/rollout/test_pictures.py -k equally_often",
+    ),
 )

@@ -11,13 +11,16 @@ if "ATEN_CPU_CAPABILITY" in os.environ:
     os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX2")
 
 import copy
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import zoo
 from diffusers.utils import logging as diffusers_logging
+from PIL import Image
 
 PROMPTS = ("a red circle", "two blue squares", "a cat", "the sea at night", "a green hill")
 SIZE = {"height": 16, "width": 16, "call": {"max_sequence_length": 32}}
@@ -49,6 +52,29 @@ def prompt_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Five prompts, a line each."""
     file = tmp_path_factory.mktemp("prompts") / "prompts.txt"
     file.write_text("\n".join(PROMPTS), encoding="utf-8")
+    return file
+
+
+@pytest.fixture(scope="session")
+def picture_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five prompts with four pictures of coloured noise each, and everything that a file may say of them.
+
+    The columns: ``pictures`` and ``scores`` are lists of four, ``best`` and ``worst`` single ones; ``number`` is the row's.
+    """
+    folder = tmp_path_factory.mktemp("pictures")
+    rows = []
+    for row, prompt in enumerate(PROMPTS):
+        names = [f"{row}_{place}.png" for place in range(4)]
+        for place, name in enumerate(names):
+            pixels = np.random.default_rng((row, place)).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / name)
+        scores = [float((row + place) % 4) for place in range(4)]
+        best, worst = names[scores.index(3.0)], names[scores.index(0.0)]
+        rows.append(
+            {"prompt": prompt, "pictures": names, "scores": scores, "best": best, "worst": worst, "number": row}
+        )
+    file = folder / "rows.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     return file
 
 

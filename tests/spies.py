@@ -31,6 +31,7 @@ from flowsteer.rl.policy import Policy
 from flowsteer.rl.train import train
 from flowsteer.rollout import branches, sample
 from flowsteer.rollout.lifting import pipeline, selfcheck
+from flowsteer.rollout.offline import PictureWorker
 from flowsteer.rollout.steps import kernels
 from flowsteer.rollout.worker import RolloutWorker
 
@@ -158,7 +159,7 @@ def _watch_models(trace: Trace, patch: pytest.MonkeyPatch) -> None:
 
 
 def _watch_sampling(trace: Trace, patch: pytest.MonkeyPatch) -> None:
-    def rollouts(original: Any, self: RolloutWorker, step: int, **more: Any) -> Any:
+    def rollouts(original: Any, self: RolloutWorker | PictureWorker, step: int, **more: Any) -> Any:
         with trace.during("rollout", then="train"):
             drawn = original(self, step, **more)
         trace.note("rollout.steps", step)
@@ -196,6 +197,7 @@ def _watch_sampling(trace: Trace, patch: pytest.MonkeyPatch) -> None:
         return original(*arguments, weight=weight)
 
     _wrap(patch, RolloutWorker, "sample", rollouts)
+    _wrap(patch, PictureWorker, "sample", rollouts)
     for module in (sample, branches):
         _wrap(patch, module, "initial_noise", noise("initial_noise"))
         patch.setattr(module, "SOLVERS", {name: solver(name, own) for name, own in module.SOLVERS.items()})
@@ -283,6 +285,7 @@ def _watch_parts(trace: Trace, patch: pytest.MonkeyPatch) -> None:
     _wrap(patch, starting, "StepScorer", built("StepScorer"))
     _wrap(patch, build, "load_reward", built("load_reward"))
     _wrap(patch, build, "RewardSet", built("RewardSet"))
+    _wrap(patch, build, "Kept", built("Kept"))
     _wrap(
         patch, build, "locate", built("locate", instead=lambda environment, target: (f"{environment}/python", target))
     )

@@ -76,6 +76,7 @@ ROLLOUT_FLOORS = {  # a file imports from its own floor and from those below
     "sample": 3,
     "branches": 4,
     "worker": 5,
+    "offline": 5,
 }
 
 
@@ -89,7 +90,7 @@ def test_order_inside_rollout():
         above = {name for name in rooms if ROLLOUT_FLOORS[name] > ROLLOUT_FLOORS[room]}
         assert not above, f"{module} imports {above} from a floor above"
         read = {"flowsteer.rollout.data.files", "flowsteer.rollout.data.batches"} & imported
-        assert not read or room in ("data", "worker"), f"{module} reads prompt files"
+        assert not read or room in ("data", "worker", "offline"), f"{module} reads prompt files"
 
 
 def test_order_inside_rl():
@@ -229,13 +230,15 @@ def test_the_name_says_model_algorithm_reward():
         "flow_grpo": ("flow_grpo", "mixgrpo", "dance_grpo", "g2rpo", "ddpo"),
         "diffusion_nft": ("nft",),
         "step_dpo": ("step_dpo", "spo"),
-        "weighted_sft": ("raft",),
+        "weighted_sft": ("raft", "sft"),
+        "diffusion_dpo": ("diffusion_dpo", "offline_dpo"),
     }
     for name in shipped_configs():
         config: Config = load_config(name)
         algorithm = config.algorithm.name
         assert any(f"_{word}_" in name for word in called.get(algorithm, (algorithm,)))
-        assert any(f"_{reward}" in name for reward in config.rewards)
+        sources = config.rewards if config.prompts.pictures is None else ["pictures"]
+        assert any(f"_{source}" in name for source in sources)
 
 
 def test_no_paths_of_a_machine():

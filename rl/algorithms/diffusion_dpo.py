@@ -8,7 +8,7 @@ The samples come from the reference, which is the start of training and stays (o
 after every ``refresh_every`` training steps (online).
 
 Differences from Flow-GRPO's script for it: noise levels are the sampler's own instead of logit-normal ones; a tied group is no
-pair (there it silently becomes one). Left out: pairs from a data set of pictures.
+pair (there it silently becomes one). Pairs may also come from a file of pictures (``prompts.pictures``).
 
 Letters: B samples, P groups of a batch, X latent shape of one sample.
 """

@@ -1,11 +1,12 @@
-"""Fine-tuning on the model's own better samples: RAFT, online SFT, reward-weighted regression.
+"""Fine-tuning on the better samples, or on given pictures: RAFT, SFT, reward-weighted regression.
 
 The loss is the ordinary matching error of each sample, weighted by how good it is in its group:
 
 - ``best``: the best sample of each group counts (by its score, where the clip of the advantage makes equals), the others do
   not (RAFT, arXiv 2304.06767; Flow-GRPO's online SFT);
 - ``positive``: samples above their group's mean count by their advantage;
-- ``exponential``: a softmax of advantage / temperature over the group (reward-weighted regression, Peters and Schaal 2007).
+- ``exponential``: a softmax of advantage / temperature over the group (reward-weighted regression, Peters and Schaal 2007);
+- ``all``: every sample counts the same, scored or not. This is plain fine-tuning, for pictures of a file.
 
 Nothing is pushed away from: the yardstick of all the others. But then the sampler's own error does not cancel either. Samples
 of few steps vary less than the data, guided ones overshoot, and a policy that is trained on its own samples again and again
@@ -30,7 +31,7 @@ from flowsteer.rl.algorithms.forward import ForwardAlgorithm, ForwardTerms, rene
 from flowsteer.rl.algorithms.losses import Terms
 from flowsteer.rl.types import Comparison, Setting, changed, not_whole
 
-SampleWeights = Literal["best", "positive", "exponential"]
+SampleWeights = Literal["best", "positive", "exponential", "all"]
 
 
 class WeightedSFT(ForwardAlgorithm):
@@ -38,7 +39,8 @@ class WeightedSFT(ForwardAlgorithm):
 
     name: Literal["weighted_sft"] = "weighted_sft"
     weights: SampleWeights = "best"
-    """Train on the best of each group, on all above its mean by their advantage, or on all by exp(advantage / temperature)."""
+    """Train on the best of each group, on all above its mean by their advantage, on all by exp(advantage / temperature), or on
+    all alike (``all``, for pictures)."""
     temperature: PositiveFloat = 1.0
     """Temperature of the exponential weights, in units of the advantage."""
     refresh_every: PositiveInt | None = 1
@@ -50,6 +52,11 @@ class WeightedSFT(ForwardAlgorithm):
         """The temperature, where no weight is exponential."""
         if self.weights != "exponential" and "temperature" in changed(self):
             yield f"weighted_sft with weights={self.weights} has no temperature; leave it out"
+
+    @property
+    def compares(self) -> bool:
+        """Not where all count alike."""
+        return self.weights != "all"
 
     @property
     def acting(self) -> str:
@@ -64,6 +71,13 @@ class WeightedSFT(ForwardAlgorithm):
     def check(self, setting: Setting) -> Iterator[str]:
         """The best of a group is looked for in its batch."""
         yield from super().check(setting)
+        if not self.compares and not setting.pictures:
+            yield (
+                "algorithm.weights=all learns from every sample alike, also from bad ones; give pictures (prompts.pictures), "
+                "or set algorithm.weights to best, positive or exponential"
+            )
+        if setting.pictures and "refresh_every" in changed(self):
+            yield "algorithm.refresh_every says which policy draws, but prompts.pictures draws nothing; leave it out"
         if not setting.branching and not setting.groups_are_whole():
             yield not_whole(f"algorithm.name={self.label}", setting)
 
@@ -84,6 +98,8 @@ def sample_weights(group: Tensor, comparison: Comparison, kind: SampleWeights, t
     The weights of a group add up to the number of its samples that carry a comparison, for ``best`` and ``exponential``.
     """
     counts = comparison.weight > 0  # [B]
+    if kind == "all":
+        return counts.float()
     advantage = comparison.advantage.where(counts, 0.0)
     if kind == "positive":
         return advantage.clamp(min=0)

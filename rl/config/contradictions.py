@@ -37,6 +37,8 @@ def check_config(config: Config, num_processes: int) -> None:
         *_sharing(config, num_processes),
         *own,
         *_drawing(config),
+        *_pictures(config),
+        *_grouping(config),
         *_branching(config, setting),
         *_comparing(config, setting),
         *_steps(config),
@@ -46,6 +48,8 @@ def check_config(config: Config, num_processes: int) -> None:
         raise ValueError("\n".join(faults))
     if config.rollout.plan.name == "none" and config.rollout.kernel != KernelConfig():
         logger.warning("rollout.kernel has no effect: with rollout.plan.name=none no step is stochastic")
+    if config.training_asks_no_reward and config.evaluation is None:
+        logger.warning("rewards have no effect: training asks none of these pictures, and there is no evaluation")
     optimizer = config.optimizer
     if optimizer.warmup_updates > config.num_updates:
         logger.warning(
@@ -71,6 +75,7 @@ def setting_of(config: Config, num_processes: int) -> Setting:
         best_and_worst=config.advantage.best_and_worst,
         advantage_changed=frozenset(changed(config.advantage)),
         train_guidance=rollout.train_guidance_scale is not None,
+        pictures=config.prompts.pictures is not None,
     )
 
 
@@ -111,6 +116,50 @@ def _drawing(config: Config) -> Iterator[str]:
                 f"{section}.negative_prompt does nothing with {section}.guidance_scale={max(scales - {None}):g}; set that "
                 "above 1, or leave negative_prompt out"
             )
+
+
+def _pictures(config: Config) -> Iterator[str]:
+    """Pictures of a file: what is for drawing does nothing, and what learns from drawing cannot learn."""
+    pictures, rollout, algorithm = config.prompts.pictures, config.rollout, config.algorithm
+    if pictures is None:
+        return
+    if algorithm.learns_from != "final latents":
+        yield (
+            f"algorithm.name={algorithm.label} learns from the steps that drew a sample, which prompts.pictures has none of; "
+            "use weighted_sft, diffusion_dpo, diffusion_nft, dgpo or awm"
+        )
+    idle = {
+        "rollout.solver": rollout.solver != "euler",
+        "rollout.shared_noise": rollout.shared_noise,
+        "rollout.branching": rollout.branching is not None,
+        "rollout.train_guidance_scale": rollout.train_guidance_scale is not None,
+    }
+    if found := [key for key, given in idle.items() if given]:
+        advice = " (rollout.guidance_scale is that of training)" if "rollout.train_guidance_scale" in found else ""
+        yield f"prompts.pictures draws nothing, so {' and '.join(found)} do nothing; leave them out{advice}"
+    if config.model.adapter is not None:
+        yield f"prompts.pictures needs a pipeline of diffusers; model.adapter={config.model.adapter} cannot encode pictures"
+    if pictures.chosen is not None and rollout.group_size != 2:
+        yield f"chosen and rejected pictures are groups of two, and rollout.group_size={rollout.group_size}; set it to 2"
+    if pictures.has_scores and config.advantage.combine != "rewards":
+        yield (
+            f"advantage.combine={config.advantage.combine} is for several rewards, and prompts.pictures has one score for each "
+            "picture; leave it out"
+        )
+    if pictures.has_scores and not algorithm.compares:
+        yield (
+            "algorithm.weights=all learns from every picture alike, so their scores do nothing; leave prompts.pictures.score "
+            "out, or give prompts.pictures.image in the place of chosen and rejected"
+        )
+
+
+def _grouping(config: Config) -> Iterator[str]:
+    """Groups of one, and settings of comparisons that are not made."""
+    if config.algorithm.compares and config.rollout.group_size < 2:
+        yield "rollout.group_size=1 leaves nothing to compare a sample with; set it to 2 or more"
+    if not config.algorithm.compares and (idle := sorted(changed(config.advantage))):
+        keys = " and ".join(f"advantage.{key}" for key in idle)
+        yield f"algorithm.name={config.algorithm.label} compares no samples with these settings; leave {keys} out"
 
 
 def _branching(config: Config, setting: Setting) -> Iterator[str]:

@@ -21,7 +21,7 @@ from pydantic import (
 
 from flowsteer.rl.algorithms import AnyAlgorithm
 from flowsteer.rl.config.data import Inputs, PromptsConfig, SourceConfig, Sources
-from flowsteer.rl.config.section import Section, by_name
+from flowsteer.rl.config.section import Section, auto_or_names, by_name
 
 logger = logging.getLogger(__name__)
 
@@ -38,12 +38,6 @@ def by_names(given: Any) -> Any:
     return given
 
 
-def _targets(given: Any) -> Any:
-    if given != "auto" and (isinstance(given, str) or given in ([], ())):
-        raise ValueError("auto, or a list of names of linear layers such as [to_q, to_k, to_v, to_out.0]")
-    return given
-
-
 class LoRAConfig(Section):
     """Low-rank adapters on the denoiser (arXiv 2106.09685)."""
 
@@ -51,7 +45,7 @@ class LoRAConfig(Section):
     """Rank of the two factors of each adapter."""
     alpha: PositiveInt = 64
     """An adapter's output is multiplied by alpha / rank."""
-    targets: Annotated[Literal["auto"] | tuple[str, ...], BeforeValidator(_targets)] = "auto"
+    targets: Annotated[Literal["auto"] | tuple[str, ...], BeforeValidator(auto_or_names)] = "auto"
     """``auto``: the linear layers of the denoiser's attention and feed-forward networks that a gradient reaches. Or names,
     matched at the end of a layer's path, such as ``[to_q, to_k, to_v, to_out.0]``; each must match something."""
 
@@ -177,8 +171,9 @@ class RolloutConfig(Section):
     """What guidance leads away from; null is none."""
     prompts_per_step: PositiveInt = 24
     """Prompts drawn in each training step, over all processes."""
-    group_size: Annotated[int, Field(ge=2)] = 16
-    """Samples of each prompt, which are compared with one another."""
+    group_size: PositiveInt = 16
+    """Samples of each prompt, which are compared with one another. 1 only where nothing is compared: fine-tuning on pictures
+    (``weighted_sft`` with ``weights=all``)."""
     batch_size: PositiveInt = 64
     """Samples per network pass, the same in sampling and in training. It must hold whole groups, or divide a group."""
     plan: Annotated[PlanConfig, BeforeValidator(by_name)] = NonePlan()
@@ -392,3 +387,9 @@ class Config(Section):
     def num_updates(self) -> int:
         """Optimiser updates of the whole run."""
         return self.num_steps * self.algorithm.updates_per_rollout
+
+    @property
+    def training_asks_no_reward(self) -> bool:
+        """Whether pictures have scores in their file, or all count alike; then rewards are for evaluations only."""
+        pictures = self.prompts.pictures
+        return pictures is not None and (pictures.has_scores or not self.algorithm.compares)

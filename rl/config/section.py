@@ -16,3 +16,10 @@ class Section(BaseModel):
 def by_name(given: Any) -> Any:
     """A text stands for the section of that name: ``all`` for ``{name: all}``."""
     return {"name": given} if isinstance(given, str) else given
+
+
+def auto_or_names(given: Any) -> Any:
+    """One message for a setting that is ``auto`` or a list of layers, in place of one for each of the two."""
+    if given != "auto" and (isinstance(given, str) or given in ([], ())):
+        raise ValueError("auto, or a list of names of linear layers such as [to_q, to_k, to_v, to_out.0]")
+    return given

@@ -88,7 +88,13 @@ def step_batches(
 def step_rows(prompts: Prompts, *, step: int, seed: int, prompts_per_step: int) -> list[int]:
     """The rows whose prompts all processes together draw at a training step, in order."""
     first = step * prompts_per_step
-    return [_row(prompts, position, seed) for position in range(first, first + prompts_per_step)]
+    return [_draw(prompts, position, seed)[0] for position in range(first, first + prompts_per_step)]
+
+
+def step_passes(prompts: Prompts, *, step: int, seed: int, prompts_per_step: int) -> list[int]:
+    """How often each of `step_rows` was drawn before this training step's draw of it, by passes over its file."""
+    first = step * prompts_per_step
+    return [_draw(prompts, position, seed)[1] for position in range(first, first + prompts_per_step)]
 
 
 def sample_seeds(samples: Iterable[int], *, seed: int, step: int) -> Tensor:
@@ -157,8 +163,8 @@ def _near(sizes: dict[str, int], name: str) -> list[int]:
     return [found for found in (next(smaller, None), next(larger, None)) if found is not None]
 
 
-def _row(prompts: Prompts, position: int, seed: int) -> int:
-    """The row at a position in the endless sequence of draws."""
+def _draw(prompts: Prompts, position: int, seed: int) -> tuple[int, int]:
+    """The row at a position in the endless sequence of draws, and the number of its source's pass, from 0."""
     weights = tuple(weight for _, weight in prompts.sources)
     rounds, place = divmod(position, sum(weights))
     order = _round_order(weights, seed, rounds)
@@ -168,7 +174,7 @@ def _row(prompts: Prompts, position: int, seed: int) -> int:
     number, place = divmod(drawn, size)
     own = mix(seed, _SOURCE_STREAM, source) if source else seed  # each source in orders of its own
     before = [0, *accumulate(rows for rows, _ in prompts.sources)][source]
-    return before + _pass_order(size, own, number)[place]
+    return before + _pass_order(size, own, number)[place], number
 
 
 @lru_cache(maxsize=64)

@@ -34,6 +34,7 @@ class Source:
     prompt: str = "prompt"  # the column with the prompts
     weight: int = 1  # how many of its prompts are drawn for each one of a source of weight 1
     comments: bool = False  # lines of a text file that begin with # are left out
+    made_by: str | None = None  # the command that makes the file, for the message if it is not there
 
     @property
     def name(self) -> str:
@@ -64,7 +65,7 @@ def read_table(source: Source, *, warn: bool = True) -> Table:
     """
     if source.dataset is not None:
         return _of_dataset(source)
-    place = find(source.file or "")
+    place = find(source.file or "", made_by=source.made_by)
     if place.suffix == ".parquet":
         return _of_parquet(source, place)
     text = _text(place)
@@ -74,14 +75,19 @@ def read_table(source: Source, *, warn: bool = True) -> Table:
     return _table(rows, source, place.parent, str(place))
 
 
-def find(path: str | Path) -> Path:
-    """A prompt file here, or one of that name that is shipped. Raises ValueError if there is none, or of another format."""
+def find(path: str | Path, *, made_by: str | None = None) -> Path:
+    """A prompt file here, or one of that name that is shipped. Raises ValueError if there is none, or of another format.
+
+    ``made_by`` is the command that makes it, for the message.
+    """
     place = Path(path)
     shipped = {Path(str(item)).name: Path(str(item)) for item in files("flowsteer.configs").iterdir()}
     names = sorted(name for name in shipped if name.endswith(SUFFIXES))
     if not place.is_file():
         if place.is_dir():
             raise ValueError(f"{place} is a folder; give the prompt file itself, or a data set as {{dataset: {place}}}")
+        if str(path) not in names and made_by is not None:
+            raise ValueError(f"there is no prompt file {place}; make it first: {made_by}")
         if str(path) not in names:
             raise ValueError(
                 f"there is no prompt file {place}, and none of that name is shipped ({', '.join(names) or 'none is'})"

@@ -137,7 +137,7 @@ def read_values(
     found = []
     for value, place in zip(values, where):
         try:
-            found.append(_read(value, kind, folder))
+            found.append(read_value(value, kind, folder))
         except (ValueError, OSError, TypeError) as error:
             raise ValueError(f"{place}, {column}: {error}") from error
     return tuple(found)
@@ -159,7 +159,8 @@ def load(value: Value) -> Any:
     return value.load() if isinstance(value, Media) else value
 
 
-def _read(value: Any, kind: Kind, folder: Path) -> Value:
+def read_value(value: Any, kind: Kind, folder: Path) -> Value:
+    """One row's value, its files opened once. Raises ValueError or OSError, without the row, for one of another kind."""
     if value is None or value == "":
         return None
     if kind == "number":

@@ -16,6 +16,7 @@ from PIL.Image import Image
 
 from flowsteer.rollout.data.files import Source, Table, read_table
 from flowsteer.rollout.data.inputs import Input, Kind, Media, Value, read_inputs, read_pictures
+from flowsteer.rollout.data.pictures import Group, PictureColumns, merged, read_groups
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +49,7 @@ class Prompts:
     columns: dict[str, tuple[Any, ...]] = field(default_factory=dict)  # name -> N values
     inputs: dict[str, tuple[Value, ...]] = field(default_factory=dict)  # argument of the pipeline -> N values
     sources: tuple[tuple[int, int], ...] = ()  # (rows, weight) of each source, in order; () is one source
+    groups: tuple[Group, ...] = ()  # N groups of pictures to learn from; () where samples are drawn
     num_duplicates: int = 0  # rows that stand earlier in the file too; they are drawn as often as any other
     media: tuple[str, ...] = ()  # columns that hold pictures themselves, as in data sets; they are not in ``columns``
     pictures: dict[str, tuple[Media | None, ...]] = field(default_factory=dict)  # column -> N pictures, for rewards
@@ -58,6 +60,8 @@ class Prompts:
         for name, values in chain(self.columns.items(), self.inputs.items(), self.pictures.items()):
             if len(values) != len(self.texts):
                 raise ValueError(f"column {name!r} has {len(values)} values for {len(self.texts)} prompts")
+        if self.groups and len(self.groups) != len(self.texts):
+            raise ValueError(f"there are {len(self.groups)} groups of pictures for {len(self.texts)} prompts")
         object.__setattr__(self, "sources", self.sources or ((len(self.texts), 1),))
 
     def __len__(self) -> int:
@@ -73,18 +77,24 @@ class Prompts:
         more = [self.inputs] if self.inputs else []
         more += [self.sources] if len(self.sources) > 1 else []
         more += [self.pictures] if self.pictures else []
+        more += [[[picture.said() for picture in group] for group in self.groups]] if self.groups else []
         everything = json.dumps([self.texts, self.columns, *more], sort_keys=True, default=str)
         return hashlib.sha256(everything.encode()).hexdigest()[:16]
 
 
 def read_prompts(
-    sources: str | Path | Source | Sequence[Source], *, inputs: Mapping[str, Input] | None = None, warn: bool = True
+    sources: str | Path | Source | Sequence[Source],
+    *,
+    inputs: Mapping[str, Input] | None = None,
+    pictures: PictureColumns | None = None,
+    warn: bool = True,
 ) -> Prompts:
     """Read one or several sources of prompts, see `flowsteer.rollout.data.files.read_table`.
 
     Args:
         sources: a file, or what `Source` says, or several of these. Columns that only some have are None in the others.
         inputs: which columns are arguments of the pipeline.
+        pictures: which columns hold pictures to learn from; rows of one prompt then form one group.
         warn: of prompts that stand there twice, and of lines that begin with ``#``: they are prompts like all others.
 
     Raises:
@@ -96,18 +106,17 @@ def read_prompts(
     if not given:
         raise ValueError("there is no source of prompts; give at least one file")
     tables = [read_table(source, warn=warn) for source in given]
-    read = [read_inputs(inputs or {}, table.columns, where=table.where, folder=table.folder) for table in tables]
-    texts = tuple(text for table in tables for text in table.texts)
-    columns = {name: values for table in tables for name, values in table.columns.items()}
-    names = [name for name, values in columns.items() if not any(map(_is_media, values))]  # pictures are inputs only
-    parts: dict[str, Any] = dict(
-        texts=texts,
-        columns={name: tuple(value for table in tables for value in _column(table, name)) for name in names},
-        inputs={name: tuple(value for own in read for value in own[name]) for name in inputs or {}},
-        sources=tuple((len(table.texts), source.weight) for table, source in zip(tables, given)),
-        media=tuple(name for name in columns if name not in names),
+    parts = [_of_table(table, inputs or {}, pictures) for table in tables]
+    names = {name: None for part in parts for name in part.columns}
+    prompts = Prompts(
+        texts=tuple(chain.from_iterable(part.texts for part in parts)),
+        columns={name: tuple(chain.from_iterable(_column(part, name) for part in parts)) for name in names},
+        inputs={name: tuple(chain.from_iterable(part.inputs[name] for part in parts)) for name in inputs or {}},
+        groups=tuple(chain.from_iterable(part.groups for part in parts)),
+        sources=tuple((len(part), source.weight) for part, source in zip(parts, given)),
+        media=tuple(dict.fromkeys(name for part in parts for name in part.media)),
     )
-    rows = Counter(map(Prompts(**parts).row, range(len(texts))))
+    rows = Counter((prompts.row(place), prompts.groups[place : place + 1]) for place in range(len(prompts)))
     duplicates = sum(count - 1 for count in rows.values())
     if duplicates and warn:
         names_of_sources = ", ".join(source.name for source in given)
@@ -115,9 +124,34 @@ def read_prompts(
             "%s: %d of %d prompts stand there more than once; each row is drawn",
             names_of_sources,
             duplicates,
-            len(texts),
+            len(prompts),
         )
-    return Prompts(**parts, num_duplicates=duplicates)
+    return replace(prompts, num_duplicates=duplicates)
+
+
+def _of_table(table: Table, inputs: Mapping[str, Input], pictures: PictureColumns | None) -> Prompts:
+    """The rows of one source; those of one prompt as one, where pictures form groups."""
+    read = read_inputs(inputs, table.columns, where=table.where, folder=table.folder)
+    own = pictures.names if pictures else ()
+    columns = {
+        name: values
+        for name, values in table.columns.items()
+        if name not in own and not any(map(_is_media, values))  # pictures are inputs only
+    }
+    media = tuple(name for name in table.columns if name not in own and name not in columns)
+    prompts = Prompts(texts=table.texts, columns=columns, inputs=read, media=media)
+    if pictures is None:
+        return prompts
+    groups = read_groups(pictures, table, columns)
+    rows = [prompts.row(place) for place in range(len(prompts))]
+    groups, first = merged(groups, rows, table.where, pictures)
+    return Prompts(
+        texts=tuple(table.texts[place] for place in first),
+        columns={name: tuple(values[place] for place in first) for name, values in columns.items()},
+        inputs={name: tuple(values[place] for place in first) for name, values in read.items()},
+        groups=groups,
+        media=media,
+    )
 
 
 def with_pictures(
@@ -180,5 +214,5 @@ def _is_media(value: Any) -> bool:
     return isinstance(value, (bytes, Image))
 
 
-def _column(table: Table, name: str) -> tuple[Any, ...]:
-    return table.columns.get(name, (None,) * len(table.texts))
+def _column(part: Prompts | Table, name: str) -> tuple[Any, ...]:
+    return part.columns.get(name, (None,) * len(part.texts))

@@ -190,7 +190,7 @@ def test_an_unknown_name_lists_the_right_ones(sections, message):
     [
         ({"num_steps": "many"}, "num_steps: Input should be a valid integer", "'many'"),
         ({"num_steps": 0}, "num_steps: Input should be greater than 0", "0"),
-        ({"rollout": {"group_size": 1}}, "rollout.group_size: Input should be greater than or equal to 2", "1"),
+        ({"rollout": {"group_size": 0}}, "rollout.group_size: Input should be greater than 0", "0"),
         ({"rollout": {"batch_size": 2.5}}, "rollout.batch_size: Input should be a valid integer", "2.5"),
         ({"optimizer": {"learning_rate": -1e-4}}, "optimizer.learning_rate: Input should be greater than 0", "-0.0001"),
         ({"optimizer": {"learning_rate": float("nan")}}, "optimizer.learning_rate: Input should be a finite", "nan"),
@@ -213,7 +213,7 @@ def test_a_wrong_value_names_key_and_value(sections, start, value):
 
 def test_all_faults_in_one_message():
     lines = faults(
-        nonsense=1, num_steps="x", algorithm={"name": "flow_grpo", "clip_rage": 1}, rollout={"group_size": 1}
+        nonsense=1, num_steps="x", algorithm={"name": "flow_grpo", "clip_rage": 1}, rollout={"group_size": 0}
     )
     assert [line.split(":")[0] for line in lines] == [
         "num_steps", "rollout.group_size", "algorithm.clip_rage", "nonsense",

@@ -32,6 +32,8 @@ from flowsteer.rl.config.data import SourceConfig
 _SOURCES = "the class of prompts.train, read by the same function; prompts.train.* has the cases"
 NOTHING_OBSERVED: dict[str, str] = {
     **{f"evaluation.prompts.*.{name}": _SOURCES for name in SourceConfig.model_fields},
+    "prompts.train.*.made_by": "said only where the file is not there; tests/rollout/test_pictures.py reads the message",
+    "prompts.pictures.kind": "this pipeline draws pictures; videos are in tests/rollout/test_pictures.py",
     "inputs.*.kind": "no argument of this pipeline takes values of two kinds; tests/rollout/test_inputs.py reads each kind",
 }
 """Keys that no place can see, each with the reason."""
@@ -69,6 +71,12 @@ BOTH = {"jpeg_compressibility": {}, "jpeg_incompressibility": {"weight": 0.1}}
 CAPTIONED = {"prompts__train": "CAPTIONED"}
 BRIGHT = {"rewards": {"brightness:Brightness": {}}}
 EVALUATED = {"evaluation": {"prompts": "OTHER", "num_prompts": 2, "num_inference_steps": 2}}
+
+
+def pictured(value: Any, *at: str, **pictures: Any) -> Case:
+    """A key of pictures to learn from."""
+    sizes = {"rollout.prompts_per_step": 4, "rollout.group_size": 2} if "chosen" in pictures else {}
+    return Case(value, at, NFT | sizes | {"prompts.train": "PICTURES", "prompts.pictures": pictures})
 
 
 def plan(**settings: Any) -> dict[str, Any]:
@@ -131,6 +139,14 @@ CASES: dict[str, list[Case]] = {
     "prompts.train.*.prompt": [moves("caption", "rollout.prompts", prompts__train=[{"file": "CAPTIONED"}])],
     "prompts.train.*.weight": [moves(7, "rollout.prompts", prompts__train=[{"file": "TRAIN"}, {"file": "OTHER"}])],
     "prompts.train.*.comments": [moves(True, "rollout.prompts", prompts__train=[{"file": "COMMENTED"}])],
+    "prompts.pictures": [
+        Case({"image": "pictures"}, ("rollout.images", "loss"), NFT | {"prompts.train": "PICTURES"})
+    ],
+    "prompts.pictures.image": [pictured("others", "rollout.images", "scores", image="pictures")],
+    "prompts.pictures.score": [pictured("scores", "scores", "advantages", image="pictures")],
+    "prompts.pictures.chosen": [pictured("worst", "rollout.images", chosen="best", rejected="worst")],
+    "prompts.pictures.rejected": [pictured("best", "rollout.images", chosen="best", rejected="worst")],
+    "prompts.pictures.cache": [pictured("CACHE", "Kept.folder", image="pictures")],
     "inputs": [
         Case(
             {"negative_prompt": "caption"},
@@ -404,7 +420,7 @@ def put(config: dict[str, Any], key: str, value: Any) -> None:
 class World:
     """The folders and files of this file's runs, and what was seen in those that several cases are compared with."""
 
-    def __init__(self, tmp: Path, model: Path, prompts: Path) -> None:
+    def __init__(self, tmp: Path, model: Path, prompts: Path, pictures: Path) -> None:
         self.tmp, self.model = tmp, model
         other = tmp / "other.txt"
         other.write_text("a dog\na blue hat\na lake\na red house", encoding="utf-8")
@@ -417,7 +433,17 @@ class World:
         commented.write_text("# animals\na dog\n# things\na hat\na cup", encoding="utf-8")
         splits = {name: Dataset.from_list(own) for name, own in (("train", rows[:2]), ("second", rows[1:]))}
         DatasetDict(splits).save_to_disk(tmp / "data")
+        with_others = tmp / "pictures.jsonl"
+        of_pictures = [json.loads(line) for line in pictures.read_text(encoding="utf-8").splitlines()]
+        for row in of_pictures:
+            row["pictures"] = [str(pictures.parent / name) for name in row["pictures"]]
+            row["best"], row["worst"] = (str(pictures.parent / row[name]) for name in ("best", "worst"))
+        for row, following in zip(of_pictures, [*of_pictures[1:], of_pictures[0]]):
+            row["others"] = following["pictures"]
+        with_others.write_text("\n".join(map(json.dumps, of_pictures)), encoding="utf-8")
         self.names = {
+            "PICTURES": str(with_others),
+            "CACHE": str(tmp / "cache"),
             "DATA": str(tmp / "data"),
             "CAPTIONED": str(captioned),
             "COMMENTED": str(commented),
@@ -449,8 +475,8 @@ class World:
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory, tiny_sd3: Path, prompt_file: Path) -> World:
-    return World(tmp_path_factory.mktemp("reach"), tiny_sd3, prompt_file)
+def world(tmp_path_factory: pytest.TempPathFactory, tiny_sd3: Path, prompt_file: Path, picture_file: Path) -> World:
+    return World(tmp_path_factory.mktemp("reach"), tiny_sd3, prompt_file, picture_file)
 
 
 def without(given: dict[str, Any], key: str) -> dict[str, Any]:

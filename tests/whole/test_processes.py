@@ -270,6 +270,39 @@ def test_zero_on_two_processes_with_all_weights_is_plain(runs: Runs, stage: int)
     assert_close_runs(runs("full", **full), runs(f"full_{stage}", processes=2, **full, **{"engine.zero_stage": stage}))
 
 
+PICTURES = {
+    "sft": ({"image": "best"}, {"name": "weighted_sft", "weights": "all"}, 1),
+    "dpo": ({"chosen": "best", "rejected": "worst"}, VARIANTS["diffusion_dpo"]["algorithm"], 2),
+}
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_two_processes_learn_from_pictures_as_one_does(
+    runs: Runs, make_config: Make, picture_file: Path, tmp_path: Path, name: str
+) -> None:
+    """Rounded alike, whatever the seed: pictures of a file are not drawn. Each process encodes its own, with one folder."""
+    pictures, algorithm, group_size = PICTURES[name]
+    overrides: dict[str, Any] = {
+        "num_steps": 2,
+        "prompts": {"train": str(picture_file), "pictures": {**pictures, "cache": str(tmp_path / "cache")}},
+        "rollout.plan": {"name": "none"},
+        "rollout.prompts_per_step": 16 // group_size,
+        "rollout.group_size": group_size,
+        "algorithm": {"updates_per_rollout": 2, "noise_levels_per_sample": 2, **algorithm},
+    }
+    one, two = runs(f"{name} of pictures", **overrides), runs(f"{name} of pictures on two", processes=2, **overrides)
+    mine, other = (lines(folder, without=(AGREEMENT,)) for folder in (one, two))
+    for first, second in zip(mine, other, strict=True):
+        assert first.keys() == second.keys()
+        assert first["grad_norm"] > 0
+        for key, value in first.items():
+            assert value == pytest.approx(second[key], rel=RELATIVE, abs=absolute(key, second[key])), key
+    left, right = weights(one), weights(two)
+    for key in left:
+        torch.testing.assert_close(left[key], right[key], rtol=0, atol=WEIGHTS)
+    assert len([*(tmp_path / "cache").rglob("*.safetensors")]) > 2
+
+
 def poisoned(config: dict[str, Any], log: Path) -> None:
     """A run, in its own process, in which a gradient is not finite: writes whether the weights stayed, and the error."""
     from flowsteer.rl.config import parse_config
