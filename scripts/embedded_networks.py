@@ -1,4 +1,4 @@
-"""The networks of the embedded pipeline, untrained, and its tokenizer; `scripts/pretrain_embedded.py` trains them.
+"""The networks of the embedded pipelines, untrained, and their tokenizers; `scripts/pretrain_embedded.py` trains them.
 
 Letters: B samples, L prompt tokens, C latent channels, D width of the prompt's embedding.
 """
@@ -9,6 +9,7 @@ Letters: B samples, L prompt tokens, C latent channels, D width of the prompt's 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from itertools import pairwise
 
 import torch
@@ -40,14 +41,15 @@ def build_vae() -> AutoencoderKL:
     )
 
 
-def build_tokenizer() -> CLIPTokenizer:
-    """A byte-pair tokenizer learnt from the world's captions; every word of the world becomes one token."""
-    words = Counter(word for caption in all_captions() for word in caption.text.split())
+def build_tokenizer(texts: Iterable[str] | None = None, length: int = PROMPT_LENGTH) -> CLIPTokenizer:
+    """A byte-pair tokenizer learnt from texts, by default the world's captions; each of their words becomes one token."""
+    texts = [caption.text for caption in all_captions()] if texts is None else texts
+    words = Counter(word for text in texts for word in text.split())
     merges = learn_merges(words)
     letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
     tokens = [*letters, *(f"{letter}</w>" for letter in letters), *(left + right for left, right in merges)]
     vocabulary = {token: i for i, token in enumerate(["<|startoftext|>", "<|endoftext|>", *tokens])}
-    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=PROMPT_LENGTH)
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=length)
 
 
 def learn_merges(words: Counter[str]) -> list[tuple[str, str]]:

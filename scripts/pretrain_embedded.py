@@ -4,6 +4,8 @@
     python scripts/pretrain_embedded.py train --out rollout/embedded
     python scripts/pretrain_embedded.py evaluate rollout/embedded
 
+The same with ``--edit`` is for rollout/embedded_edit, which edits a picture (`scripts/pretrain_edit.py`).
+
 ``train`` has three stages, each kept in the working folder and skipped when it is already there: an autoencoder (AutoencoderKL,
 8 latent channels at a quarter of the size), the latents of a pool of drawn pictures, and the transformer together with
 its two text encoders by flow matching. Reserved captions (flowsteer.rewards.scorers.world) are never drawn.
@@ -38,8 +40,8 @@ from embedded_networks import (
     build_transformer,
     build_vae,
 )
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from embedded_training import Ema, bar, console, train_denoiser, warmup_then_decay
+from pretrain_edit import evaluate_edit, train_edit, write_files
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPTokenizer
@@ -63,7 +65,6 @@ CAPTION_DROPOUT = 0.1
 ZERO_TOKENS, ZERO_TOKENS_SHARE = (PROMPT_LENGTH, 256), (0.85, 0.15)
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
-console = Console()
 
 
 # ---------------------------------------------------------------------------------------------------- stage 1: pictures
@@ -131,22 +132,6 @@ def encode_pictures(vae: AutoencoderKL, pictures: Tensor) -> Tensor:
 # -------------------------------------------------------------------------------------------------- stage 2: transformer
 
 
-def warmup_then_decay(step: int, steps: int, warmup: int) -> float:
-    """A learning rate's factor: linearly up, then along a cosine down to one hundredth."""
-    if step < warmup:
-        return (step + 1) / warmup
-    progress = (step - warmup) / max(steps - warmup, 1)
-    return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
-
-
-def bar() -> Progress:
-    """A progress bar with a place for a note."""
-    return Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"), console=console,
-    )  # fmt: skip
-
-
 @dataclass(frozen=True, kw_only=True)
 class Data:
     """What the transformer learns from."""
@@ -181,86 +166,6 @@ def flow_matching_loss(denoiser: Denoiser, batch: tuple[Tensor, ...]) -> Tensor:
     level = sigma[:, None, None, None]
     velocity = denoiser((1 - level) * latents + level * noise, sigma, ids, num_zero_tokens)
     return (velocity.float() - (noise - latents)).square().mean()
-
-
-def build_optimizers(denoiser: Denoiser, rate: float) -> list[torch.optim.Optimizer]:
-    """Muon (Jordan et al. 2024) for the matrices of the transformer's blocks, AdamW for everything else."""
-    matrices = [p for p in denoiser.transformer.transformer_blocks.parameters() if p.ndim == 2]
-    chosen = {id(p) for p in matrices}
-    others = [p for p in denoiser.parameters() if id(p) not in chosen]
-    return [
-        torch.optim.Muon(matrices, lr=rate, weight_decay=0.01, momentum=0.95, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True),
-    ]
-
-
-class Ema:
-    """A running average of a module's weights."""
-
-    def __init__(self, module: torch.nn.Module, decay: float) -> None:
-        self.decay, self.updates = decay, 0
-        self.weights = {name: p.detach().clone() for name, p in module.named_parameters()}
-
-    @torch.no_grad()
-    def update(self, module: torch.nn.Module) -> None:
-        """One step towards the module; faster at first, so that the random start is forgotten."""
-        self.updates += 1
-        rate = 1 - min(self.decay, (1 + self.updates) / (10 + self.updates))
-        ours = list(self.weights.values())
-        torch._foreach_lerp_(ours, [p.detach() for p in module.parameters()], rate)
-
-
-def train_denoiser(
-    denoiser: Denoiser,
-    data: Data,
-    *,
-    steps: int,
-    batch: int,
-    rate: float,
-    seed: int,
-    work: Path,
-    save_every: int,
-    publish,
-) -> Ema:
-    """Fit transformer and text encoders. ``publish(step, ema, loss)`` is called at every snapshot and at the end.
-
-    The state in ``work / "state.pt"`` is taken up where one is found. Each step draws from a generator of its own, so a resumed
-    run sees what the unbroken one would.
-    """
-    optimizers, ema, start = build_optimizers(denoiser, rate), Ema(denoiser, 0.998), 0
-    schedules = [
-        torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: warmup_then_decay(step, steps, min(200, steps // 10 + 1))
-        )
-        for optimizer in optimizers
-    ]
-    if (work / "state.pt").exists():
-        state = torch.load(work / "state.pt", weights_only=True)
-        denoiser.load_state_dict(state["model"])
-        ema.weights, ema.updates, start = state["ema"], state["step"], state["step"]
-        for part, saved in zip([*optimizers, *schedules], state["optimizers"]):
-            part.load_state_dict(saved)
-        console.print(f"resuming at step {start}")
-    losses: list[float] = []
-    with bar() as progress:
-        task = progress.add_task("transformer", total=steps, completed=start, note="")
-        for step in range(start, steps):
-            loss = flow_matching_loss(denoiser, data.batch(batch, torch.Generator().manual_seed(seed * 10**6 + step)))
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(denoiser.parameters(), 1.0)
-            for part in (*optimizers, *schedules):
-                part.step()
-            denoiser.zero_grad(set_to_none=True)
-            ema.update(denoiser)
-            losses.append(loss.item())
-            progress.update(task, advance=1, note=f"loss {np.mean(losses[-100:]):.4f}")
-            if (step + 1) % save_every == 0 or step + 1 == steps:
-                parts = [part.state_dict() for part in (*optimizers, *schedules)]
-                state = {"model": denoiser.state_dict(), "ema": ema.weights, "step": step + 1, "optimizers": parts}
-                torch.save(state, work / "state.tmp")
-                (work / "state.tmp").replace(work / "state.pt")
-                publish(step + 1, ema, float(np.mean(losses[-save_every:])))
-    return ema
 
 
 # ------------------------------------------------------------------------------------------- stage 3: a pipeline folder
@@ -333,8 +238,13 @@ def strict_accuracy(
 
 
 @app.command()
-def captions(folder: Annotated[Path, typer.Option(help="where the two prompt files go")] = ROOT / "configs") -> None:
-    """Write shapes_train.txt and shapes_reserved.txt, one caption a line."""
+def captions(
+    folder: Annotated[Path, typer.Option(help="where the two prompt files go")] = ROOT / "configs",
+    edit: Annotated[bool, typer.Option("--edit", help="edits instead of captions")] = False,
+) -> None:
+    """Write shapes_train.txt and shapes_reserved.txt, one caption a line; or edits_train.parquet and edits_reserved.parquet."""
+    if edit:
+        return write_files(folder)
     for name, chosen in (("shapes_train.txt", train_captions()), ("shapes_reserved.txt", reserved_captions())):
         (folder / name).write_text("".join(f"{caption.text}\n" for caption in chosen))
         console.print(f"{folder / name}: {len(chosen)} captions")
@@ -343,7 +253,8 @@ def captions(folder: Annotated[Path, typer.Option(help="where the two prompt fil
 @app.command()
 def train(
     out: Annotated[Path, typer.Option(help="the pipeline folder to write; refreshed at every snapshot")],
-    work: Annotated[Path, typer.Option(help="what a restart needs")] = ROOT / "runs" / "embedded",
+    edit: Annotated[bool, typer.Option("--edit", help="the pipeline that edits a picture")] = False,
+    work: Annotated[Path | None, typer.Option(help="what a restart needs; default: in runs/")] = None,
     steps: Annotated[int, typer.Option(help="steps of the transformer")] = 10000,
     batch: Annotated[int, typer.Option(help="pictures in each of them")] = 96,
     rate: Annotated[float, typer.Option(help="their highest learning rate")] = 2e-3,
@@ -359,6 +270,11 @@ def train(
     if smoke:
         steps, batch, vae_steps, pool, save_every = 4, 8, 3, 64, 2
     torch.set_num_threads(threads)
+    work = work or ROOT / "runs" / ("embedded_edit" if edit else "embedded")
+    if edit:
+        return train_edit(
+            out, work, steps=steps, batch=batch, rate=rate, pool=pool, save_every=save_every, seed=seed, smoke=smoke
+        )
     torch.manual_seed(seed)
     work.mkdir(parents=True, exist_ok=True)
     vae, data = prepare(work, pool, vae_steps, seed)
@@ -381,8 +297,10 @@ def train(
             file.write(json.dumps(entry) + "\n")
         console.print(entry)
 
+    examples = Data(ids=ids, **data)
     train_denoiser(
-        denoiser, Data(ids=ids, **data), steps=steps, batch=batch, rate=rate, seed=seed, work=work,
+        denoiser, lambda generator: flow_matching_loss(denoiser, examples.batch(batch, generator)),
+        blocks=[*denoiser.transformer.transformer_blocks], steps=steps, rate=rate, seed=seed, work=work,
         save_every=save_every, publish=publish,
     )  # fmt: skip
 
@@ -411,9 +329,12 @@ def evaluate(
     seeds: Annotated[int, typer.Option(help="how many noise seeds")] = 4,
     steps: Annotated[int, typer.Option(help="denoising steps")] = 10,
     threads: Annotated[int, typer.Option()] = 1,
+    edit: Annotated[bool, typer.Option("--edit", help="a pipeline that edits a picture, by kind of edit")] = False,
 ) -> None:
     """Strict accuracy by task, on reserved captions and on as many trained ones, with and without guidance."""
     torch.set_num_threads(threads)
+    if edit:
+        return evaluate_edit(folder, seeds=seeds, steps=steps)
     pipeline = load_pipeline(folder)
     trained = train_captions()
     stride = np.random.default_rng(0).permutation(len(trained))

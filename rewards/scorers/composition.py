@@ -70,6 +70,7 @@ class Found:
     x: float  # centre of the bounding box
     y: float
     aspect: float  # longer over shorter side
+    size: float  # longer side of the bounding box
 
     @property
     def shape(self) -> str:
@@ -128,7 +129,7 @@ class CompositionReward:
                 f"with {len(prompts)} prompts"
             )
         parts: dict[str, list[float | None]] = {"graded": [], "tolerant": [], "strict": []}
-        for prompt, found, shares in zip(prompts, *find(_to_world_size(images))):
+        for prompt, found, shares in zip(prompts, *find(to_world_size(images))):
             try:
                 values = judge(parse_caption(prompt), found, shares)
             except NotACaption:
@@ -169,12 +170,18 @@ def judge(caption: Caption, found: Sequence[Found], shares: np.ndarray) -> dict[
 
 def match(wanted: Sequence[Thing], found: Sequence[Found]) -> list[tuple[float, Found | None]]:
     """For each wanted thing its credit in [0, 1] and its object, none twice; the best fitting pair is taken first."""
-    credits = np.array([[_thing_credit(thing, candidate) for candidate in found] for thing in wanted])
-    result: list[tuple[float, Found | None]] = [(0.0, None)] * len(wanted)
-    for _ in range(min(len(wanted), len(found))):
-        row, column = np.unravel_index(int(np.argmax(credits)), credits.shape)
-        result[int(row)] = (float(credits[row, column]), found[int(column)])
-        credits[row, :] = credits[:, column] = -1
+    credits = np.array([[thing_credit(thing, candidate) for candidate in found] for thing in wanted])
+    return [(credit, None if place is None else found[place]) for credit, place in assign(credits)]
+
+
+def assign(credits: np.ndarray) -> list[tuple[float, int | None]]:
+    """For each row of credits [W, M] its credit and its column, none twice; the largest credit is taken first."""
+    left = credits.copy()
+    result: list[tuple[float, int | None]] = [(0.0, None)] * len(left)
+    for _ in range(min(left.shape)):
+        row, column = np.unravel_index(int(np.argmax(left)), left.shape)
+        result[int(row)] = (float(left[row, column]), int(column))
+        left[row, :] = left[:, column] = -1
     return result
 
 
@@ -209,6 +216,7 @@ def find(images: np.ndarray) -> tuple[list[list[Found]], np.ndarray]:
                 x=left + width / 2,
                 y=top % (SIZE + 1) + height / 2,
                 aspect=max(width, height) / min(width, height),
+                size=float(max(width, height)),
             )
         )
     inside = large[labels].reshape(planes.shape)[:, :, :SIZE].any(1)  # [B, 32, 32]
@@ -251,7 +259,7 @@ def _ideal_shapes(height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
     return flat, flat.sum(1)
 
 
-def _thing_credit(wanted: Thing, found: Found) -> float:
+def thing_credit(wanted: Thing, found: Found) -> float:
     """How well an object is what is wanted: the mean of shape and, where one is named, colour."""
     overlap = found.overlap[SHAPES.index(wanted.shape)]
     clear = min(1.0, max(0.0, (overlap - SHAPE_OVERLAP_NONE) / (SHAPE_OVERLAP - SHAPE_OVERLAP_NONE)))
@@ -289,7 +297,7 @@ def _opencv() -> Any:
     return need("cv2", extra="composition", what="the reward 'composition'")
 
 
-def _to_world_size(images: np.ndarray) -> np.ndarray:
+def to_world_size(images: np.ndarray) -> np.ndarray:
     """uint8 [B, H, W, 3] to [B, 32, 32, 3]: averaging where the picture is larger."""
     if images.shape[1:3] == (SIZE, SIZE):
         return images
@@ -297,4 +305,4 @@ def _to_world_size(images: np.ndarray) -> np.ndarray:
     return np.array([cv2.resize(image, (SIZE, SIZE), interpolation=cv2.INTER_AREA) for image in images])
 
 
-__all__ = ["CompositionReward", "Found", "find", "judge", "match"]
+__all__ = ["CompositionReward", "Found", "assign", "find", "judge", "match", "thing_credit", "to_world_size"]

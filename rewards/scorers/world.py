@@ -29,7 +29,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from itertools import permutations, product
@@ -66,9 +66,9 @@ TASKS = ("single_object", "two_object", "counting", "colors", "position", "color
 NUM_RESERVED = {"single_object": 6, "two_object": 6, "counting": 12, "colors": 12, "position": 6, "color_attr": 6}
 
 _SUPERSAMPLE = 4
-_MARGIN = 1.0  # pixels between a shape and the picture's edge
+MARGIN = 1.0  # pixels between a shape and the picture's edge
 _GAP = 2.0  # pixels between the bounding boxes of two shapes
-_RADII = {1: (5.0, 8.5), 2: (4.5, 6.5), 3: (4.0, 5.5), 4: (4.0, 5.0)}  # by number of objects, in pixels
+RADII = {1: (5.0, 8.5), 2: (4.5, 6.5), 3: (4.0, 5.5), 4: (4.0, 5.0)}  # by number of objects, in pixels
 _PLACED_RADII = (4.5, 7.0)
 
 
@@ -174,13 +174,24 @@ def draw(caption: Caption, rng: np.random.Generator) -> np.ndarray:
 
     Raises ValueError where OpenCV is not installed.
     """
-    cv2 = need("cv2", extra="composition", what="drawing the world of shapes")
     background = caption.background or str(rng.choice(list(BACKGROUNDS)))
     colors = _pick_colors(caption, rng)
     boxes = _place(caption, rng)
+    return draw_shapes(
+        background, [(thing.shape, color, *box) for thing, color, box in zip(caption.things, colors, boxes)]
+    )
+
+
+def draw_shapes(background: str, shapes: Iterable[tuple[str, str, float, float, float]]) -> np.ndarray:
+    """Draw shapes on a background: uint8 [32, 32, 3], RGB.
+
+    Each is (shape, color, x, y, radius): its centre and half of its width, in pixels. Raises ValueError where OpenCV is
+    not installed.
+    """
+    cv2 = need("cv2", extra="composition", what="drawing the world of shapes")
     canvas = np.full((SIZE * _SUPERSAMPLE,) * 2 + (3,), BACKGROUNDS[background], np.uint8)
-    for thing, color, (x, y, radius) in zip(caption.things, colors, boxes):
-        _draw_shape(canvas, thing.shape, x, y, radius, COLORS[color])
+    for shape, color, x, y, radius in shapes:
+        _draw_shape(canvas, shape, x, y, radius, COLORS[color])
     return cv2.resize(canvas, (SIZE, SIZE), interpolation=cv2.INTER_AREA)
 
 
@@ -314,23 +325,23 @@ def _pick_colors(caption: Caption, rng: np.random.Generator) -> list[str]:
 def _place(caption: Caption, rng: np.random.Generator) -> list[tuple[float, float, float]]:
     """Centre and radius of each thing, by rejection: apart from each other, and as the caption says."""
     count = len(caption.things)
-    low, high = _RADII[count] if caption.placement is None else _PLACED_RADII
+    low, high = RADII[count] if caption.placement is None else _PLACED_RADII
     while True:
         radii = rng.uniform(low, high, count)
         # the sizes of counted things differ little, so that they look alike
         if caption.task == "counting":
             radii = radii.mean() + 0.3 * (radii - radii.mean())
-        centers = rng.uniform((radii + _MARGIN)[:, None], (SIZE - radii - _MARGIN)[:, None], (count, 2))
+        centers = rng.uniform((radii + MARGIN)[:, None], (SIZE - radii - MARGIN)[:, None], (count, 2))
         if caption.placement is not None:
             centers[0] = _move_to(caption.placement, centers[0], radii[0], rng)
-        if _are_apart(centers, radii) and (caption.relation is None or _is_clear(caption.relation, *centers)):
+        if are_apart(centers, radii) and (caption.relation is None or _is_clear(caption.relation, *centers)):
             return [(float(x), float(y), float(r)) for (x, y), r in zip(centers, radii)]
 
 
 def _move_to(placement: str, center: np.ndarray, radius: float, rng: np.random.Generator) -> np.ndarray:
     """Move a centre [2] to where the caption wants it, leaving open what it leaves open."""
     x, y = center
-    near, middle = rng.uniform(radius + _MARGIN, 10.5), rng.uniform(SIZE / 2 - 2, SIZE / 2 + 2, 2)
+    near, middle = rng.uniform(radius + MARGIN, 10.5), rng.uniform(SIZE / 2 - 2, SIZE / 2 + 2, 2)
     moved = {
         "left": (near, y),
         "right": (SIZE - near, y),
@@ -341,7 +352,7 @@ def _move_to(placement: str, center: np.ndarray, radius: float, rng: np.random.G
     return np.array(moved[placement])
 
 
-def _are_apart(centers: np.ndarray, radii: np.ndarray) -> bool:
+def are_apart(centers: np.ndarray, radii: np.ndarray) -> bool:
     """Whether no two bounding boxes come closer than the gap; centers [N, 2], radii [N]."""
     distance = np.abs(centers[:, None] - centers[None]).max(-1) - radii[:, None] - radii[None]
     np.fill_diagonal(distance, np.inf)
@@ -376,8 +387,10 @@ __all__ = [
     "BACKGROUNDS",
     "COLORS",
     "COUNTS",
+    "MARGIN",
     "MIRRORED",
     "PLACEMENTS",
+    "RADII",
     "RELATIONS",
     "SHAPES",
     "SIZE",
@@ -386,7 +399,9 @@ __all__ = [
     "NotACaption",
     "Thing",
     "all_captions",
+    "are_apart",
     "draw",
+    "draw_shapes",
     "parse_caption",
     "reserved_captions",
     "train_captions",

@@ -25,7 +25,7 @@ console, stderr = Console(), Console(stderr=True)
 
 
 def check_model(
-    path: Annotated[str, typer.Argument(help="Folder or hub id in diffusers' layout, or `embedded`.")],
+    path: Annotated[str, typer.Argument(help="Folder or hub id in diffusers' layout, `embedded` or `embedded_edit`.")],
     targets: Annotated[str, typer.Option(help="LoRA targets, separated by commas; `auto` finds them.")] = "auto",
     guidance_scale: Annotated[float, typer.Option("--guidance-scale", help="1 is without guidance.")] = 1.0,
     adapter: AdapterOption = None,

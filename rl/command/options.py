@@ -33,7 +33,10 @@ RunOption = Annotated[
 ModelOption = Annotated[
     str | None,
     typer.Option(
-        "--model", "-m", help="Folder or hub id in diffusers' layout; default `embedded`.", rich_help_panel=_PANEL
+        "--model",
+        "-m",
+        help="Folder or hub id in diffusers' layout, `embedded` or `embedded_edit`; default `embedded`.",
+        rich_help_panel=_PANEL,
     ),
 ]
 AdapterOption = Annotated[
@@ -265,7 +268,7 @@ def choose(
 
     from flowsteer.rl.config import parse_overrides
     from flowsteer.rl.config.schema import ModelConfig
-    from flowsteer.rollout.lifting.pipeline import EMBEDDED
+    from flowsteer.rollout.lifting.loading import EMBEDDED
 
     if run is not None and (model is not None or lora is not None or adapter is not None):
         raise ValueError("--run brings its own model and weights; leave out --model, --adapter and --lora, or --run")

@@ -54,7 +54,8 @@ class ModelConfig(Section):
     """The pipeline to train."""
 
     path: str = "embedded"
-    """A folder or hub id in diffusers' layout; ``embedded`` is the tiny pipeline that is shipped with the package."""
+    """A folder or hub id in diffusers' layout; ``embedded`` and ``embedded_edit``, which edits a picture, are the tiny
+    pipelines that are shipped with the package."""
     adapter: str | None = None
     """A pipeline written by hand in place of the lifted one: an entry point of the group ``flowsteer.pipelines``,
     ``package.module:Name`` or ``path/to/file.py:Name`` (rollout/lifting/protocol.py)."""

@@ -29,7 +29,7 @@ from flowsteer.rl.intervals import Estimate, mean_and_interval
 from flowsteer.rl.metrics import read_metrics
 from flowsteer.rl.report.panels import evaluation_panels, is_act, learning_panels, number, reward_panels, time_panel
 from flowsteer.rl.report.sheets import cut_films, embed, embed_tile, read_picture, sheets_of
-from flowsteer.rollout.lifting.pipeline import EMBEDDED_LENGTH
+from flowsteer.rollout.lifting.loading import EMBEDDED, SHIPPED
 
 _PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "deepspeed")
 _MAX_TILE = 256
@@ -246,8 +246,8 @@ def loading_snippet(config: dict[str, Any], folder: Path, evaluations: Sequence[
     prompt = evaluations[-1].prompts[0] if evaluations else "a prompt"
     arguments = {key: section.get(key) for key in ("num_inference_steps", "guidance_scale", "negative_prompt")}
     arguments |= {"height": settings["height"], "width": settings["width"], **settings["call"]}
-    if model == "embedded":
-        arguments = {**arguments, "max_sequence_length": EMBEDDED_LENGTH, **settings["call"]}
+    if model in SHIPPED:
+        arguments = {**arguments, **SHIPPED[model], **settings["call"]}
     call = ", ".join(f"{key}={value!r}" for key, value in arguments.items() if value is not None)
     picture = f"image = pipe({prompt!r}, {call}).images[0]"  # some pipelines name guidance otherwise, or give frames
     dtype = "" if settings["dtype"] == "float32" else f", dtype=torch.{settings['dtype']}"
@@ -260,9 +260,9 @@ def loading_snippet(config: dict[str, Any], folder: Path, evaluations: Sequence[
         )
     load = f"DiffusionPipeline.from_pretrained({_public(model)!r}{dtype})"
     source = f"{torch_import}from diffusers import DiffusionPipeline"
-    if model == "embedded":
-        place = "str(files('flowsteer.rollout') / 'embedded')"
-        load = f"DiffusionPipeline.from_pretrained({place}, text_encoder_3=None, tokenizer_3=None)"
+    if model in SHIPPED:
+        absent = ", text_encoder_3=None, tokenizer_3=None" if model == EMBEDDED else ""
+        load = f"DiffusionPipeline.from_pretrained(str(files('flowsteer.rollout') / {model!r}){absent})"
         source = "from importlib.resources import files\n\nfrom diffusers import DiffusionPipeline"
     weights = f"pipe.load_lora_weights({f'{name}/export'!r})"
     if (folder / "export" / SECOND).exists():

@@ -14,17 +14,25 @@ from diffusers import DiffusionPipeline
 from huggingface_hub.errors import HFValidationError
 
 EMBEDDED = "embedded"
+EMBEDDED_EDIT = "embedded_edit"
+# The pipelines that come with this package, and the arguments of ``__call__`` that they were trained with.
+SHIPPED: dict[str, dict[str, Any]] = {
+    # diffusers' 256 zeros for the missing T5 would make each pass six times slower
+    EMBEDDED: {"max_sequence_length": 12},
+    # the source at its own size, and not at one of those that the published model was trained with
+    EMBEDDED_EDIT: {"max_sequence_length": 12, "max_area": 32 * 32, "_auto_resize": False},
+}
 
 
 def load_diffusers(
     path: str, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> DiffusionPipeline:
-    """A diffusers pipeline from a folder, a hub id, or "embedded", the tiny one that comes with this package.
+    """A diffusers pipeline from a folder, a hub id, or one of the tiny ones that come with this package (`SHIPPED`).
 
     Components that ``model_index.json`` leaves out or lists as [null, null] are None, so that Stable Diffusion 3
     without T5 loads. Raises ValueError where there is no such pipeline.
     """
-    folder = str(Path(__file__).parents[1] / EMBEDDED) if path == EMBEDDED else path
+    folder = str(Path(__file__).parents[1] / path) if path in SHIPPED else path
     try:
         if not Path(folder).is_dir():
             folder = str(DiffusionPipeline.download(folder))  # its progress is worth seeing, that of loading is not
@@ -33,7 +41,7 @@ def load_diffusers(
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
             f"there is no diffusers pipeline {path!r}: give a folder with a model_index.json, the id of a repository on the "
-            f"hub, or {EMBEDDED!r} ({type(error).__name__}: {reason})"
+            f"hub, or {' or '.join(map(repr, SHIPPED))} ({type(error).__name__}: {reason})"
         ) from error
     cls = getattr(diffusers, index["_class_name"], None)  # None: a class that comes with the checkpoint
     expected = cls._get_signature_keys(cls)[0] if cls is not None else ()

@@ -23,7 +23,7 @@ from flowsteer.rollout.data.prompts import Row
 from flowsteer.rollout.lifting.arguments import CallArguments, Settings
 from flowsteer.rollout.lifting.conditioning import Conditioning, UnlikeConditioning
 from flowsteer.rollout.lifting.lift import ADAPTER_ADVICE, LiftError, lift
-from flowsteer.rollout.lifting.loading import EMBEDDED, load_diffusers
+from flowsteer.rollout.lifting.loading import SHIPPED, load_diffusers
 from flowsteer.rollout.lifting.loop import GUIDES, Call, Loop
 from flowsteer.rollout.lifting.prepare import Preparer
 from flowsteer.rollout.lifting.protocol import Pipeline
@@ -32,8 +32,6 @@ from flowsteer.rollout.lifting.several import Prepared, Several, join
 from flowsteer.rollout.lifting.step import Body, LiftedStep, finish, join_states, run_to_step
 
 logger = logging.getLogger(__name__)
-
-EMBEDDED_LENGTH = 12  # tokens of a prompt
 
 
 class FlowPipeline:
@@ -98,13 +96,12 @@ class FlowPipeline:
     def load(
         cls, path: str, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", **arguments: Any
     ) -> FlowPipeline:
-        """From a folder, a hub id, or "embedded"; further arguments are the constructor's. See ``load_diffusers``.
+        """From a folder, a hub id, or a name of `SHIPPED`; further arguments are the constructor's. See ``load_diffusers``.
 
-        The embedded pipeline has no T5; what stands for its tokens is as short as its prompts unless ``call_kwargs`` says
-        otherwise: diffusers' 256 zeros would make each pass six times slower.
+        A shipped pipeline is called with the arguments that it was trained with unless ``call_kwargs`` says otherwise.
         """
-        if path == EMBEDDED:
-            arguments["call_kwargs"] = {"max_sequence_length": EMBEDDED_LENGTH, **(arguments.get("call_kwargs") or {})}
+        if path in SHIPPED:
+            arguments["call_kwargs"] = {**SHIPPED[path], **(arguments.get("call_kwargs") or {})}
         return cls(load_diffusers(path, dtype=dtype, device=device), **arguments)
 
     @property

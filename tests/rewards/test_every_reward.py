@@ -22,6 +22,7 @@ from tiny_preference import tiny_model
 from flowsteer.rewards.certify.certificate import certify
 from flowsteer.rewards.certify.inputs import built_in_inputs
 from flowsteer.rewards.registry import load_reward
+from flowsteer.rewards.scorers.edits import sample_case
 
 
 def worth(image: np.ndarray, text: str) -> float:
@@ -59,6 +60,7 @@ def options(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mapping[str, d
     yield {
         "composition": {},
         "edit_consistency": {},
+        "edit_composition": {},
         "ocr": {"mode": "recognize"},
         "jpeg_compressibility": {},
         "jpeg_incompressibility": {},
@@ -109,6 +111,12 @@ def test_it_is_certified(options: Mapping[str, dict[str, Any]], name: str) -> No
             "exclude": [[{"class": "computer mouse", "count": count + 1}] for count in counts],
         }
         given = {"images": images, "prompts": prompts, "columns": columns, "uses_prompt": False}
+    if name == "edit_composition":  # ground truth, and pictures with another one's column
+        cases = [sample_case(np.random.default_rng(row), reserved=False) for row in range(8)]
+        shown = np.stack([case.target.draw() for case in [*cases, *cases]])
+        expected = [case.expected for case in [*cases, *cases[1:], cases[0]]]
+        prompts = [case.edit.text for case in [*cases, *cases[1:], cases[0]]]
+        given = {"images": shown, "prompts": prompts, "columns": {"expected": expected}}
     certificate = certify(functools.partial(load_reward, name, **options[name]), name=name, **given)
     assert certificate.ok, certificate.text()
     said = dict(zip(prompts, certificate.scores))
