@@ -1,20 +1,8 @@
-"""Known faults of this field, for `scripts/mutate.py`: a replacement of source text each, and the tests that should fail."""
+"""Known faults of this field in sampling and learning: a replacement of source text each, and the tests that should fail."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-
-@dataclass(frozen=True, kw_only=True)
-class Fault:
-    """A fault, where it is planted, and the tests that are asked."""
-
-    name: str
-    file: str
-    right: str
-    wrong: str
-    tests: str
-
+from fault import Fault
 
 FAULTS = (
     Fault(
@@ -267,13 +255,6 @@ FAULTS = (
         tests="tests/rl/test_every_algorithm.py -k pulls_back",
     ),
     Fault(
-        name="a flagged picture is black, and scored",
-        file="rollout/lifting/loop.py",
-        right="**proxies, **self.unchecked, ",
-        wrong="**proxies, ",
-        tests="tests/rollout/test_pipeline.py -k flagged",
-    ),
-    Fault(
         name="an update that is not finite is made",
         file="rl/engine/zero.py",
         right="        check(before)\n",
@@ -372,94 +353,10 @@ FAULTS = (
         tests="tests/rl/test_losses.py -k kl_is_to_the_reference",
     ),
     Fault(
-        name="a picture is left out of the start",
-        file="rollout/lifting/prepare.py",
-        right="            base=state,\n",
-        wrong="            base=None,\n",
-        tests="tests/rollout/test_inputs.py",
-    ),
-    Fault(
-        name="the loop keeps the noise of the probe",
-        file="rollout/lifting/conditioning.py",
-        right="own = {key: noise.to(self.values[key]) for key in self.noise_names}",
-        wrong="own = {}",
-        tests="tests/rollout/test_inputs.py",
-    ),
-    Fault(
-        name="the frames of a sample are taken as blocks",
-        file="rollout/lifting/conditioning.py",
-        right="return best if distance(best) < 0.1 * distance(self) else self",
-        wrong="return self",
-        tests="tests/rollout/test_zoo.py -k animatediff",
-    ),
-    Fault(
-        name="rows are taken together that do not go together",
-        file="rollout/lifting/prepare.py",
-        right="if row.inputs and (reason := self._stumbles",
-        wrong="if not row.inputs and (reason := self._stumbles",
-        tests="tests/rollout/test_zoo.py -k motif_video_i2v",
-    ),
-    Fault(
-        name="ControlNets are trained",
-        file="rollout/lifting/loop.py",
-        right='GUIDES = ("controlnet", "adapter")',
-        wrong='GUIDES = ("none",)',
-        tests="tests/whole/test_pictures.py -k sd_controlnet",
-    ),
-    Fault(
-        name="a source is drawn as often as every other",
-        file="rollout/data/batches.py",
-        right="for source, weight in enumerate(weights) for _ in range(weight)]",
-        wrong="for source, _ in enumerate(weights)]",
-        tests="tests/rollout/test_prompts.py -k by_its_weight",
-    ),
-    Fault(
-        name="the mask is compared, and what is outside of it left out",
-        file="rewards/scorers/edit_consistency.py",
-        right="_resized(mask, image) < HALF",
-        wrong="_resized(mask, image) >= HALF",
-        tests="tests/rewards/test_edit_consistency.py -k TestMask",
-    ),
-    Fault(
-        name="the pictures of a batch are those of its first samples",
-        file="rewards/hosts/worker.py",
-        right="[None if row is None else arrays[row] for row in given",
-        wrong="[None if row is None else arrays[0] for row in given",
-        tests="tests/rewards/test_pictures.py -k pixels_arrive",
-    ),
-    Fault(
-        name="frames of all videos are mixed",
-        file="rewards/frames.py",
-        right="values[count * row : count * (row + 1)]",
-        wrong="values[row::size]",
-        tests="tests/rewards/test_frames.py",
-    ),
-    Fault(
-        name="latents of pictures stay where the autoencoder has them",
-        file="rollout/lifting/epilogue.py",
-        right="torch.empty_like(values).scatter_(0, self.source, values)",
-        wrong="values",
-        tests="tests/rollout/test_encode.py -k FluxPipeline",
-    ),
-    Fault(
-        name="kept encodings of other weights are taken",
-        file="rollout/lifting/encode.py",
-        right='said = f"{self._hash(autoencoder)} ',
-        wrong='said = f"',
-        tests="tests/rollout/test_encode.py -k other_weights",
-    ),
-    Fault(
-        name="the rejected picture is preferred",
-        file="rollout/data/pictures.py",
-        right="Picture(chosen, 1.0, columns), Picture(rejected, 0.0, columns)",
-        wrong="Picture(chosen, 0.0, columns), Picture(rejected, 1.0, columns)",
-        tests="tests/rollout/test_pictures.py -k chosen_and_rejected",
-    ),
-    Fault(
-        name="a picture's draw starts at the same one each time",
-        file="rollout/offline.py",
-        right="passes[group] * self.group_size + ",
-        wrong="",
-        tests="tests/rollout/test_pictures.py -k equally_often",
+        name="a LoRA trains layers that lead nowhere",
+        file="rl/targets.py",
+        right="reached.add(key) if gradient.any() else None",
+        wrong="reached.add(key)",
+        tests="tests/rl/test_targets.py",
     ),
 )

@@ -18,13 +18,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
+import faults
+import faults_of_data
 import typer
-from faults import FAULTS, Fault
+from fault import Fault
 from rich.console import Console
 from rich.table import Table
 
 ROOT = Path(__file__).resolve().parent.parent
 COPIED = ("pyproject.toml", "rl", "rewards", "rollout", "configs", "scripts", "tests")
+FAULTS = faults.FAULTS + faults_of_data.FAULTS
+
 console = Console()
 
 

@@ -381,28 +381,3 @@ def _draw_shape(canvas: np.ndarray, shape: str, x: float, y: float, radius: floa
     }[shape]
     points = (np.array([(x, y)]) + radius * np.array(corners)) * scale - fraction / 2
     cv2.fillPoly(canvas, [np.round(points).astype(np.int32)], color, cv2.LINE_8, 4)
-
-
-__all__ = [
-    "BACKGROUNDS",
-    "COLORS",
-    "COUNTS",
-    "MARGIN",
-    "MIRRORED",
-    "PLACEMENTS",
-    "RADII",
-    "RELATIONS",
-    "SHAPES",
-    "SIZE",
-    "TASKS",
-    "Caption",
-    "NotACaption",
-    "Thing",
-    "all_captions",
-    "are_apart",
-    "draw",
-    "draw_shapes",
-    "parse_caption",
-    "reserved_captions",
-    "train_captions",
-]
