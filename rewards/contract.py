@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from flowsteer.rewards.pictures import Picture, pixels_of
-from flowsteer.rewards.pixels import check_images, to_uint8
+from flowsteer.rewards.pixels import as_shown, check_images
 from flowsteer.rewards.types import Reward, Values
 
 logger = logging.getLogger(__name__)
@@ -44,6 +44,11 @@ def is_groupwise(reward: Reward) -> bool:
 def takes_videos(reward: Reward) -> bool:
     """Whether a reward is shown videos as they are, and not frame by frame: its class says ``video = True``."""
     return getattr(reward, "video", False) is True
+
+
+def takes_sound(reward: Reward) -> bool:
+    """Whether a reward is given sound, float32 [B, C, N]: its class says ``sound = True``."""
+    return getattr(reward, "sound", False) is True
 
 
 def unscorable_by(name: str, reward: Reward, prompts: Sequence[str]) -> dict[str, str]:
@@ -72,7 +77,7 @@ class Shown:
 
     size: int  # B
     rows: list[int]  # R, their places in the rollout batch
-    pixels: np.ndarray  # uint8 [R, H, W, 3] or [R, T, H, W, 3]
+    pixels: np.ndarray  # uint8 [R, H, W, 3] or [R, T, H, W, 3]; of sound float32 [R, C, N]
     prompts: list[str]  # R
     columns: dict[str, list[Any]]  # R each
     group: list[int]  # R
@@ -96,7 +101,7 @@ class Shown:
         return cls(
             size=len(images),
             rows=rows,
-            pixels=to_uint8(images[rows] if len(rows) < len(images) else images),
+            pixels=as_shown(images[rows] if len(rows) < len(images) else images),
             prompts=[prompts[row] for row in rows],
             columns={name: [values[row] for row in rows] for name, values in columns.items()},
             group=[numbers[row] for row in rows],
@@ -172,6 +177,12 @@ def ask(name: str, reward: Reward, batch: Shown) -> Answer:
     """The reward's answer for the batch; where it raises, its answers image by image, or none of a group."""
     if not len(batch):
         return Answer(parts={SCORE: []})
+    if (batch.pixels.ndim == 3) != takes_sound(reward):
+        has, wants = ("sound", "pictures") if batch.pixels.ndim == 3 else ("pictures", "sound")
+        raise ValueError(
+            f"the pipeline draws {has}, and reward {name!r} is for {wants}; a reward of sound says `sound = True` and runs "
+            "in the trainer's process"
+        )
     try:
         given = batch.shown_to(reward)
     except Exception as error:  # whatever a plug-in raises, the run goes on without those scores

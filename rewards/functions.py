@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 NOT_PASSED = ("completion_ids", "trainer_state", "environments")
 # what a reward may declare of itself, as attributes: of a class, or of a function (`flowsteer.rewards.types.Reward`)
-DECLARED = ("groupwise", "video", "pictures", "uses_prompt", "score_range", "fingerprint", "unscorable")
+DECLARED = ("groupwise", "video", "sound", "pictures", "uses_prompt", "score_range", "fingerprint", "unscorable")
 RESERVED = ("prompts", "completions", "images", "log_extra", "log_metric", *NOT_PASSED)
 
 

@@ -1,6 +1,6 @@
-"""What a reward sees of an image: 8-bit pixels, rounded once.
+"""What a reward sees of an image, 8-bit pixels, rounded once; and what it hears of a sound.
 
-Letters: B samples, T frames.
+Letters: B samples, T frames; of sound C channels and N samples in time.
 """
 
 from __future__ import annotations
@@ -12,6 +12,11 @@ from torch import Tensor
 RANGE_TOLERANCE = 1e-2  # rounding of a half-precision decoder beyond [0, 1]; an image in [-1, 1] is far outside
 
 
+def as_shown(images: Tensor) -> np.ndarray:
+    """What rewards are given: pixels as `to_uint8`; sound [B, C, N] as it is, in float32."""
+    return images.detach().float().cpu().numpy() if images.dim() == 3 else to_uint8(images)
+
+
 def to_uint8(images: Tensor) -> np.ndarray:
     """Float [B, 3, H, W] or [B, T, 3, H, W] in [0, 1] to uint8 [B, H, W, 3] or [B, T, H, W, 3], rounded, not cut off.
 
@@ -21,6 +26,8 @@ def to_uint8(images: Tensor) -> np.ndarray:
         ValueError: another shape, another type, or values outside [0, 1].
     """
     check_images(images)
+    if images.dim() == 3:
+        raise ValueError("sound has no pixels")
     if images.numel():
         low, high = (value.item() for value in torch.aminmax(images))
         if not (low >= -RANGE_TOLERANCE and high <= 1 + RANGE_TOLERANCE):
@@ -32,9 +39,10 @@ def to_uint8(images: Tensor) -> np.ndarray:
 
 
 def check_images(images: Tensor) -> None:
-    """Raise ValueError unless the images are floats [B, 3, H, W] or [B, T, 3, H, W]."""
-    if images.dim() not in (4, 5) or images.shape[-3] != 3 or not images.is_floating_point():
+    """Raise ValueError unless the images are floats [B, 3, H, W] or [B, T, 3, H, W], or sound [B, C, N]."""
+    pictures = images.dim() in (4, 5) and images.shape[-3] == 3
+    if not (pictures or images.dim() == 3) or not images.is_floating_point():
         raise ValueError(
-            "images must be floats [B, 3, H, W] or [B, T, 3, H, W], got "
+            "images must be floats [B, 3, H, W] or [B, T, 3, H, W], or sound [B, C, N], got "
             f"{images.dtype} of the shape {tuple(images.shape)}"
         )

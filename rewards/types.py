@@ -36,6 +36,7 @@ class Reward(Protocol):
       second as the column ``frame_rate`` (None where the pipeline has none). Others are shown a video frame by frame.
     - ``pictures = {"source": "image", "mask": "mask"}``: these columns are pictures, and it gets them as pixels
       (`flowsteer.rewards.pictures`), each under its name, with None for a sample without one.
+    - ``sound = True``: ``images`` is sound, float32 [B, C, N] in [-1, 1], of C channels.
     - ``uses_prompt = False``: the prompt plays no part, so `flowsteer rewards certify` does not ask for it.
     - ``score_range = (0.0, 1.0)``: all its scores and parts lie between these; evaluations then cut their intervals there.
     - ``fingerprint``: a mapping of names to texts and numbers on which scores depend (weights' hash, preprocessing, versions);

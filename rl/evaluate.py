@@ -25,6 +25,7 @@ from flowsteer.rewards.pixels import to_uint8
 from flowsteer.rewards.types import Scores
 from flowsteer.rl.intervals import Estimate, estimate, mean_and_interval
 from flowsteer.rl.metrics import all_names
+from flowsteer.rl.sounds import envelopes
 from flowsteer.rollout.data.prompts import Prompts
 from flowsteer.rollout.lifting.pipeline import Pipeline, UnlikeConditioning
 from flowsteer.rollout.sample import prepare_rows, sample
@@ -187,8 +188,10 @@ def image_grid(rows: Sequence[Tensor], *, scale: int = 1, columns: int = 12) -> 
 
 
 def save_grid(images: Tensor, path: Path, *, columns: int = 12) -> None:
-    """Write a sheet of pictures as PNG, small ones enlarged; of videos the first frames (`films.save_film_grid`: all)."""
-    first_frames = images[:, 0] if images.dim() == 5 else images
+    """Write a sheet of pictures as PNG, small ones enlarged; of videos the first frames (`films.save_film_grid`: all), of
+    sound its loudness over time.
+    """
+    first_frames = envelopes(images) if images.dim() == 3 else images[:, 0] if images.dim() == 5 else images
     image_grid([first_frames], scale=max(1, 128 // first_frames.shape[-1]), columns=columns).save(path)
 
 

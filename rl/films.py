@@ -19,6 +19,7 @@ from torch import Tensor
 
 from flowsteer.rewards.pixels import to_uint8
 from flowsteer.rl.evaluate import image_grid
+from flowsteer.rl.sounds import envelopes
 
 RATE = 16.0  # frames a second where a pipeline names none
 TRACKED = 8  # of an evaluation's pictures
@@ -65,10 +66,12 @@ def save_films(videos: Tensor, prompts: Sequence[str], folder: Path, *, frame_ra
 def show(
     trackers: Sequence[TensorBoardTracker | WandBTracker], step: int, images: Tensor, *, frame_rate: float | None
 ) -> None:
-    """Give trackers the first pictures of an evaluation, [P, 3, H, W] or [P, T, 3, H, W] in [0, 1].
+    """Give trackers the first pictures of an evaluation, [P, 3, H, W] or [P, T, 3, H, W] in [0, 1], or sound [P, C, N].
 
     TensorBoard plays videos, as GIF; others are given their first frames.
     """
+    if images.dim() == 3:
+        images = envelopes(images)
     videos, first = images.dim() == 5, to_uint8((images[:, 0] if images.dim() == 5 else images)[:TRACKED])
     for tracker in trackers:
         if not isinstance(tracker, TensorBoardTracker):

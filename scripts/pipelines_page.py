@@ -35,8 +35,7 @@ WORDS = {
     "values in [0, 1]. *Euler*: both take Euler steps in place of the pipeline's solver",
     "batch": "how much a row's prediction depends on the other rows of its batch, in standard deviations; *one by one*: the "
     "pipeline takes one row at a time, so each sample takes a network pass of its own",
-    "gradient": "how many tensors of a LoRA with the default targets a gradient reaches; *other targets* are listed "
-    "[below](#other-lora-targets)",
+    "gradient": "how many tensors of a LoRA (`model.lora.targets: auto`) a gradient reaches",
     "trained": "the algorithm of one training step of two samples; `batch_size=1`: only with `rollout.batch_size=1`, see "
     "[below](#only-one-sample-in-a-batch)",
     "redrawn": "what plain diffusers draws with the exported LoRA against what the trained policy draws, as in *equal*",
@@ -67,8 +66,6 @@ def page(answers: Iterable[Answer], release: str, date: datetime.date | None = N
     for kind in KINDS:
         lifted = [answer for answer in given if answer.kind == kind and answer.verdict == "lifted"]
         parts += section(kind, HEAD, [row(answer) for answer in lifted])
-    others = [answer for answer in given if answer.targets]
-    parts += section("Other LoRA targets", ("pipeline", "targets"), [(named(a), code(a.targets)) for a in others])
     alone = [answer for answer in given if answer.failed and answer.algorithm]
     parts += sentences("Only one sample in a batch", alone, lambda answer: answer.failed)
     failed = [answer for answer in given if answer.failed and not answer.algorithm]
@@ -121,7 +118,7 @@ def named(answer: Answer) -> str:
 
 def row(answer: Answer) -> tuple[str, ...]:
     equal = apart(answer.parity) + (", Euler" if answer.solver else "")
-    gradient = answer.gradient + (", other targets" if answer.targets else "")
+    gradient = answer.gradient
     batch = "one by one" if answer.alone else f"{answer.microbatch:.0e}" if answer.microbatch else "0"
     smaller = f", `batch_size={answer.batch_size}`" if answer.batch_size else ""
     trained = ALGORITHMS[answer.algorithm] + smaller if answer.algorithm else "no"

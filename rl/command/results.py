@@ -232,6 +232,7 @@ def sample(
     from flowsteer.rl.evaluate import save_files, save_grid
     from flowsteer.rl.films import save_film_grid, save_films
     from flowsteer.rl.prompt_files import frame_rate_of
+    from flowsteer.rl.sounds import sampling_rate_of, save_sounds
     from flowsteer.rollout.data.prompts import Row
     from flowsteer.rollout.sample import prepare_rows
     from flowsteer.rollout.sample import sample as draw
@@ -283,6 +284,8 @@ def sample(
         save_grid(drawn, output, columns=num_seeds)
     elif videos:
         save_films(drawn, texts, output, frame_rate=rate)
+    elif drawn.dim() == 3:
+        save_sounds(drawn, texts, output, rate=sampling_rate_of(pipeline))
     else:
         save_files(drawn, texts, output)
     console.print(Text(f"{len(prompts) * num_seeds} pictures: {output}"), soft_wrap=True)

@@ -9,7 +9,7 @@ import importlib
 import re
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +18,6 @@ import torch
 from PIL import Image
 
 from flowsteer.rl.command.check_model import trainable_findings
-from flowsteer.rl.config.schema import LoRAConfig
 from flowsteer.rl.export import how_to_load
 from flowsteer.rollout.data.inputs import kind_of
 from flowsteer.rollout.data.prompts import Row
@@ -29,7 +28,7 @@ from flowsteer.rollout.lifting.selfcheck import Report
 from zoo.checks import report_of
 from zoo.classes import Kind, class_of, has_prompt, is_deprecated, kind_of_class, media_of, missing_packages
 from zoo.entries import MODULES, Entry, built, entries, lifted
-from zoo.training import GROUP, RANK, targets_of, trained
+from zoo.training import GROUP, RANK, trained
 
 Verdict = Literal["lifted", "refused", "left out", "not built"]
 Found = dict[str, Any]
@@ -55,7 +54,6 @@ class Answer:
     solver: str = ""  # of the pipeline, where both took Euler steps in its place
     alone: bool = False  # it takes one row at a time
     microbatch: float | None = None  # how much a row depends on its batch, in deviations of the velocity
-    targets: tuple[str, ...] = ()  # of the LoRA
     gradient: str = ""  # tensors of the LoRA that a gradient reached: ``30 of 32``
     algorithm: str = ""  # by which it was trained; empty where it was not
     batch_size: int | None = None  # samples of a rollout batch, where fewer than a whole group had to be taken
@@ -193,31 +191,27 @@ def _prepares_without(entry: Entry, argument: str) -> bool:
 
 def _learns(entry: Entry) -> Found:
     pipeline, inputs, negative = lifted(entry)
-    targets = targets_of(pipeline)
-    found: Found = {"targets": () if targets == LoRAConfig().targets else targets}
-    found["loads"] = how_to_load(pipeline.pipe, pipeline.denoisers)
-    return found | _gradient(pipeline, targets, entry, (inputs or [{}])[0], negative) | _trained(entry, targets)
+    found: Found = {"loads": how_to_load(pipeline.pipe, pipeline.denoisers)}
+    return found | _gradient(pipeline, entry, (inputs or [{}])[0], negative) | _trained(entry)
 
 
-def _gradient(
-    pipeline: FlowPipeline, targets: Sequence[str], entry: Entry, inputs: dict[str, Any], negative: str | None
-) -> Found:
+def _gradient(pipeline: FlowPipeline, entry: Entry, inputs: dict[str, Any], negative: str | None) -> Found:
     own: dict[str, Any] = {"prompt": entry.prompts[0], "negative_prompt": negative, "inputs": inputs}
     try:
-        findings = trainable_findings(pipeline, targets, entry.guided or 1.0, rank=RANK, **own)
+        findings = trainable_findings(pipeline, "auto", entry.guided or 1.0, rank=RANK, **own)
     except Exception as error:  # of the network's backward pass
         return {"failed": _said(error)}
     reached = re.search(r"reached (\d+ of \d+) LoRA tensors", findings[-1].detail)
     return {"gradient": reached[1]} if reached else {"failed": findings[-1].detail}
 
 
-def _trained(entry: Entry, targets: Sequence[str]) -> Found:
+def _trained(entry: Entry) -> Found:
     """One step with whole groups in a batch, or if that fails with a batch for each sample."""
     failed = ""
     for batch_size in (GROUP, 1):
         try:
             with tempfile.TemporaryDirectory() as folder:
-                done = trained(entry, targets, Path(folder), batch_size=batch_size)
+                done = trained(entry, Path(folder), batch_size=batch_size)
         except Exception as error:  # what stops a run is an answer, too
             failed = failed or _said(error)
             continue

@@ -20,17 +20,17 @@ from torch import Tensor, nn
 from flowsteer.rewards.combine import RewardSet
 from flowsteer.rl.algorithms import DiffusionNFT, FlowGRPO
 from flowsteer.rl.compare import compare
-from flowsteer.rl.config.schema import LoRAConfig
 from flowsteer.rl.engine.base import Engine, prepare
 from flowsteer.rl.engine.optimizer import OptimizerSettings
 from flowsteer.rl.engine.processes import Processes
 from flowsteer.rl.export import export_lora, load_lora
 from flowsteer.rl.policy import Policy
 from flowsteer.rl.scoring import StepScorer
+from flowsteer.rl.targets import automatic_targets
 from flowsteer.rl.types import Facts
-from flowsteer.rollout.data.prompts import Prompts
+from flowsteer.rollout.data.prompts import Prompts, Row
 from flowsteer.rollout.lifting.loop import fixed_randomness
-from flowsteer.rollout.lifting.pipeline import FlowPipeline
+from flowsteer.rollout.lifting.pipeline import FlowPipeline, as_tensor
 from flowsteer.rollout.lifting.selfcheck import _Stepper
 from flowsteer.rollout.steps.kernels import check_kernel
 from flowsteer.rollout.steps.plan import Plan, all_steps, no_steps
@@ -64,22 +64,16 @@ def brightness(images: np.ndarray, prompts: Sequence[str], **columns: Sequence[A
     return [float(image.mean()) / 255 for image in images]
 
 
-def targets_of(pipeline: FlowPipeline) -> tuple[str, ...]:
-    """The layers that get a LoRA: the default ones that the pipeline has; if it has none, all linear ones of its blocks.
-
-    Without those whose name another module has, too: PEFT would refuse it.
-    """
-    modules = [own for denoiser in pipeline.denoisers.values() for own in denoiser.named_modules()]
-    linear = [name.split(".") for name, module in modules if isinstance(module, nn.Linear)]
-    endings = [".".join(names[-2:]) if names[-1].isdigit() else names[-1] for names in linear]
-    if default := [target for target in LoRAConfig().targets if target in endings]:
-        return tuple(default)
-    other = [name for name, module in modules if not isinstance(module, nn.Linear)]
-    chosen = {ending for names, ending in zip(linear, endings) if any(part.isdigit() for part in names)}
-    return tuple(sorted(own for own in chosen if not any(f".{name}".endswith(f".{own}") for name in other)))
+def loudness(images: np.ndarray, prompts: Sequence[str], **columns: Sequence[Any]) -> list[float]:
+    """Sound [B, C, N] to its mean absolute value."""
+    return [float(np.abs(sound).mean()) for sound in images]
 
 
-def trained(entry: Entry, targets: Sequence[str], folder: Path, *, batch_size: int = GROUP) -> Trained:
+brightness.video = True  # type: ignore[attr-defined]
+loudness.sound = True  # type: ignore[attr-defined]
+
+
+def trained(entry: Entry, folder: Path, *, batch_size: int = GROUP) -> Trained:
     """Train a pipeline of the entry for one step, export its LoRA into ``folder``, and draw with it by plain diffusers."""
     pipeline, inputs, negative = lifted(entry)
     row = inputs[0] if inputs else {}
@@ -89,6 +83,7 @@ def trained(entry: Entry, targets: Sequence[str], folder: Path, *, batch_size: i
         "negative_prompt": negative,
     }
     schedule = pipeline.prepare([entry.prompts[0]], **settings, inputs=[row]).schedule
+    targets = automatic_targets(pipeline, Row.of(entry.prompts[0], row), **settings)
     before = drawn(pipeline, entry.prompts[0], row, settings)
     processes = Processes(cpu=True, timeout_s=600)
     algorithm, plan = chosen(schedule, processes, common=len(pipeline.denoisers) > 1)
@@ -176,16 +171,19 @@ def _worker(
 
 def _one_step(algorithm: FlowGRPO | DiffusionNFT, policy: Policy, engine: Engine, worker: RolloutWorker) -> None:
     """Sample, score, compare, improve. Raises ValueError where the samples' scores are equal, from which nothing is learned."""
-    scorer = StepScorer(RewardSet([("brightness", brightness, 1.0)]))
     with policy.using(algorithm.acting):
-        rollouts = worker.sample(0, done=scorer.submit)
+        rollouts = worker.sample(0)
+    reward = loudness if rollouts[0].images.dim() == 3 else brightness
+    scorer = StepScorer(RewardSet([("reward", reward, 1.0)]))
+    for rollout in rollouts:
+        scorer.submit(rollout)
     scores = scorer.collect()
     scorer.close()
     comparisons, _ = compare(
-        rollouts, scores, engine.gather, weights={"brightness": 1.0}, deviation="group", clip=5.0, min_scored=1.0
+        rollouts, scores, engine.gather, weights={"reward": 1.0}, deviation="group", clip=5.0, min_scored=1.0
     )
     if not any(comparison.advantage.any() for comparison in comparisons):
-        raise ValueError("two samples of one prompt are equally bright: nothing to learn from")
+        raise ValueError("two samples of one prompt are equally bright or loud: nothing to learn from")
     for batch in algorithm.batches(rollouts, comparisons, 0):
         engine.backward(algorithm.loss(policy, batch)[0])  # type: ignore[arg-type]  (its own batches)
     policy.follow_old(algorithm.old_decay(engine.num_updates))
@@ -212,7 +210,7 @@ def drawn_by_diffusers(entry: Entry, folder: Path, schedule: Schedule, settings:
     for network in plain.components.values():
         if isinstance(network, nn.Module):
             network.requires_grad_(False)  # as training froze it: torch multiplies by whether a weight wants a gradient
-    if not isinstance(plain.scheduler, (FlowMatchEulerDiscreteScheduler, DDIMScheduler)):
+    if schedule.rising or not isinstance(plain.scheduler, (FlowMatchEulerDiscreteScheduler, DDIMScheduler)):
         plain.scheduler = copy.deepcopy(plain.scheduler)
         plain.scheduler.step = _Stepper(schedule)
     if getattr(plain, "guider", None) is not None:
@@ -222,7 +220,7 @@ def drawn_by_diffusers(entry: Entry, folder: Path, schedule: Schedule, settings:
     fresh.prepare(list(entry.prompts[:1]), inputs=inputs and inputs[:1], **settings)  # whether it wants a bare text
     arguments = fresh.call_arguments(list(entry.prompts[:1]), inputs=inputs and inputs[:1], **settings)
     with fixed_randomness(torch.device("cpu")), torch.no_grad():
-        return plain(**arguments)[0].float()
+        return as_tensor(plain(**arguments)[0], type(plain).__name__)
 
 
 def _difference(a: Tensor, b: Tensor) -> float:
