@@ -23,6 +23,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+Work = Callable[..., None]  # of a configuration and ``resume``
 TIMEOUT_S = 300.0  # a run takes 1 to 30 s; what takes longer hangs
 
 _context = multiprocessing.get_context("forkserver")
@@ -110,7 +111,12 @@ class Strike:
 
 
 def begin(
-    config: dict[str, Any], *, processes: int = 1, resume: bool = False, strike: Strike | None = None
+    config: dict[str, Any],
+    *,
+    processes: int = 1,
+    resume: bool = False,
+    strike: Strike | None = None,
+    work: Work = train_and_export,
 ) -> list[BaseProcess]:
     """Start a run on so many processes, with the environment that torchrun gives them; returns at once."""
     environment = {"OMP_NUM_THREADS": "1"}
@@ -120,7 +126,7 @@ def begin(
     for rank in range(processes):
         own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
         hit = strike if strike and strike.rank == rank else None
-        started.append(process(_child, config, resume, environment | own, _log(config, rank), hit))
+        started.append(process(_child, config, resume, environment | own, _log(config, rank), hit, work))
         started[-1].start()
     return started
 
@@ -136,9 +142,12 @@ def wait(started: Sequence[BaseProcess], timeout: float = TIMEOUT_S) -> list[int
     return codes
 
 
-def run(config: dict[str, Any], *, processes: int = 1, resume: bool = False, strike: Strike | None = None) -> Path:
-    """A whole run in processes of its own; returns its folder. Fails with their output when one failed or hangs."""
-    codes = wait(begin(config, processes=processes, resume=resume, strike=strike))
+def run(config: dict[str, Any], *, processes: int = 1, resume: bool = False, work: Work = train_and_export) -> Path:
+    """A whole run in processes of its own; returns its folder. Fails with their output when one failed or hangs.
+
+    ``work`` is what each process does, a function of a module that the server can import.
+    """
+    codes = wait(begin(config, processes=processes, resume=resume, work=work))
     if any(code != 0 for code in codes):
         texts = [_log(config, rank).read_text()[-4000:] for rank in range(processes)]
         raise AssertionError(f"the run ended with {codes} (None: it hung)\n" + "\n".join(texts))
@@ -214,14 +223,16 @@ def _as_python(arguments: list[str], cwd: str, environment: dict[str, str], out:
         runpy.run_path(os.path.abspath(kind), run_name="__main__")
 
 
-def _child(config: dict[str, Any], resume: bool, environment: dict[str, str], log: Path, strike: Strike | None) -> None:
+def _child(
+    config: dict[str, Any], resume: bool, environment: dict[str, str], log: Path, strike: Strike | None, work: Work
+) -> None:
     os.environ.update(environment)
     if strike:
         strike.arm()
     with log.open("a") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
-    train_and_export(config, resume=resume)
+    work(config, resume=resume)
 
 
 def _log(config: dict[str, Any], rank: int) -> Path:

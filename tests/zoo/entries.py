@@ -154,3 +154,10 @@ def lifted(entry: Entry) -> tuple[FlowPipeline, list[dict[str, Any]] | None, str
     pipeline = FlowPipeline(built(entry), **entry.size, call_kwargs=call, scheduler=entry.scheduler)
     inputs = [{name: as_input(name, value) for name, value in entry.inputs(row).items()} for row in range(3)]
     return pipeline, inputs if inputs[0] else None, entry.call.get("negative_prompt")
+
+
+def from_zoo(
+    *, path: str, dtype: torch.dtype, device: Any, height: int | None, width: int | None, call: Any
+) -> FlowPipeline:
+    """An adapter for pipelines that cannot be loaded from a folder without torchvision: ``path`` is the entry's name."""
+    return FlowPipeline(built(entries()[path]), height=height, width=width, call_kwargs=call)
