@@ -64,7 +64,7 @@ def receive(connection):
 
 def main():
     """Answer until the other side closes."""
-    fault = sys.argv[2]
+    fault = sys.argv[1]
     connection = socket.socket(fileno=int(sys.argv[sys.argv.index("--fd") + 1]))
     while True:
         header = receive(connection)

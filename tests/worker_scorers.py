@@ -84,6 +84,14 @@ def paths(images, prompts, **columns):
     return [float(find_spec(prompt) is not None) for prompt in prompts]
 
 
+def spawned_paths(images, prompts, **columns):
+    """The same in a spawned process, which loads the program's file again."""
+    import worker_scorers  # by a name that the other process can import
+
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(worker_scorers.paths, [None, prompts])
+
+
 def prints(images, prompts, **columns):
     """Writes to the standard output, through Python and beneath it."""
     print("a progress bar" * 1000)

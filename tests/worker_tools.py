@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from flowsteer.rewards.hosts import child, remote
+from flowsteer.rewards.hosts import remote
 from flowsteer.rewards.types import Reward
 
 HERE = Path(__file__).parent
@@ -75,9 +75,9 @@ def alive(pid: int) -> bool:
 
 
 @contextmanager
-def serving(target: str, *arguments: str) -> Iterator[str]:
+def serving(target: str, *arguments: str, python: str = sys.executable) -> Iterator[str]:
     """The address of a server with that scorer; its token is TOKEN."""
-    command = [sys.executable, str(child.WORKER_FILE), "serve", target, "--port", "0", *arguments]
+    command = [python, str(remote.SERVER_FILE), target, "--port", "0", *arguments]
     process = subprocess.Popen(
         command, env={**os.environ, remote.TOKEN_VARIABLE: TOKEN}, stderr=subprocess.PIPE, text=True
     )

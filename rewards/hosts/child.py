@@ -116,7 +116,7 @@ class WorkerReward:
             raise ValueError(f"there is no python {python!r}; give the path of an environment's bin/python")
         self.name = name or target
         self._command = [
-            python, str(WORKER_FILE), "run", target, "--options", json.dumps(dict(options or {}), allow_nan=False),
+            python, str(WORKER_FILE), target, "--options", json.dumps(dict(options or {}), allow_nan=False),
             "--max-body-bytes", str(max_body_bytes),
         ]  # fmt: skip
         self._folder = os.getcwd()  # relative paths stay those of now, also when it is started again

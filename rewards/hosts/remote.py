@@ -1,6 +1,6 @@
 """A reward on another machine, or in a service of its own on this one: the same frames over HTTP.
 
-`HTTPReward` asks what was started with ``worker.py serve``. It is used as any reward:
+`HTTPReward` asks what ``server.py`` serves. It is used as any reward:
 
 ==============================================  ======================================================================
 over there                                      here
@@ -53,6 +53,7 @@ from flowsteer.rewards.types import Values
 
 logger = logging.getLogger(__name__)
 
+SERVER_FILE = Path(__file__).with_name("server.py")
 TOKEN_VARIABLE = "FLOWSTEER_REWARD_TOKEN"
 NUM_TRIES = 3
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 8.0  # between tries: doubled each time, times a jitter of 0.5 to 1.5
@@ -63,7 +64,7 @@ _jitter = random.Random()  # its own: the global generator belongs to the user
 
 
 class HTTPReward:
-    """A scorer on another machine, where ``worker.py serve`` runs.
+    """A scorer on another machine, where ``server.py`` runs.
 
     The constructor asks for the handshake, and waits for a server that is busy or cannot be reached; where nothing listens
     at the address, or its host is unknown, it gives up after three tries, within seconds. A call ends within ``deadline_s +

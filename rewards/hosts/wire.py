@@ -2,7 +2,7 @@
 
 A frame is the magic number, the lengths of header and body (u32, u64, big-endian), a JSON header and raw bytes. Both
 lengths are capped, and checked before anything is allocated. Nothing is pickled, and no JSON holds NaN. The other side is
-``worker.py``, which has its own copy of the frame, since it may import nothing of ours.
+``worker.py`` (over HTTP ``server.py``), which has its own copy of the frame, since it may import nothing of ours.
 
 ===========  ======================================  =================================================================
 request      body                                    answer

@@ -1,7 +1,6 @@
-"""The far side of a reward that lives elsewhere: loads one scorer and answers for it, over a socket or over HTTP.
+"""The far side of a reward that lives elsewhere: loads one scorer and answers for it, over a socket.
 
-    python worker.py run TARGET --fd 5              # started by flowsteer.rewards.hosts.child.WorkerReward
-    python worker.py serve TARGET --port 8700       # asked by flowsteer.rewards.hosts.remote.HTTPReward
+    python worker.py TARGET --fd 5          # started by flowsteer.rewards.hosts.child.WorkerReward
 
 The python of another environment runs this file by its path, so it needs the standard library alone (Python 3.8 to 3.13).
 TARGET is ``module:attribute`` or ``path/to/file.py:attribute``: a function, or a class that is made with the JSON object
@@ -11,8 +10,7 @@ or a mapping of such parts, one of them called "score". Optional attributes of t
 its scores: a hash of the weights, preprocessing), ``version``, ``groupwise``, ``video``, ``uses_prompt``, and ``pictures``, as
 in ``{"source": "image", "mask": "mask"}``: these columns hold pixels of the same type as the images, or None.
 
-The protocol is described in ``wire.py``. Over HTTP: GET /v1/hello and POST /v1/score, whose body is the frame, answered in
-JSON, with ``Authorization: Bearer TOKEN``. Nothing is encrypted: use a tunnel beyond this machine.
+The protocol is described in ``wire.py``; ``server.py`` speaks it over HTTP.
 """
 
 from __future__ import annotations
@@ -21,7 +19,6 @@ import argparse
 import contextlib
 import functools
 import hashlib
-import hmac
 import importlib.util
 import inspect
 import json
@@ -38,7 +35,6 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib import metadata
 from typing import Any
 
@@ -54,9 +50,6 @@ MAX_BODY_BYTES = 2**30  # default of --max-body-bytes
 MAX_ERROR_CHARACTERS = 4000
 LAYOUTS = {4: "NHWC", 5: "NTHWC"}
 PACKAGES = ("torch", "torchvision", "transformers", "numpy", "pillow")  # whose versions change scores
-TOKEN_VARIABLE = "FLOWSTEER_REWARD_TOKEN"
-HTTP_IDLE_S = 60  # a peer that sends nothing for so long is dropped
-WAITING_CONNECTIONS = 128  # as many processes of a run may ask at once
 
 
 class Refused(Exception):
@@ -342,97 +335,32 @@ def outlive_signals() -> None:
         os.register_at_fork(after_in_child=functools.partial(signal.signal, number, before))
 
 
-def make_handler(answerer: Answerer, token: str) -> type:
-    """The class whose instances answer one HTTP request each."""
-    expected = b"Bearer " + token.encode()
-
-    class Handler(BaseHTTPRequestHandler):
-        timeout = HTTP_IDLE_S
-
-        def do_GET(self) -> None:
-            if self.allowed("/v1/hello"):
-                self.reply(200, answerer.hello)
-
-        def do_POST(self) -> None:
-            length = self.headers.get("Content-Length", "")
-            if not self.allowed("/v1/score"):
-                return None
-            if not length.isdecimal() or len(length) > 18:
-                return self.refuse(411, "Content-Length must say how long the frame is")
-            if int(length) > PREFIX.size + MAX_HEADER_BYTES + answerer.max_body_bytes:
-                return self.refuse(413, f"{length} bytes are too many; bodies have up to {answerer.max_body_bytes}")
-            begin = time.monotonic()
-            try:
-                header, body = read_frame(self.rfile.readinto, answerer.max_body_bytes, int(length))
-                answer = answerer.answer(header, body, begin)
-            except EOFError:
-                return None
-            except Refused as error:
-                return self.refuse(400, str(error))
-            return self.reply(200, answer)
-
-        def allowed(self, path: str) -> bool:
-            """The token comes first: a stranger learns nothing, and nothing that it sends is read."""
-            given = self.headers.get("Authorization", "").encode("latin-1")
-            if not hmac.compare_digest(given, expected):
-                self.refuse(401, "the token is wrong")
-                return False
-            if self.path != path:
-                self.refuse(404, "there are GET /v1/hello and POST /v1/score")
-                return False
-            return True
-
-        def refuse(self, status: int, text: str) -> None:
-            self.reply(status, {"op": "refused", "error": text})
-
-        def reply(self, status: int, answer: Mapping[str, Any]) -> None:
-            text = to_json(answer)
-            self.send_response(status)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(text)))
-            self.end_headers()
-            self.wfile.write(text)
-
-    return Handler
+def make_parser() -> argparse.ArgumentParser:
+    """The arguments that ``server.py`` takes as well."""
+    parser = argparse.ArgumentParser(description="Load one scorer and answer for it.")
+    parser.add_argument("target", help="module:attribute or path/to/file.py:attribute")
+    parser.add_argument("--options", type=json.loads, default={}, help="a JSON object of constructor arguments")
+    parser.add_argument("--max-body-bytes", type=int, default=MAX_BODY_BYTES)
+    return parser
 
 
-def read_token(path: str | None) -> str:
-    """From a file or the environment. Raises ValueError where it is empty."""
-    token = (os.environ.get(TOKEN_VARIABLE, "") if path is None else pathlib.Path(path).read_text("utf-8")).strip()
-    if not token:
-        raise ValueError(f"a server needs a token: write one into a file (--token-file) or into {TOKEN_VARIABLE}")
-    return token
+def hide_folder() -> None:
+    """A scorer's imports must not find our modules."""
+    folder = os.path.dirname(os.path.realpath(__file__))
+    sys.path[:] = [path for path in sys.path if os.path.realpath(path) != folder]
 
 
 def main() -> None:
     """Load the scorer that the command line names, and answer for it."""
-    parser = argparse.ArgumentParser(description="Load one scorer and answer for it.")
-    parser.add_argument("mode", choices=["run", "serve"])
-    parser.add_argument("target", help="module:attribute or path/to/file.py:attribute")
-    parser.add_argument("--options", type=json.loads, default={}, help="a JSON object of constructor arguments")
-    parser.add_argument("--max-body-bytes", type=int, default=MAX_BODY_BYTES)
-    parser.add_argument("--fd", type=int, help="run: the number of an open socket")
-    parser.add_argument("--host", default="127.0.0.1", help="serve: the address to listen on")
-    parser.add_argument("--port", type=int, default=8700, help="serve: 0 for any that is free")
-    parser.add_argument("--token-file", help=f"serve: else the token is in {TOKEN_VARIABLE}")
+    parser = make_parser()
+    parser.add_argument("--fd", type=int, required=True, help="the number of an open socket")
     args = parser.parse_args()
-    folder = os.path.dirname(os.path.realpath(__file__))  # a scorer's imports must not find our modules
-    sys.path[:] = [path for path in sys.path if os.path.realpath(path) != folder]
-    if args.mode == "run":
-        if args.fd is None:
-            parser.error("run needs --fd")
-        outlive_signals()
-        connection = socket.socket(fileno=args.fd)
-        connection.set_inheritable(False)
-        threading.Thread(target=end_with_parent, args=[connection], daemon=True).start()
-        run(Answerer(args.target, args.options, args.max_body_bytes), connection)
-    else:
-        token = read_token(args.token_file)  # before the weights are loaded
-        answerer = Answerer(args.target, args.options, args.max_body_bytes)
-        server = ThreadingHTTPServer((args.host, args.port), make_handler(answerer, token))
-        server.socket.listen(WAITING_CONNECTIONS)
-        print("listening on http://{}:{}".format(*server.server_address[:2]), file=sys.stderr, flush=True)
-        server.serve_forever()
+    hide_folder()
+    outlive_signals()
+    connection = socket.socket(fileno=args.fd)
+    connection.set_inheritable(False)
+    threading.Thread(target=end_with_parent, args=[connection], daemon=True).start()
+    run(Answerer(args.target, args.options, args.max_body_bytes), connection)
 
 
 if __name__ == "__main__":

@@ -149,7 +149,7 @@ def serve(
     import json
     import os
 
-    from flowsteer.rewards.hosts.child import WORKER_FILE
+    from flowsteer.rewards.hosts.remote import SERVER_FILE
     from flowsteer.rewards.registry import target_of
     from flowsteer.rl.config import parse_overrides
 
@@ -160,7 +160,7 @@ def serve(
         from flowsteer.rewards.envs.environments import locate
 
         python, target = map(str, locate(environment, name))
-    command = [python, str(WORKER_FILE), "serve", target, "--host", host, "--port", str(port)]
+    command = [python, str(SERVER_FILE), target, "--host", host, "--port", str(port)]
     command += ["--max-body-bytes", str(max_body_bytes), "--options", json.dumps(parse_overrides(option or []))]
     command += ["--token-file", str(token_file)] if token_file is not None else []
     os.execv(python, command)  # its output, its signals and its end are this command's

@@ -22,7 +22,7 @@ from flowsteer.rewards.certify.certificate import CHECKS, certify
 from flowsteer.rewards.certify.inputs import read_folder
 from flowsteer.rewards.combine import RewardSet
 from flowsteer.rewards.functions import FunctionReward
-from flowsteer.rewards.hosts import remote, wire, worker
+from flowsteer.rewards.hosts import child, remote, wire, worker
 from flowsteer.rewards.hosts.child import WorkerReward
 from flowsteer.rewards.hosts.inprocess import Scorer
 from flowsteer.rewards.hosts.remote import HTTPReward
@@ -321,8 +321,9 @@ def test_a_media_of_another_kind_has_no_pixels_for_rewards(tmp_path: Path) -> No
         Media("rgba", "", (tmp_path / "a.png",)).pixels()
 
 
-def test_the_worker_needs_the_standard_library_alone() -> None:
+@pytest.mark.parametrize("file", [child.WORKER_FILE, remote.SERVER_FILE])
+def test_the_far_side_needs_the_standard_library_alone(file: Path) -> None:
     """The far side of pictures, in a Python that sees no installed package."""
-    code = f"import runpy; runpy.run_path({str(Path(worker.__file__))!r}, run_name='far'); print('ok')"
+    code = f"import runpy; runpy.run_path({str(file)!r}, run_name='far'); print('ok')"
     done = subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True, env={**os.environ})
     assert done.stdout.strip() == "ok", done.stderr

@@ -20,7 +20,7 @@ from worker_tools import HERE, TOKEN, ask, random_images, scorer, serving, withi
 
 from flowsteer.rewards.combine import RewardSet
 from flowsteer.rewards.contract import is_groupwise
-from flowsteer.rewards.hosts import child, remote, wire, worker
+from flowsteer.rewards.hosts import child, remote, server, wire, worker
 from flowsteer.rewards.hosts.child import WorkerReward
 from flowsteer.rewards.hosts.remote import HTTPReward
 from flowsteer.rewards.types import Reward
@@ -249,30 +249,39 @@ class TestWhatAWorkerSees:
             os.kill(reward.pid, signal.SIGKILL)
             assert reward(random_images(1, 2, 2, 3), TEXTS[:1]) == [1.0]
 
-    def test_our_modules_hide_none_of_its_own(self):
-        with WorkerReward(scorer("paths")) as reward:
-            names = ["worker_scorers", "wire", "remote", "worker", "inprocess"]
-            # the last is a neighbour of the scorer's file, tests/inprocess.py; ours are neighbours of worker.py
-            assert reward(random_images(5, 2, 2, 3), names) == [1, 0, 0, 0, 1]
+    @pytest.mark.parametrize("name", ["paths", "spawned_paths"])
+    def test_our_modules_hide_none_of_its_own(self, name, monkeypatch):
+        names = ["worker_scorers", "wire", "remote", "worker", "inprocess"]
+        # the last is a neighbour of the scorer's file, tests/inprocess.py; ours are neighbours of worker.py
+        images, found = random_images(5, 2, 2, 3), [1, 0, 0, 0, 1]
+        with within(60), WorkerReward(scorer(name), start_timeout_s=START_S) as reward:
+            assert reward(images, names) == found
+        monkeypatch.setenv(remote.TOKEN_VARIABLE, TOKEN)
+        with within(60), serving(scorer(name)) as url:
+            assert HTTPReward(url)(images, names) == found
 
 
 class TestOtherPythons:
-    def test_the_worker_is_one_file_of_the_standard_library_for_python_3_8(self):
-        source = child.WORKER_FILE.read_text(encoding="utf-8")
+    @pytest.mark.parametrize(("file", "other"), [(child.WORKER_FILE, "numpy"), (remote.SERVER_FILE, "worker")])
+    def test_they_are_files_of_the_standard_library_for_python_3_8(self, file, other):
+        source = file.read_text(encoding="utf-8")
         tree = ast.parse(source, feature_version=(3, 8))
         imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
         imported |= {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-        assert {name.split(".")[0] for name in imported} - sys.stdlib_module_names == {"numpy"}
+        assert {name.split(".")[0] for name in imported} - sys.stdlib_module_names == {other}
         assert not any(isinstance(node, (ast.Match, ast.NamedExpr)) for node in ast.walk(tree))
 
     @pytest.mark.parametrize("python", pythons())
-    def test_every_python_here(self, python):
+    def test_every_python_here(self, python, monkeypatch):
         images = random_images(3, 5, 4, 3)
         with within(60), WorkerReward(scorer("digests"), python=python, start_timeout_s=START_S) as reward:
             assert reward(images, TEXTS[:3], number=[1, 2, 3]) == digests(images, TEXTS[:3], number=[1, 2, 3])
             assert ask(reward, images[:0], [])["score"] == []
             video = images[:, None]
             assert ask(reward, video, TEXTS[:3])["frames"] == [1, 1, 1]
+        monkeypatch.setenv(remote.TOKEN_VARIABLE, TOKEN)
+        with within(60), serving(scorer("digests"), python=python) as url:
+            assert HTTPReward(url)(images, TEXTS[:3]) == digests(images, TEXTS[:3])
 
     def test_without_numpy(self, tmp_path):
         # the same python, in an environment that has nothing but the standard library
@@ -288,7 +297,7 @@ class TestOtherPythons:
 def test_both_sides_have_the_same_frame():
     assert (wire.MAGIC, wire.PREFIX.format) == (worker.MAGIC, worker.PREFIX.format)
     assert (wire.MAX_HEADER_BYTES, wire.LAYOUTS) == (worker.MAX_HEADER_BYTES, worker.LAYOUTS)
-    assert (wire.MAX_BODY_BYTES, remote.TOKEN_VARIABLE) == (worker.MAX_BODY_BYTES, worker.TOKEN_VARIABLE)
+    assert (wire.MAX_BODY_BYTES, remote.TOKEN_VARIABLE) == (worker.MAX_BODY_BYTES, server.TOKEN_VARIABLE)
     low, high = worker.PROTO_RANGE
     assert low <= wire.PROTO <= high
 

@@ -382,7 +382,7 @@ class TestWhatTheWorkerRefuses:
         """What a worker writes that was sent this and ends by it."""
         ours, theirs = socket.socketpair()
         with ours, theirs:
-            command = [sys.executable, str(child.WORKER_FILE), "run", scorer("digests"), "--fd", str(theirs.fileno())]
+            command = [sys.executable, str(child.WORKER_FILE), scorer("digests"), "--fd", str(theirs.fileno())]
             process = subprocess.Popen(
                 [*command, *arguments], pass_fds=[theirs.fileno()], stderr=subprocess.PIPE, text=True,
                 start_new_session=True,
@@ -541,7 +541,7 @@ class TestAServer:
 
     def test_a_server_without_a_token_does_not_start(self, monkeypatch):
         monkeypatch.delenv(remote.TOKEN_VARIABLE)
-        command = [sys.executable, str(child.WORKER_FILE), "serve", scorer("digests"), "--port", "0"]
+        command = [sys.executable, str(remote.SERVER_FILE), scorer("digests"), "--port", "0"]
         with within(20):
             done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 1
