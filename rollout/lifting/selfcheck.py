@@ -130,7 +130,9 @@ def _lifted(pipeline: Pipeline) -> Finding:
     tail = "nothing after the step" if pipeline.lifted.tail_is_idle else "with code after the step"
     networks = ", ".join(pipeline.denoisers)
     where = f"{body.co_filename.rsplit('/', 1)[-1]}:{body.co_firstlineno}"
-    return Finding(name="lifts", ok=True, detail=f"one loop at {where}, {tail}; it calls {networks}")
+    media = pipeline.preparer.arguments.media
+    takes = f"; besides prompts it takes {', '.join(media)}" if media else ""
+    return Finding(name="lifts", ok=True, detail=f"one loop at {where}, {tail}; it calls {networks}{takes}")
 
 
 def _together(rows: list[Prepared]) -> tuple[Prepared, Finding]:
