@@ -157,7 +157,10 @@ def load_lora(pipe: Any, folder: Path) -> None:
 
     Raises ValueError if diffusers finds no layer of the pipeline in the file, where it would go on with the base model.
     """
-    if hasattr(pipe, "load_lora_weights"):
+    with safe_open(folder / LORA_FILE, framework="pt") as file:
+        component = next(iter(file.keys())).partition(".")[0]
+    network = getattr(pipe, component, None)
+    if hasattr(pipe, "load_lora_weights") if network is None else _pipeline_loads(pipe, network):
         pipe.load_lora_weights(str(folder))
         if not any(getattr(part, "peft_config", None) for part in pipe.components.values()):
             raise ValueError(
@@ -165,13 +168,23 @@ def load_lora(pipe: Any, folder: Path) -> None:
                 "run with this model in diffusers' format (RUN/export, or `flowsteer export --format diffusers`)"
             )
     else:
-        _load_adapter(pipe, read_lora(folder / LORA_FILE).prefix, folder)
+        _load_adapter(pipe, component, folder)
     for further in sorted(folder.glob(f"*/{LORA_FILE}")):
         component = further.parent.name
         if component == SECOND:
             pipe.load_lora_weights(str(further.parent), load_into_transformer_2=True)
         else:
             _load_adapter(pipe, component, further.parent)
+
+
+def _pipeline_loads(pipe: Any, network: Any) -> bool:
+    """Whether ``pipe.load_lora_weights`` works.
+
+    Some classes inherit it and lack what it asks for: Kolors has no second text encoder, Kandinsky 3's UNet no method.
+    """
+    encoders = [name for name in getattr(pipe, "_lora_loadable_modules", ()) if name.startswith("text_encoder")]
+    able = hasattr(pipe, "load_lora_weights") and hasattr(network, "load_lora_adapter")
+    return able and all(hasattr(pipe, name) for name in encoders)
 
 
 def _load_adapter(pipe: Any, component: str, folder: Path) -> None:
@@ -190,7 +203,7 @@ def how_to_load(pipe: Any, denoisers: Mapping[str, Any]) -> str:
         place = folder_of(component, denoisers, Path("export"))
         if component == SECOND:
             calls.append(f'pipe.load_lora_weights("{place}", load_into_transformer_2=True)')
-        elif hasattr(pipe, "load_lora_weights") and place == Path("export"):
+        elif _pipeline_loads(pipe, network) and place == Path("export"):
             calls.append(f'pipe.load_lora_weights("{place}")')
         elif hasattr(network, "load_lora_adapter"):
             calls.append(
