@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flowsteer.rewards.columns import column_parameters
 from flowsteer.rewards.contract import (
     NO_SCORE,
     SCORE,
@@ -25,6 +26,7 @@ from flowsteer.rewards.contract import (
     Shown,
     ask,
     ask_each,
+    check_kind,
     is_groupwise,
     join,
     takes_videos,
@@ -204,7 +206,10 @@ class RewardSet:
     def ask(self, name: str, batch: Shown) -> Answer:
         """What one of the rewards says of a batch. Raises ValueError when it breaks its contract."""
         batch = batch.for_reward(self._wanted[name], self.columns[name])
+        check_kind(name, self.rewards[name], batch)
         if not is_video(batch):
+            if takes_videos(self.rewards[name]) and "frame_rate" in column_parameters(self.rewards[name]):
+                batch = replace(batch, columns={"frame_rate": [None] * len(batch), **batch.columns})
             if name in self.frames and name not in self._told:
                 self._told.add(name)
                 logger.warning("rewards.%s.frames=%s does nothing: there are no videos", name, self.frames[name].text)

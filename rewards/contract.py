@@ -173,16 +173,20 @@ def _check_batch(
             raise ValueError(f"column {name!r} has {len(values)} values for {size} images")
 
 
-def ask(name: str, reward: Reward, batch: Shown) -> Answer:
-    """The reward's answer for the batch; where it raises, its answers image by image, or none of a group."""
-    if not len(batch):
-        return Answer(parts={SCORE: []})
+def check_kind(name: str, reward: Reward, batch: Shown) -> None:
+    """Raise ValueError where a reward of pictures is given sound, or one of sound is given pictures."""
     if (batch.pixels.ndim == 3) != takes_sound(reward):
         has, wants = ("sound", "pictures") if batch.pixels.ndim == 3 else ("pictures", "sound")
         raise ValueError(
             f"the pipeline draws {has}, and reward {name!r} is for {wants}; a reward of sound says `sound = True` and runs "
             "in the trainer's process"
         )
+
+
+def ask(name: str, reward: Reward, batch: Shown) -> Answer:
+    """The reward's answer for the batch; where it raises, its answers image by image, or none of a group."""
+    if not len(batch):
+        return Answer(parts={SCORE: []})
     try:
         given = batch.shown_to(reward)
     except Exception as error:  # whatever a plug-in raises, the run goes on without those scores

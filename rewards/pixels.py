@@ -13,8 +13,8 @@ RANGE_TOLERANCE = 1e-2  # rounding of a half-precision decoder beyond [0, 1]; an
 
 
 def as_shown(images: Tensor) -> np.ndarray:
-    """What rewards are given: pixels as `to_uint8`; sound [B, C, N] as it is, in float32."""
-    return images.detach().float().cpu().numpy() if images.dim() == 3 else to_uint8(images)
+    """What rewards are given: pixels as `to_uint8`; sound [B, C, N] in float32, cut off at -1 and 1 as in a WAV file."""
+    return images.detach().float().clamp(-1, 1).cpu().numpy() if images.dim() == 3 else to_uint8(images)
 
 
 def to_uint8(images: Tensor) -> np.ndarray:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,11 @@ from flowsteer.rewards.pixels import to_uint8
 from flowsteer.rl.evaluate import image_grid
 from flowsteer.rl.sounds import envelopes
 
+logger = logging.getLogger(__name__)
+
 RATE = 16.0  # frames a second where a pipeline names none
 TRACKED = 8  # of an evaluation's pictures
+LONGEST = 16383  # pixels of a WebP's side
 PREVIEW_FRAMES, PREVIEW_WIDTH = 32, 256  # of a sheet's videos: longer ones skip frames, wider ones are reduced
 
 
@@ -43,16 +47,28 @@ def webp(frames: Sequence[Image.Image], durations: Sequence[int], *, lossless: b
     return file.getvalue()
 
 
-def save_film_grid(videos: Tensor, path: Path, *, frame_rate: float | None, columns: int = 12) -> None:
-    """Write a sheet of videos [P, T, 3, H, W] in [0, 1], all of which play, as `evaluate.save_grid` lays it out."""
+def save_film_grid(videos: Tensor, path: Path, *, frame_rate: float | None, columns: int = 12) -> bool:
+    """Write a sheet of videos [P, T, 3, H, W] in [0, 1], all of which play, as `evaluate.save_grid` lays it out.
+
+    Warns and writes none where a side would be longer than a WebP may have; says whether it was written.
+    """
     shown, step = _preview(videos)
     scale = max(1, 128 // shown.shape[-1])
+    lines = -(-len(shown) // min(columns, len(shown)))
+    longest = scale * max((shown.shape[-2] + 2) * lines, (shown.shape[-1] + 2) * min(columns, len(shown)))
+    if longest > LONGEST:
+        logger.warning("%s is not written: it would be %d pixels long, and %d are possible", path, longest, LONGEST)
+        return False
     sheets = [image_grid([shown[:, time]], scale=scale, columns=columns) for time in range(shown.shape[1])]
     path.write_bytes(webp(sheets, [_milliseconds(frame_rate, step)] * len(sheets), lossless=True))
+    return True
 
 
 def save_films(videos: Tensor, prompts: Sequence[str], folder: Path, *, frame_rate: float | None) -> None:
-    """Write each video as a lossless animation of all its frames, and a ``metadata.jsonl``, into a new folder."""
+    """Write each video as a lossless animation, and a ``metadata.jsonl``, into a new folder.
+
+    Equal frames that follow each other become one that is shown longer.
+    """
     folder.mkdir()
     lines = []
     for number, (video, prompt) in enumerate(zip(to_uint8(videos), prompts)):

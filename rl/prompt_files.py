@@ -51,12 +51,13 @@ def add_pictures(
 ) -> tuple[Prompts, Prompts | None]:
     """The prompts of training and evaluation with the pictures that the rewards want. Raises as `with_pictures`."""
     inputs = inputs_of(config.inputs)
-    if train.groups and rewards.pictures:
+    if train.groups and rewards.pictures and not config.training_asks_no_reward:
         raise ValueError(
             f"a reward wants the pictures of the column {next(iter(rewards.pictures))!r}, which are not kept for rewards where "
             "prompts.pictures is given; leave the reward out"
         )
-    train = with_pictures(train, sources_of(config.prompts.train), rewards.pictures, inputs=inputs)
+    if not train.groups:
+        train = with_pictures(train, sources_of(config.prompts.train), rewards.pictures, inputs=inputs)
     if config.evaluation is not None and evaluation is not None:
         sources = sources_of(config.evaluation.prompts)
         evaluation = with_pictures(evaluation, sources, rewards.pictures, inputs=inputs)

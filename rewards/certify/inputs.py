@@ -54,7 +54,10 @@ def read_folder(folder: str | Path) -> tuple[np.ndarray, list[str], dict[str, li
     columns = {name: [row[name] for row in rows] for name in rows[0]}
     for name in columns.pop("file_name"):
         try:
-            image = Image.open(folder / name).convert("RGB")
+            image = Image.open(folder / name)
+            if getattr(image, "n_frames", 1) > 1:
+                raise ValueError(f"{folder / name} is a video or an animation; give pictures, such as its frames")
+            image = image.convert("RGB")
         except OSError as error:
             raise ValueError(f"cannot read an image of {folder}: {error}") from None
         images.append(ImageOps.fit(image, images[0].size) if images else image)
@@ -158,7 +161,7 @@ def _read_picture(file: Path, kind: Kind) -> np.ndarray:
         with Image.open(file) as opened:
             if kind == "video":
                 return np.stack([np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(opened)])
-            return np.asarray(opened.convert("L" if kind == "mask" else "RGB"))
+            return np.asarray(ImageOps.exif_transpose(opened).convert("L" if kind == "mask" else "RGB"))
     except OSError as error:
         raise ValueError(f"{file} is no {kind} that can be read: {error}") from None
 

@@ -222,9 +222,11 @@ def check_request(header: Mapping[str, Any], body_bytes: int) -> None:
     shape, prompts, columns = header.get("shape"), header.get("prompts"), header.get("columns")
     if not isinstance(shape, list) or not all(type(size) is int and size >= 0 for size in shape):
         raise Refused(f"the shape {shape!r} is no list of sizes")
+    if type(header.get("id")) is not int:
+        raise Refused("id is no number: {!r}".format(header.get("id")))
     layout = (header.get("dtype"), header.get("layout"), shape[-1:])
     rest = check_pictures(header.get("pictures", {}), shape[:1], columns)
-    if layout != ("uint8", LAYOUTS.get(len(shape)), [3]) or math.prod(shape) + rest != body_bytes:
+    if layout != ("uint8", LAYOUTS.get(len(shape), ""), [3]) or math.prod(shape) + rest != body_bytes:
         raise Refused("{} {} of the shape {} in {} bytes are no images".format(*layout[:2], shape, body_bytes - rest))
     seconds = header.get("seconds")
     if not isinstance(seconds, (int, float)) or not seconds > 0:

@@ -78,7 +78,7 @@ class WeightedSFT(ForwardAlgorithm):
             )
         if setting.pictures and "refresh_every" in changed(self):
             yield "algorithm.refresh_every says which policy draws, but prompts.pictures draws nothing; leave it out"
-        if not setting.branching and not setting.groups_are_whole():
+        if self.compares and not setting.branching and not setting.groups_are_whole():
             yield not_whole(f"algorithm.name={self.label}", setting)
 
     def old_decay(self, num_updates: int) -> float:

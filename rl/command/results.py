@@ -212,8 +212,8 @@ def sample(
             "--output",
             "-o",
             help="A sheet of all pictures, small ones enlarged (NAME.png; NAME.webp for videos that play), or a folder that "
-            "gets each picture as a file of its own size (a video as WebP), with a metadata.jsonl that `score` and "
-            "`rewards certify` read.",
+            "gets each picture as a file of its own size (a video as WebP, a sound as WAV), with a metadata.jsonl; that of "
+            "pictures is read by `score` and `rewards certify`.",
         ),
     ] = Path("samples.png"),
     num_seeds: SeedsOption = 4,
@@ -238,7 +238,8 @@ def sample(
     from flowsteer.rollout.sample import sample as draw
 
     refuse_existing(output)
-    if output.suffix.lower() not in ("", ".png", ".webp"):
+    output = output.with_suffix(output.suffix.lower())
+    if output.suffix not in ("", ".png", ".webp"):
         raise ValueError(f"{output} must end in .png, for videos in .webp, or be the name of a folder")
     chosen = choose(
         run=run,
@@ -278,9 +279,14 @@ def sample(
     rate, videos = frame_rate_of(pipeline), drawn.dim() == 5
     if output.suffix == ".webp" and not videos:
         raise ValueError(f"{output}: these are no videos; write a .png, or a folder")
-    if output.suffix == ".webp":
-        save_film_grid(drawn, output, frame_rate=rate, columns=num_seeds)
+    if output.suffix == ".webp" and save_film_grid(drawn, output, frame_rate=rate, columns=num_seeds):
+        pass
+    elif output.suffix == ".webp":
+        output = output.with_suffix("")
+        save_films(drawn, texts, output, frame_rate=rate)
     elif output.suffix:
+        if drawn.dim() == 3:
+            stderr.print("a sheet shows the loudness of sounds; -o FOLDER writes them as WAV files")
         save_grid(drawn, output, columns=num_seeds)
     elif videos:
         save_films(drawn, texts, output, frame_rate=rate)

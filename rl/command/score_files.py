@@ -120,7 +120,12 @@ def score_files(pictures: Pictures, rewards: RewardSet) -> FileScores:
 def _read(file: Path) -> Tensor:
     """[3, H, W] float32 in [0, 1]. Raises ValueError for what is no image."""
     try:
-        pixels = np.asarray(Image.open(file).convert("RGB"))
+        with Image.open(file) as opened:
+            if getattr(opened, "n_frames", 1) > 1:
+                raise ValueError(
+                    f"{file} is a video or an animation, of which only pictures are scored here; give its frames"
+                )
+            pixels = np.asarray(opened.convert("RGB"))
     except (OSError, UnidentifiedImageError) as error:
         raise ValueError(f"{file} is not an image that can be read: {error}") from None
     return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 255

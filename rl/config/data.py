@@ -35,6 +35,8 @@ class SourceConfig(Section):
     def _one_place(self) -> SourceConfig:
         if (self.file is None) == (self.dataset is None):
             raise ValueError("a source of prompts is one of file and dataset")
+        if self.made_by is not None and self.dataset is not None:
+            raise ValueError("made_by is the command that makes a file; leave it out with a dataset")
         return self
 
 

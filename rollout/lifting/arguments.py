@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -47,6 +47,8 @@ class CallArguments:
         counts_from_zero: the pipeline's guidance is off at 0 (``c + g (c - u)``) rather than at 1 (``u + g (c - u)``).
         has_guider: guidance is in a component of the pipeline, not in an argument.
 
+    ``place`` may be set to what brings a tensor of a file to the pipeline's device and type.
+
     Raises ValueError for an argument that the pipeline does not have, or that is not the user's to set.
     """
 
@@ -66,6 +68,7 @@ class CallArguments:
         self.has_guider = has_guider
         self.bare = False  # the pipeline wants a text and no list of prompts
         self.output_type = "pt"
+        self.place: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor
         for key in call_kwargs.keys() & OURS:
             raise ValueError(
                 f"the call argument {key!r} is a setting of its own, or not for the user to set; leave it out of the further "
@@ -147,7 +150,7 @@ class CallArguments:
             values = [own[name] for own in inputs]
             shared = once or len(values) == 1 or name in PER_ROW
             if _are_arrays(values[0]):
-                merged[name] = _stacked(values[:1] if shared else values)
+                merged[name] = self._stacked(values[:1] if shared else values)
             else:
                 merged[name] = values[0] if shared else values
         return merged
@@ -163,13 +166,12 @@ class CallArguments:
             raise ValueError(f"{self.name} has no guidance: guidance_scale must be 1, got {scale:g}")
         return {}
 
+    def _stacked(self, values: Sequence[Any]) -> Any:
+        """Arrays [1, ...] of B rows as one tensor [B, ...]; a list of such tensors where each row has a list of arrays."""
+        if isinstance(values[0], list):
+            return [self._stacked(of_one_place) for of_one_place in zip(*values, strict=True)]
+        return self.place(torch.from_numpy(np.concatenate(values)))
+
 
 def _are_arrays(value: Any) -> bool:
     return isinstance(value[0] if isinstance(value, list) and value else value, np.ndarray)
-
-
-def _stacked(values: Sequence[Any]) -> Any:
-    """Arrays [1, ...] of B rows as one tensor [B, ...]; a list of such tensors where each row has a list of arrays."""
-    if isinstance(values[0], list):
-        return [_stacked(of_one_place) for of_one_place in zip(*values, strict=True)]
-    return torch.from_numpy(np.concatenate(values))

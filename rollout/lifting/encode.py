@@ -171,8 +171,9 @@ def mode_of(answer: Any) -> Tensor:
 
 
 def hash_of(network: nn.Module) -> str:
-    """A hash of all of a network's weights and settings."""
-    digest = hashlib.sha256(str(sorted(dict(getattr(network, "config", {})).items(), key=str)).encode())
+    """A hash of all of a network's weights and settings, without what diffusers notes beside them, such as where it lay."""
+    settings = {name: value for name, value in dict(getattr(network, "config", {})).items() if not name.startswith("_")}
+    digest = hashlib.sha256(str(sorted(settings.items(), key=str)).encode())
     for name, value in sorted(network.state_dict().items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())

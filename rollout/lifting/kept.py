@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import tempfile
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -56,20 +55,25 @@ class Kept:
         try:
             value = load_file(place)[_NAME]
         except (SafetensorError, KeyError, OSError) as error:
-            logger.warning("%s is damaged (%s); it is made again", place, error)
+            logger.warning("%s cannot be read (%s); it is made again", place, error)
             return None
         return value if tuple(value.shape) == shape else None
 
     def _write(self, digest: str, value: Tensor) -> None:
-        """Under a temporary name first: another process may read at any moment."""
+        """Under a temporary name first: another process may read at any moment. A full disk only costs time later."""
         if self.folder is None:
             return
         place = self._place(self.folder, digest)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=place.parent, prefix=".", suffix=".part")
-        os.close(handle)
-        save_file({_NAME: value}, temporary)
-        os.replace(temporary, place)
+        temporary = place.with_name(f".{digest}.{os.getpid()}.part")
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            save_file({_NAME: value}, temporary)
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, place)
+        except (OSError, SafetensorError) as error:
+            logger.warning("%s cannot be written (%s)", place, error)
+            temporary.unlink(missing_ok=True)
 
     @staticmethod
     def _place(folder: Path, digest: str) -> Path:

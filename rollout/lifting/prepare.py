@@ -91,8 +91,13 @@ class Preparer:
     def __init__(self, loop: Loop, arguments: CallArguments, cache_size: int) -> None:
         self.loop, self.arguments, self.cache_size = loop, arguments, cache_size
         self.name = type(loop.pipe).__name__
+        arguments.place = self._placed
         self.prepared: OrderedDict[tuple[Row, Settings], Conditioning] = OrderedDict()
         self._probed: dict[Any, _Probed] = {}
+
+    def _placed(self, tensor: Tensor) -> Tensor:
+        """A tensor of a file as the pipeline's own: numpy has no bfloat16, and its own floats have 64 bits."""
+        return tensor.to(self.loop.device, self.loop.pipe.dtype if tensor.is_floating_point() else tensor.dtype)
 
     def row(self, row: Row, settings: Settings) -> Conditioning:
         """One row.
