@@ -142,12 +142,19 @@ def wait(started: Sequence[BaseProcess], timeout: float = TIMEOUT_S) -> list[int
     return codes
 
 
-def run(config: dict[str, Any], *, processes: int = 1, resume: bool = False, work: Work = train_and_export) -> Path:
+def run(
+    config: dict[str, Any],
+    *,
+    processes: int = 1,
+    resume: bool = False,
+    strike: Strike | None = None,
+    work: Work = train_and_export,
+) -> Path:
     """A whole run in processes of its own; returns its folder. Fails with their output when one failed or hangs.
 
     ``work`` is what each process does, a function of a module that the server can import.
     """
-    codes = wait(begin(config, processes=processes, resume=resume, work=work))
+    codes = wait(begin(config, processes=processes, resume=resume, strike=strike, work=work))
     if any(code != 0 for code in codes):
         texts = [_log(config, rank).read_text()[-4000:] for rank in range(processes)]
         raise AssertionError(f"the run ended with {codes} (None: it hung)\n" + "\n".join(texts))

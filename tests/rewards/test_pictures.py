@@ -241,7 +241,7 @@ class TestWire:
     )
     def test_a_request_that_lies_about_its_pictures_is_refused(self, pictures, message):
         header = {"op": "score", "proto": 1, "shape": [1, 1, 1, 3], "prompts": ["a"], "columns": {"known": [1]}}
-        header |= {"dtype": "uint8", "layout": "NHWC", "seconds": 1, "pictures": pictures}
+        header |= {"id": 1, "dtype": "uint8", "layout": "NHWC", "seconds": 1, "pictures": pictures}
         with pytest.raises(worker.Refused, match=message):
             worker.check_request(header, 3 + 12)
 

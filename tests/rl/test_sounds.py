@@ -13,6 +13,7 @@ from zoo.entries import entries, lifted
 from zoo.training import brightness, loudness
 
 from flowsteer.rewards.combine import RewardSet
+from flowsteer.rewards.functions import FunctionReward
 from flowsteer.rewards.pixels import to_uint8
 from flowsteer.rl.evaluate import save_grid
 from flowsteer.rl.sounds import RATE, envelopes, sampling_rate_of, save_sounds
@@ -35,8 +36,17 @@ def test_a_reward_of_pictures_is_refused_for_sound_and_the_other_way_round() -> 
         RewardSet([("brightness", brightness, 1.0)]).score(tones(), ["a", "b"], {})
     with pytest.raises(ValueError, match=r"draws pictures, and reward 'loudness' is for sound"):
         RewardSet([("loudness", loudness, 1.0)]).score(torch.zeros(1, 3, 4, 4), ["a"], {})
+    grouped = FunctionReward(brightness)
+    grouped.groupwise = True
+    with pytest.raises(ValueError, match="draws sound, and reward 'grouped' is for pictures"):
+        RewardSet([("grouped", grouped, 1.0)]).score(tones(), ["a", "a"], {})
     with pytest.raises(ValueError, match="sound has no pixels"):
         to_uint8(tones())
+
+
+def test_a_reward_hears_what_is_written() -> None:
+    loud = RewardSet([("loudness", loudness, 1.0)]).score(7 * torch.ones(1, 1, 4), ["a"], {})
+    assert loud.total.tolist() == [1.0]
 
 
 def test_sound_that_is_no_number_is_shown_to_no_reward() -> None:

@@ -208,7 +208,7 @@ class TestKept:
         with caplog.at_level(logging.WARNING):
             assert torch.equal(second.encode(media(), row).latents, fresh)
         assert calls == [1]
-        assert "is damaged" in caplog.text
+        assert "cannot be read" in caplog.text
         assert file.read_bytes() == whole
         assert [path.name for path in file.parent.iterdir()] == [file.name], "no temporary file stays"
 

@@ -601,8 +601,9 @@ def test_schedulers_that_do_not_fit():
     heun.set_timesteps(3)
     with pytest.raises(ValueError, match="FlowMatchHeunDiscreteScheduler has"):
         read_schedule(heun, len(heun.timesteps))
-    rising = diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True)  # Mochi's
+    rising = diffusers.FlowMatchEulerDiscreteScheduler()
     rising.set_timesteps(3)
+    rising.sigmas = rising.sigmas.flip(0)
     with pytest.raises(ValueError, match="they must fall, from at most 1 to at least 0"):
         read_schedule(rising, 3)
     with pytest.raises(ValueError, match="EDMEulerScheduler predicts epsilon on noise levels of its own"):
@@ -613,6 +614,17 @@ def test_schedulers_that_do_not_fit():
     rescaled.alphas_cumprod = rescaled.alphas_cumprod * 0.5
     with pytest.raises(ValueError, match=r"noise levels that DDIMScheduler.from_config does not reproduce"):
         steppable(rescaled)
+
+
+def test_levels_that_a_pipeline_counts_from_0_to_1():
+    inverted, plain = (diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=own) for own in (True, False))  # Mochi's
+    for scheduler in (inverted, plain):
+        scheduler.set_timesteps(3)
+    schedule, other = read_schedule(inverted, 3), read_schedule(plain, 3)
+    assert schedule.rising
+    assert not other.rising
+    torch.testing.assert_close(schedule.sigma, other.sigma, rtol=0, atol=1e-6)
+    torch.testing.assert_close(schedule.alpha, other.alpha, rtol=0, atol=1e-6)
 
 
 # --- decoding ---

@@ -83,7 +83,7 @@ def test_a_pipeline_is_trained_and_redrawn() -> None:
     answer = survey_entry("StableDiffusion3Img2ImgPipeline")
     assert (answer.verdict, answer.kind, answer.needs) == ("lifted", "Picture to picture", ("prompt", "image"))
     assert (answer.parity, answer.redrawn, answer.algorithm) == (0.0, 0.0, "flow_grpo")
-    assert (answer.gradient, answer.failed) == ("16 of 16", "")
+    assert (answer.gradient, answer.failed) == ("40 of 40", "")
 
 
 def test_a_lora_that_diffusers_does_not_load_is_fused_and_redrawn_nearly() -> None:
@@ -106,9 +106,9 @@ def test_one_that_is_refused_says_why_in_flowsteers_own_words() -> None:
 
 
 def test_what_no_file_can_hold_and_what_no_pipeline_is_built_of() -> None:
-    left_out = survey_entry("kandinsky22")
-    assert (left_out.verdict, left_out.kind) == ("left out", "Other")
-    assert left_out.said == "image_embeds is a Tensor, negative_image_embeds is a Tensor"
+    left_out = survey_entry("ltx2_condition")
+    assert left_out.verdict == "left out"
+    assert left_out.said == "conditions is a LTX2VideoCondition"
     assert survey_class("DiTPipeline") == Answer(
         name="DiTPipeline",
         cls="DiTPipeline",

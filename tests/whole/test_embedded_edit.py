@@ -157,7 +157,7 @@ def test_the_shipped_configuration_trains_and_its_export_is_redrawn_by_diffusers
     overrides += [f"output={tmp_path / 'run'}", "evaluation.num_prompts=2", "optimizer.warmup_updates=0"]
     with (
         fresh_process(),
-        contextlib.closing(start(load_config("embedded_edit_nft_composition", overrides), quiet=True)) as run,
+        contextlib.closing(start(load_config("embedded_edit_nft_edit_composition", overrides), quiet=True)) as run,
     ):
         train(run)
         run.export()

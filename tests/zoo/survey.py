@@ -149,15 +149,16 @@ def numbers_of(report: Report) -> Found:
 
 def _foreign(entry: Entry, given: Mapping[str, Any]) -> list[str]:
     """What no prompt file can hold."""
-    kinds = {name: type(value).__name__ for name, value in given.items() if not _in_a_file(name, value)}
+    kinds = {name: type(value).__name__ for name, value in given.items() if not _in_a_file(value)}
     prompt = [f"its prompt is called {entry.prompt_name}"] if entry.prompt_name != "prompt" else []
     return [*(f"{name} is a {kind}" for name, kind in kinds.items()), *prompt]
 
 
-def _in_a_file(argument: str, value: Any) -> bool:
-    """Whether a prompt file can hold a value for an argument."""
-    if isinstance(value, torch.Tensor):
-        return kind_of(argument) == "audio"
+def _in_a_file(value: Any) -> bool:
+    """Whether a prompt file can hold a value."""
+    tensors = value if isinstance(value, (list, tuple)) else [value]
+    if all(isinstance(own, torch.Tensor) for own in tensors):
+        return True  # a .npy or a WAV file each
     return isinstance(value, (Image.Image, int, float, str)) or _is_several(value)
 
 
