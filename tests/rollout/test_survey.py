@@ -108,7 +108,7 @@ def test_one_that_is_refused_says_why_in_flowsteers_own_words() -> None:
 def test_what_no_file_can_hold_and_what_no_pipeline_is_built_of() -> None:
     left_out = survey_entry("ltx2_condition")
     assert left_out.verdict == "left out"
-    assert left_out.said == "conditions is a LTX2VideoCondition"
+    assert left_out.said == "conditions is a list"
     assert survey_class("DiTPipeline") == Answer(
         name="DiTPipeline",
         cls="DiTPipeline",
