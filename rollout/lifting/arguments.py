@@ -156,9 +156,10 @@ class CallArguments:
         return merged
 
     def _guidance(self, scale: float) -> dict[str, float]:
-        """``true_cfg_scale`` where that is on by default (Qwen-Image), else ``guidance_scale``."""
+        """``true_cfg_scale`` where that is on by default (Qwen-Image) or the only one, else ``guidance_scale``."""
         true_scale = self.parameters.get("true_cfg_scale")
-        if true_scale is not None and isinstance(true_scale.default, (int, float)) and true_scale.default > 1:
+        on = true_scale is not None and isinstance(true_scale.default, (int, float)) and true_scale.default > 1
+        if on or (true_scale is not None and "guidance_scale" not in self.parameters):
             return {"true_cfg_scale": scale}
         if "guidance_scale" in self.parameters:
             return {"guidance_scale": 0.0 if scale == 1 and self.counts_from_zero else scale}

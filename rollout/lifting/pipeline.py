@@ -241,13 +241,16 @@ class FlowPipeline:
         with torch.no_grad():
             if "output_type" in bound:
                 bound["output_type"] = self.preparer.arguments.output_type
-            images = self.lifted.epilogue(**bound)[0]
-            pictures = isinstance(images, Tensor) and images.dim() > 3
-            if pictures and "output_type" in bound and not within_range(images):
+            images = as_tensor(self.lifted.epilogue(**bound), type(self.pipe).__name__)
+            if images.dim() > 3 and "output_type" in bound and not within_range(images):
                 # DeepFloyd IF and Kandinsky 3 hand tensors back as they are, and only scale arrays to [0, 1]
                 self.preparer.arguments.output_type = bound["output_type"] = "np"
-                images = self.lifted.epilogue(**bound)[0]
-        return as_tensor(images, type(self.pipe).__name__)
+                images = as_tensor(self.lifted.epilogue(**bound), type(self.pipe).__name__)
+        if len(images) != len(latents):
+            raise ValueError(
+                f"{type(self.pipe).__name__} draws {len(images)} results for {len(latents)} samples; {ADAPTER_ADVICE}"
+            )
+        return images
 
 
 def within_range(images: Tensor) -> bool:
@@ -256,11 +259,13 @@ def within_range(images: Tensor) -> bool:
 
 
 def as_tensor(output: Any, name: str) -> Tensor:
-    """What a pipeline's ``__call__`` draws, as `FlowPipeline.decode` gives it.
+    """What a pipeline's ``__call__`` returns as `FlowPipeline.decode` gives it: a tuple's first, or itself (Stable Video).
 
     Some pipelines give arrays, [B, H, W, 3], whatever they are asked for; some a sound without its one channel, [B, N].
     Raises ValueError for anything that is no batch of pictures, videos or sounds.
     """
+    if isinstance(output, tuple):
+        output = output[0]
     if isinstance(output, np.ndarray):
         output = torch.from_numpy(output)
         output = output.movedim(-1, -3) if output.dim() > 3 else output

@@ -306,7 +306,7 @@ def _parity(pipeline: FlowPipeline, prompt: str, inputs: Mapping[str, Value], se
         current = step.finish(_step(step.velocity, current, row.schedule, index))
     drawn = pipeline.decode(current, row)
     with fixed_randomness(current.device):  # as the prologue had it
-        expected = as_tensor(private(**pipeline.call_arguments([prompt], inputs=[inputs], **settings))[0], owner)
+        expected = as_tensor(private(**pipeline.call_arguments([prompt], inputs=[inputs], **settings)), owner)
     difference = _difference(drawn, expected)
     note = f", with Euler steps in place of {type(pipe.scheduler).__name__}'s" if own_step else ""
     allowed = PARITY_TOLERANCE.get(current.dtype, 1e-3)

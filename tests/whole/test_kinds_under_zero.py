@@ -144,7 +144,7 @@ def test_it_is_trained_exported_and_redrawn(kind: str, make_config: Make, tmp_pa
             [entry.prompts[0]], inputs=[first], **settings(config)
         )  # some change their lists
         with fixed_randomness(torch.device("cpu")), torch.no_grad():
-            return as_tensor(plain(**arguments)[0], type(plain).__name__)
+            return as_tensor(plain(**arguments), type(plain).__name__)
 
     base = by_diffusers()
     load_lora(plain, run / "export")

@@ -11,7 +11,7 @@ import importlib.util
 import io
 import wave
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -50,6 +50,9 @@ if not is_ftfy_available():
         "PRXPixelPipeline": "It cleans every prompt with ftfy, which is not installed.",
     }
 
+GUIDED_APART = ("HunyuanImagePipeline", "PRXPipeline", "PRXPixelPipeline", "ace_step")
+"""Entries that are refused only with guidance."""
+
 Build = Callable[[], DiffusionPipeline]
 Inputs = Callable[[int], dict[str, Any]]
 
@@ -87,7 +90,20 @@ def entries() -> dict[str, Entry]:
     for name in MODULES:
         if importlib.util.find_spec(name) is not None:
             found |= importlib.import_module(name).ENTRIES
-    return found
+    return found | _called_otherwise(found)
+
+
+def _called_otherwise(found: dict[str, Entry]) -> dict[str, Entry]:
+    """Pipelines that are refused as they are usually called, and not so: without guidance, or with other arguments."""
+    unguided = {f"{name}_unguided": replace(found[name], guided=None) for name in GUIDED_APART if name in found}
+    other_calls = {
+        "stable_audio_3_audio2audio": {"init_noise_level": 0.99},  # at 0.8 its first level is below its second
+        "QwenImage21Pipeline": {"use_kv_cache": False},
+    }
+    called = {
+        f"{name}_called": replace(found[name], call=found[name].call | call) for name, call in other_calls.items()
+    }
+    return unguided | called
 
 
 def built(entry: Entry) -> DiffusionPipeline:

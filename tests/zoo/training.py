@@ -220,7 +220,7 @@ def drawn_by_diffusers(entry: Entry, folder: Path, schedule: Schedule, settings:
     fresh.prepare(list(entry.prompts[:1]), inputs=inputs and inputs[:1], **settings)  # whether it wants a bare text
     arguments = fresh.call_arguments(list(entry.prompts[:1]), inputs=inputs and inputs[:1], **settings)
     with fixed_randomness(torch.device("cpu")), torch.no_grad():
-        return as_tensor(plain(**arguments)[0], type(plain).__name__)
+        return as_tensor(plain(**arguments), type(plain).__name__)
 
 
 def _difference(a: Tensor, b: Tensor) -> float:
