@@ -1,6 +1,6 @@
 """A data set of pictures for offline training: drawn by a pipeline, scored by a reward, the best and the worst of each prompt.
 
-    python scripts/draw_pictures.py data/embedded_pictures --option score=strict --least-gap 1
+    python scripts/draw_pictures.py data/embedded_pairs --option score=strict --least-gap 1
     flowsteer train embedded_offline_dpo_pictures
 
 Each line of FOLDER/rows.jsonl has a prompt, its ``pictures`` and ``scores``, and the paths ``best`` and ``worst``. So one file

@@ -261,7 +261,8 @@ def within_range(images: Tensor) -> bool:
 def as_tensor(output: Any, name: str) -> Tensor:
     """What a pipeline's ``__call__`` returns as `FlowPipeline.decode` gives it: a tuple's first, or itself (Stable Video).
 
-    Some pipelines give arrays, [B, H, W, 3], whatever they are asked for; some a sound without its one channel, [B, N].
+    Some pipelines give arrays, [B, H, W, 3], whatever they are asked for; some a sound without its one channel, [B, N]; some
+    pictures with an alpha channel.
     Raises ValueError for anything that is no batch of pictures, videos or sounds.
     """
     if isinstance(output, tuple):
@@ -273,6 +274,8 @@ def as_tensor(output: Any, name: str) -> Tensor:
         raise ValueError(
             f"{name} draws a {type(output).__name__}, not a batch of pictures, videos or sounds; {ADAPTER_ADVICE}"
         )
+    if output.dim() == 4 and output.shape[1] == 4:  # a picture with an alpha channel, laid on white
+        output = output[:, :3] * output[:, 3:] + (1 - output[:, 3:])
     return (output[:, None] if output.dim() == 2 else output).float()
 
 
