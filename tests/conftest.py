@@ -30,6 +30,7 @@ Make = Callable[..., dict[str, Any]]
 # The files that take longest, in that order. They begin first: a worker that begins with a long one last is waited for.
 LONG = ("processes", "every_reward", "scripts", "resume", "cli", "gpu_check", "certify_deeper", "certify", "plugin")
 LONG += ("pipeline_adapter", "algorithm_plugin", "hosts", "columns", "worker_faults", "original_packages", "bad_input")
+LONG += ("zoo", "survey", "embedded_edit", "offline", "encode", "pictures", "videos")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
