@@ -60,6 +60,7 @@ def tiny_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_step_aware_dpo_learns_on_an_epsilon_model(tiny_sdxl: Path, tmp_path: Path) -> None:
     """SPO's rollouts: pools along a stochastic DDIM chain, judged by the model's predictions of the clean image.
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import launch
 import numpy as np
+import pytest
 from benchmark import rollout_once
 from compare_with_diffusers import draw_pairs
 from PIL import Image
@@ -30,6 +31,7 @@ def script(*arguments: str | Path, codes: tuple[int, ...] = (0,)) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_a_run_is_compared_by_plain_diffusers(tmp_path: Path) -> None:
     run = tmp_path / "run"
     script(
@@ -81,6 +83,7 @@ def test_the_comparison_imports_nothing_of_training() -> None:
     assert "deepspeed" not in names
 
 
+@pytest.mark.slow
 def test_learning_is_measured_over_seeds(tmp_path: Path) -> None:
     settings = ["evaluation.num_prompts=6", "evaluation.num_seeds=2", "evaluation.num_inference_steps=2"]
     arguments = ["scripts/learn.py", "embedded_nft_composition", *SMALL, *settings, "--seeds", "2", "--root", tmp_path]
@@ -117,6 +120,7 @@ def test_every_timed_draw_prepares_its_prompts(tmp_path: Path) -> None:
     assert counts == [config.rollout.prompts_per_step] * 3  # one pass of the encoder for each prompt, without guidance
 
 
+@pytest.mark.slow
 def test_the_benchmark_of_rewards_measures_all_three() -> None:
     overrides = [f"--override={setting}" for setting in SMALL]
     text = script("scripts/benchmark_rewards.py", "--repeats", "1", *overrides)
