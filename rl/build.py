@@ -48,6 +48,7 @@ from flowsteer.rollout.lifting.kept import Kept
 from flowsteer.rollout.lifting.pipeline import FlowPipeline
 from flowsteer.rollout.lifting.protocol import Pipeline
 from flowsteer.rollout.offline import PictureWorker
+from flowsteer.rollout.share import Share
 from flowsteer.rollout.steps.plan import Plan, all_steps, decay, fixed_steps, no_steps, window
 from flowsteer.rollout.worker import RolloutWorker
 
@@ -292,7 +293,7 @@ def build_worker(
 ) -> RolloutWorker | PictureWorker:
     """What draws the samples of this process, or takes its pictures."""
     rollout = config.rollout
-    common: dict[str, Any] = dict(
+    share = Share(
         num_inference_steps=rollout.num_inference_steps,
         guidance_scale=rollout.guidance_scale,
         negative_prompt=rollout.negative_prompt,
@@ -305,11 +306,11 @@ def build_worker(
         process_index=processes.process_index,
     )
     if config.prompts.pictures is not None:
-        return PictureWorker(build_encoder(config, pipeline), prompts, **common)
+        return PictureWorker(build_encoder(config, pipeline), prompts, **share)
     return RolloutWorker(
         pipeline,
         prompts,
-        **common,
+        **share,
         plan=plan,
         kernel=rollout.kernel.name,
         log_prob_weight=rollout.kernel.log_prob_weight,

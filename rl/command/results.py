@@ -237,7 +237,8 @@ def sample(
     from flowsteer.rollout.sample import prepare_rows
     from flowsteer.rollout.sample import sample as draw
 
-    refuse_existing(output)
+    instead = output.with_name(f"{output.stem}_videos")  # a folder, where a sheet would be too large
+    refuse_existing(output, *([instead] if output.suffix.lower() == ".webp" else []))
     output = output.with_suffix(output.suffix.lower())
     if output.suffix not in ("", ".png", ".webp"):
         raise ValueError(f"{output} must end in .png, for videos in .webp, or be the name of a folder")
@@ -279,11 +280,10 @@ def sample(
     rate, videos = frame_rate_of(pipeline), drawn.dim() == 5
     if output.suffix == ".webp" and not videos:
         raise ValueError(f"{output}: these are no videos; write a .png, or a folder")
-    if output.suffix == ".webp" and save_film_grid(drawn, output, frame_rate=rate, columns=num_seeds):
-        pass
-    elif output.suffix == ".webp":
-        output = output.with_suffix("")
-        save_films(drawn, texts, output, frame_rate=rate)
+    if output.suffix == ".webp":
+        if not save_film_grid(drawn, output, frame_rate=rate, columns=num_seeds):
+            output = instead
+            save_films(drawn, texts, output, frame_rate=rate)
     elif output.suffix:
         if drawn.dim() == 3:
             stderr.print("a sheet shows the loudness of sounds; -o FOLDER writes them as WAV files")

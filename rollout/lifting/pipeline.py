@@ -242,7 +242,7 @@ class FlowPipeline:
             if "output_type" in bound:
                 bound["output_type"] = self.preparer.arguments.output_type
             images = as_tensor(self.lifted.epilogue(**bound), type(self.pipe).__name__)
-            if images.dim() > 3 and "output_type" in bound and not within_range(images):
+            if images.dim() > 3 and bound.get("output_type") == "pt" and beyond_range(images):
                 # DeepFloyd IF and Kandinsky 3 hand tensors back as they are, and only scale arrays to [0, 1]
                 self.preparer.arguments.output_type = bound["output_type"] = "np"
                 images = as_tensor(self.lifted.epilogue(**bound), type(self.pipe).__name__)
@@ -253,9 +253,9 @@ class FlowPipeline:
         return images
 
 
-def within_range(images: Tensor) -> bool:
-    """Whether all numbers lie in [0, 1], as those of finished pictures do."""
-    return bool(((images >= 0) & (images <= 1)).all())
+def beyond_range(images: Tensor) -> bool:
+    """Whether some numbers lie outside of [0, 1], where those of finished pictures do not. NaN says nothing."""
+    return bool(((images < 0) | (images > 1)).any())
 
 
 def as_tensor(output: Any, name: str) -> Tensor:
