@@ -153,3 +153,18 @@ def test_the_page_of_pipelines_says_the_same() -> None:
     assert {name: line.verdict for name, line in own.items()} == expected
     lifted = [line for line in own.values() if line.verdict == "lifted"]
     assert [line for line in lifted if line.equal.startswith("bit for bit") == (line.name in CLOSE)] == []
+
+
+def test_a_picture_that_is_no_number_does_not_change_how_others_are_decoded() -> None:
+    """Numbers beyond [0, 1] say that a pipeline scales only arrays; NaN says nothing of the pipeline."""
+    asked = {}
+    for name in ("FluxPipeline", "deepfloyd_if"):
+        entry = ENTRIES[name]
+        pipeline, _, _ = lifted(entry)
+        latents, row = pipeline.own_start(entry.prompts[0], num_inference_steps=3, guidance_scale=1.0)
+        pipeline.decode(torch.full_like(latents, float("nan")), row)
+        assert pipeline.preparer.arguments.output_type == "pt"
+        pictures = pipeline.decode(latents, row)
+        assert 0 <= pictures.min() <= pictures.max() <= 1
+        asked[name] = pipeline.preparer.arguments.output_type
+    assert asked == {"FluxPipeline": "pt", "deepfloyd_if": "np"}
