@@ -37,11 +37,14 @@ from torch import Tensor
 from transformers import CLIPTokenizer, T5Tokenizer
 
 from flowsteer.rewards.scorers.edit_composition import EditCompositionReward
-from flowsteer.rewards.scorers.edits import KINDS, Case, sample_case
+from flowsteer.rewards.scorers.edits import KINDS, Case, sample_case, spoiled
 from flowsteer.rewards.scorers.world import SIZE
 
 ROOT = Path(__file__).resolve().parent.parent
 CALL = {"max_sequence_length": EDIT_LENGTH, "max_area": SIZE * SIZE, "_auto_resize": False}
+# How many pairs of the base model's training are wrong. Pairs that models made are, too; so the base often errs where it knows
+# better, which is what a reward can mend.
+SPOILED_SHARE = 0.35
 # Prompt files: their names, how many rows, whether their meanings are reserved, and the seed that draws them.
 FILES = (("edits_train.parquet", 1024, False, 1), ("edits_reserved.parquet", 264, True, 2))
 
@@ -126,11 +129,13 @@ def prepare(work: Path, vae: AutoencoderKL, pool: int, seed: int) -> Edits:
     if not file.exists():
         with console.status(f"drawing and encoding {pool} edits"):
             cases = draw_cases(pool, reserved=False, seed=seed + 10)
+            rng = np.random.default_rng(seed + 20)
+            targets = [spoiled(case, rng) if rng.random() < SPOILED_SHARE else case.target for case in cases]
             texts = [case.edit.text for case in cases]
             clip, t5 = build_edit_tokenizers()
             data = {
                 "sources": encode(vae, [case.source.draw() for case in cases]),
-                "targets": encode(vae, [case.target.draw() for case in cases]),
+                "targets": encode(vae, [target.draw() for target in targets]),
                 "clip_ids": tokenize(clip, texts),
                 "t5_ids": tokenize(t5, texts),
             }

@@ -79,9 +79,7 @@ def _ask(request: bytes, *, seed: int, shift: float) -> list[Any]:
         asked.write_bytes(request)
         command = [sys.executable, str(ELSEWHERE), str(asked), str(answered), str(shift)]
         try:
-            done = subprocess.run(
-                command, env=environment, capture_output=True, timeout=TIMEOUT_S, check=False, stdin=subprocess.DEVNULL
-            )
+            done = _start(command, environment)
         except subprocess.TimeoutExpired:
             raise Suspected(f"another process has not answered after {TIMEOUT_S:.0f} s") from None
         if not answered.is_file():
@@ -95,6 +93,13 @@ def _ask(request: bytes, *, seed: int, shift: float) -> list[Any]:
         if state in answer:
             raise kind(f"in another process it {answer[state]}")
     return answer["scores"]
+
+
+def _start(command: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess[bytes]:
+    """A new interpreter, which has ended. Raises subprocess.TimeoutExpired."""
+    return subprocess.run(
+        command, env=environment, capture_output=True, timeout=TIMEOUT_S, check=False, stdin=subprocess.DEVNULL
+    )
 
 
 def _one(picture: Picture) -> tuple[np.ndarray, list[str], dict[str, list[Any]]]:

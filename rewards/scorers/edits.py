@@ -178,12 +178,33 @@ def place_case(things: Sequence[Thing], edit: Edit, rng: np.random.Generator) ->
     added = [edit.after] if edit.before is None and edit.after is not None else []
     placed = [Placed(thing, *box) for thing, box in zip([*things, *added], _boxes(len(things) + len(added), rng))]
     source = Scene(background=background, things=tuple(placed[: len(things)]))
-    changed = [
-        one if one.thing != edit.before else edit.after and Placed(edit.after, one.x, one.y, one.radius)
-        for one in placed
-    ]
-    target = Scene(background=background, things=tuple(one for one in changed if one is not None))
+    target = edited(Scene(background=background, things=tuple(placed)), edit)
     return Case(source=source, edit=edit, target=target)
+
+
+def edited(scene: Scene, edit: Edit) -> Scene:
+    """The scene after an edit, everything where it was; what is added lies in it already."""
+    things = []
+    for one in scene.things:
+        if one.thing != edit.before:
+            things.append(one)
+        elif edit.after is not None:
+            things.append(Placed(edit.after, one.x, one.y, one.radius))
+    return Scene(background=scene.background, things=tuple(things))
+
+
+def spoiled(case: Case, rng: np.random.Generator) -> Scene:
+    """A wrong target, as pairs that models made often have: nothing was done, something else was, or something more.
+
+    The three are equally frequent. What is done instead or besides is a recoloring, a new shape or a removal.
+    """
+    fault = rng.integers(3)
+    if fault == 0:
+        return case.source
+    scene = case.source if fault == 1 else case.target
+    things = [one.thing for one in scene.things]
+    others = [edit for kind in KINDS if kind != "add" for edit in edits_of(things, kind) if edit != case.edit]
+    return edited(scene, others[rng.integers(len(others))])
 
 
 def _boxes(count: int, rng: np.random.Generator) -> list[tuple[float, float, float]]:
@@ -204,9 +225,11 @@ __all__ = [
     "Placed",
     "Scene",
     "all_things",
+    "edited",
     "edits_of",
     "is_reserved",
     "meaning",
     "place_case",
     "sample_case",
+    "spoiled",
 ]

@@ -17,8 +17,10 @@ import numpy as np
 import pytest
 import tiny_rewards
 from chat_server import Server
+from elsewhere_server import one_interpreter
 from tiny_preference import tiny_model
 
+from flowsteer.rewards.certify import process
 from flowsteer.rewards.certify.certificate import certify
 from flowsteer.rewards.certify.inputs import built_in_inputs
 from flowsteer.rewards.registry import load_reward
@@ -80,13 +82,20 @@ def options(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mapping[str, d
         "geneval": {"detector": str(detector), "weights": clip, "short_side": 64},
         "pixel_diversity": {},
         "clip_diversity": {"weights": clip},
-        "unified_reward": {"endpoint": endpoint, "image_size": 128},  # resized as to 512, in a fifth of the time
+        "unified_reward": {"endpoint": endpoint, "image_size": 128},  # not to 512: in a fifth of the time
         "vlm_rubric": {"endpoint": endpoint, "rubric": "Rate it: [{prompt}]", "min_score": 1, "max_score": 5},
         "vlm_edit": {"endpoint": endpoint, "image_size": 128},
-        "vlm_pairwise": {"endpoint": endpoint},
-        "vlm_groupwise": {"endpoint": endpoint},
+        "vlm_pairwise": {"endpoint": endpoint, "image_size": 32},
+        "vlm_groupwise": {"endpoint": endpoint, "image_size": 32},
     }
     server.close()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def asked_elsewhere() -> Iterator[list[str]]:
+    """What the one other interpreter was asked."""
+    with one_interpreter(process) as asked:
+        yield asked
 
 
 OURS = sorted({point.name for point in entry_points(group="flowsteer.rewards") if "flowsteer." in point.value})
@@ -98,8 +107,8 @@ SCORES = {  # SALE is drawn for SALT
 
 
 @pytest.mark.parametrize("name", OURS)
-def test_it_is_certified(options: Mapping[str, dict[str, Any]], name: str) -> None:
-    given: dict[str, Any] = {}
+def test_it_is_certified(options: Mapping[str, dict[str, Any]], asked_elsewhere: list[str], name: str) -> None:
+    given, before = dict[str, Any](), len(asked_elsewhere)
     images, prompts = built_in_inputs()
     if name == "vlm_pairwise":  # it asks about every pair
         given = {"images": images[:6], "prompts": prompts[:6]}
@@ -119,6 +128,8 @@ def test_it_is_certified(options: Mapping[str, dict[str, Any]], name: str) -> No
         given = {"images": shown, "prompts": prompts, "columns": {"expected": expected}}
     certificate = certify(functools.partial(load_reward, name, **options[name]), name=name, **given)
     assert certificate.ok, certificate.text()
+    assert len(asked_elsewhere) == before + 1
+    assert certificate["another process"].status == "passed"
     said = dict(zip(prompts, certificate.scores))
     assert {prompt: said[prompt] for prompt in SCORES.get(name, {})} == SCORES.get(name, {})
 
