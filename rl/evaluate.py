@@ -83,9 +83,10 @@ def evaluate(
 ) -> Evaluation:
     """Draw ``num_prompts`` prompts, spread evenly over the file, with the seeds 0 .. num_seeds - 1, and score them.
 
-    Seed s of prompt p is ``num_seeds * p + s``, given to ``torch.Generator().manual_seed``: plain diffusers draws the same
-    pictures, but for pipelines that pack their latents (FLUX, Qwen-Image), which draw before they pack. Processes share the
-    prompts; each gets the whole result. Scores that are not there ``timeout_s`` seconds after the last picture are missing.
+    Seed s of prompt p is ``num_seeds * p + s``, or s more than the row's own seed. It is given to
+    ``torch.Generator().manual_seed``: plain diffusers draws the same pictures, but for pipelines that pack their latents
+    (FLUX, Qwen-Image), which draw before they pack. Processes share the prompts; each gets the whole result. Scores that
+    are not there ``timeout_s`` seconds after the last picture are missing.
     """
     count = min(num_prompts, len(prompts))
     chosen = [place * len(prompts) // count for place in range(count)]
@@ -108,11 +109,12 @@ def evaluate(
             if len({*rows}) == 1:
                 raise
             return torch.cat([draw(list(same)) for _, same in itertools.groupby(batch, key=lambda pair: pair[0])])
-        seeds = torch.tensor([num_seeds * p + s for p, s in batch])
+        firsts = [prompts.seed(chosen[p]) for p, _ in batch]
+        seeds = [num_seeds * p + s if first is None else first + s for first, (p, s) in zip(firsts, batch)]
         latents, _ = sample(
             pipeline,
             conditioning,
-            seeds=seeds,
+            seeds=torch.tensor(seeds),
             noise_levels=[0.0] * conditioning.schedule.num_steps,
             dtype=dtype,
             device=device,

@@ -78,6 +78,7 @@ def sample_branches(
     *,
     seeds: Tensor,
     initial_seeds: Tensor,
+    groups: Tensor | None = None,
     noise_levels: tuple[float, ...],
     kernel: str = "flow_sde",
     log_prob_weight: LogProbWeight = "gaussian",
@@ -89,13 +90,13 @@ def sample_branches(
     """Draw the pools of every stochastic step, in the order of the steps and, within each, of the granularities.
 
     ``conditioning`` has B rows, equal ones within a group; ``seeds`` [B] are of each candidate's noise, ``initial_seeds``
-    [B] of each group's initial noise: equal ones make the group. ``noise_levels`` has one entry per denoising step, 0 where
-    the step is deterministic. The other arguments are those of `sample`.
+    [B] of each group's initial noise: equal ones make the group, unless ``groups`` [B] parts them. ``noise_levels`` has
+    one entry per denoising step, 0 where the step is deterministic. The other arguments are those of `sample`.
     """
     schedule, shape = conditioning.schedule, conditioning.latent_shape
-    first, state = distinct(initial_seeds)
-    groups = initial_seeds[first]
-    noise = initial_noise(groups, shape).to(device, dtype)  # [S, *X]
+    first, state = distinct(initial_seeds, groups)
+    trunk_seeds = initial_seeds[first]
+    noise = initial_noise(trunk_seeds, shape).to(device, dtype)  # [S, *X]
     latents, trunk = conditioning.take(first).start(noise)
     _, conditioning = conditioning.start(noise[state])
     shared = SharedStates(conditioning=trunk, state=state)
@@ -107,7 +108,7 @@ def sample_branches(
         if level > 0:
             gaussian = kernels.KERNELS[kernel](velocity, latents, schedule, index, level)
         if level > 0 and index < branching.first:
-            following = kernels.draw(gaussian, stream_noise(groups, index, shape).to(device), dtype)
+            following = kernels.draw(gaussian, stream_noise(trunk_seeds, index, shape).to(device), dtype)
         elif level > 0:
             pool = replace(gaussian, mean=gaussian.mean[state])  # [B, *X]
             candidates = kernels.draw(pool, stream_noise(seeds, index, shape).to(device), dtype)
@@ -118,7 +119,7 @@ def sample_branches(
             before = replace(before, denoised=before.denoised[state])
             yield from _finished(pipeline, conditioning, branching, trajectory, solver, before)
             if branching.trunk == "resampled":
-                following = candidates[_choices(groups, state, index)]
+                following = candidates[_choices(trunk_seeds, state, index)]
         latents = step.finish(following.to(dtype))
 
 

@@ -41,6 +41,7 @@ def sample(
     log_prob_weight: Literal["gaussian", "variance"] = "gaussian",
     solver: str = "euler",
     initial_seeds: Tensor | None = None,
+    groups: Tensor | None = None,
     keep_mean: bool = False,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
@@ -54,6 +55,8 @@ def sample(
         initial_seeds: [B], where they differ from ``seeds``: row b starts from ``randn`` of a generator with that seed, as
             diffusers does. Rows with equal ones (a group with shared noise) are one sample until the first stochastic step
             and are computed once until then; they must have the same conditioning.
+        groups: [B], where rows with equal ``initial_seeds`` may have another conditioning: rows of another group never count as
+            one sample.
         noise_levels: one per denoising step, 0 where the step is deterministic.
         path: the denoising indices to visit, increasing, all of them unless given. Deterministic steps lead from one to the
             next, however far that is; a stochastic step leads to the next index.
@@ -74,7 +77,7 @@ def sample(
             "must take as many"
         )
     start = next((i for i, level in enumerate(noise_levels) if level > 0), len(noise_levels))
-    first, rows = distinct(seeds if initial_seeds is None else initial_seeds)
+    first, rows = distinct(seeds if initial_seeds is None else initial_seeds, groups)
     shares = initial_seeds is not None and len(first) < len(seeds) and start > 0
     initial_seeds = seeds if initial_seeds is None else initial_seeds
     noise = initial_noise(initial_seeds[first], shape).to(device, dtype)  # [P, *X]
@@ -135,9 +138,10 @@ def trajectory_of(stored: Sequence[Transition], shared: SharedStates | None = No
     )
 
 
-def distinct(keys: Tensor) -> tuple[Tensor, Tensor]:
-    """The first row of each distinct key in order of appearance [P], and each row's place among them [B]."""
-    places: dict[int, int] = {}
-    rows = [places.setdefault(key, len(places)) for key in keys.tolist()]
+def distinct(seeds: Tensor, groups: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The first row of each distinct seed (in each group) in order of appearance [P], and each row's place among them [B]."""
+    places: dict[tuple[int, int], int] = {}
+    keys = zip(seeds.tolist(), [0] * len(seeds) if groups is None else groups.tolist(), strict=True)
+    rows = [places.setdefault(key, len(places)) for key in keys]
     first = [rows.index(place) for place in range(len(places))]
     return torch.tensor(first), torch.tensor(rows)

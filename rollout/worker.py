@@ -106,7 +106,8 @@ class RolloutWorker(Worker):
             conditioning,
             self.branching,
             seeds=batch.seeds,
-            initial_seeds=self._group_seeds(batch.group, step),
+            initial_seeds=self._initial_seeds(batch, step),
+            groups=batch.group,
             noise_levels=noise_levels,
             **self.settings,
         )
@@ -126,12 +127,24 @@ class RolloutWorker(Worker):
             self.pipeline,
             conditioning,
             seeds=batch.seeds,
-            initial_seeds=self._group_seeds(batch.group, step) if self.shared_noise else None,
+            initial_seeds=self._initial_seeds(batch, step),
+            groups=batch.group,
             noise_levels=noise_levels,
             path=compressed_path(len(noise_levels), last, self.tail_fraction),
             **self.settings,
         )
 
-    def _group_seeds(self, group: Tensor, step: int) -> Tensor:
-        """The same seed for all samples of a group, whichever batches they are in: [B] -> [B]."""
-        return torch.tensor([mix(self.seed, step, place) for place in group.tolist()])
+    def _initial_seeds(self, batch: Batch, step: int) -> Tensor:
+        """Of each sample's initial noise [B]: the same for a whole group that shares it, whichever batches it is in.
+
+        A row's own seed stands first; without sharing, the samples of its group count on from there.
+        """
+        shared = self.shared_noise or self.branching is not None
+        seeds = batch.seeds.tolist()
+        for place, (row, group) in enumerate(zip(batch.rows, batch.group.tolist())):
+            own = self.prompts.seed(row)
+            if own is not None:
+                seeds[place] = own if shared else own + int(batch.sample[place]) % self.group_size
+            elif shared:
+                seeds[place] = mix(self.seed, step, group)
+        return torch.tensor(seeds)

@@ -90,7 +90,7 @@ def kind_of(argument: str) -> Kind:
     if argument.endswith("_embeds") or argument == "hint":
         return "tensor"
     if (
-        argument in ("height", "width", "strength")
+        argument in ("height", "width", "strength", "seed")
         or argument.startswith("num_")
         or argument.endswith(("_scale", "_rate"))
     ):

@@ -68,9 +68,15 @@ class Prompts:
         return len(self.texts)
 
     def row(self, place: int) -> Row:
-        """One row, without the inputs that it lacks."""
-        given = {name: values[place] for name, values in self.inputs.items()}
+        """One row, without the inputs that it lacks, and without its seed, which no pipeline is told."""
+        given = {name: values[place] for name, values in self.inputs.items() if name != "seed"}
         return Row.of(self.texts[place], {name: value for name, value in given.items() if value is not None})
+
+    def seed(self, place: int) -> int | None:
+        """The seed of a row's initial noise; None: it has none of its own."""
+        value = self.inputs["seed"][place] if "seed" in self.inputs else None
+        assert value is None or isinstance(value, (int, float))
+        return None if value is None else int(value)
 
     def fingerprint(self) -> str:
         """A hash of everything in it: two files with the same one are the same training data."""
@@ -116,7 +122,9 @@ def read_prompts(
         sources=tuple((len(part), source.weight) for part, source in zip(parts, given)),
         media=tuple(dict.fromkeys(name for part in parts for name in part.media)),
     )
-    rows = Counter((prompts.row(place), prompts.groups[place : place + 1]) for place in range(len(prompts)))
+    rows = Counter(
+        (prompts.row(place), prompts.seed(place), prompts.groups[place : place + 1]) for place in range(len(prompts))
+    )
     duplicates = sum(count - 1 for count in rows.values())
     if duplicates and warn:
         names_of_sources = ", ".join(source.name for source in given)
@@ -132,6 +140,12 @@ def read_prompts(
 def _of_table(table: Table, inputs: Mapping[str, Input], pictures: PictureColumns | None) -> Prompts:
     """The rows of one source; those of one prompt as one, where pictures form groups."""
     read = read_inputs(inputs, table.columns, where=table.where, folder=table.folder)
+    for value, where in zip(read.get("seed", ()), table.where):
+        if value is not None and not _is_seed(value):
+            raise ValueError(
+                f"{where}, column {inputs['seed'].column!r} (inputs.seed): a seed is a whole number from 0 to 2^53 - 1, got "
+                f"{value!r}"
+            )
     own = pictures.names if pictures else ()
     columns = {
         name: values
@@ -212,6 +226,10 @@ def _is_media(value: Any) -> bool:
     if isinstance(value, (list, tuple)):
         return any(map(_is_media, value))
     return isinstance(value, (bytes, Image))
+
+
+def _is_seed(value: Value) -> bool:
+    return isinstance(value, (int, float)) and float(value).is_integer() and 0 <= value < 2**53
 
 
 def _column(part: Prompts | Table, name: str) -> tuple[Any, ...]:

@@ -22,6 +22,7 @@ from flowsteer.rewards.scorers.edits import (
     meaning,
     place_case,
     sample_case,
+    spoiled,
 )
 from flowsteer.rewards.scorers.world import COLORS, SHAPES, Thing
 from flowsteer.rollout.data.files import Source, Table, read_table
@@ -52,6 +53,23 @@ def graded(picture: np.ndarray, expected: dict[str, Any]) -> float:
 
 
 # --- the world of edits
+
+
+def test_a_spoiled_target_is_never_what_was_asked_for(cases: list[Case]) -> None:
+    """Nothing, something else or something more was done, a third each; what was not touched stays."""
+    rng, counts = np.random.default_rng(1), {"nothing": 0, "something": 0}
+    chosen = [case for case in cases if len(case.source.things) > 1]
+    targets = [spoiled(case, rng) for case in chosen]
+    assert strict([target.draw() for target in targets], chosen) == [0.0] * len(chosen)
+    for case, target in zip(chosen, targets):
+        counts["nothing" if target == case.source else "something"] += 1
+        assert target.background == case.source.background
+        places = {(one.x, one.y, one.radius) for one in (*case.source.things, *case.target.things)}
+        assert {(one.x, one.y, one.radius) for one in target.things} <= places
+        changed = set(case.target.things) ^ set(target.things)
+        assert 1 <= len(changed) <= 4  # the asked edit not done, another one done: each at most one shape for another
+    share = counts["nothing"] / len(chosen)
+    assert abs(share - 1 / 3) < 4 * (2 / 9 / len(chosen)) ** 0.5  # four deviations
 
 
 def test_instructions_are_worded_as_documented() -> None:

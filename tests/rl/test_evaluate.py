@@ -191,6 +191,19 @@ def test_plain_diffusers_draws_the_same(at_once):
         assert not torch.allclose(picture[0], at_once.images[1], atol=1e-2)
 
 
+def test_a_row_with_a_seed_is_drawn_with_it_and_the_next_ones():
+    pipeline = zoo.shared("sd3")
+    prompts = Prompts(texts=TEXTS, columns=PROMPTS.columns, inputs={"seed": (None, 40, 40, None, None, None)})
+    result = evaluate(pipeline, prompts, REWARDS, num_prompts=6, num_seeds=2, batch_size=12, **SETTINGS)
+    for place, seed in enumerate([0, 40, 40, 6, 8, 10]):
+        arguments = pipeline.call_arguments([TEXTS[place]], num_inference_steps=3, guidance_scale=1.0)
+        for own in (0, 1):
+            picture = pipeline.pipe(**arguments | {"generator": torch.Generator().manual_seed(seed + own)})[0]
+            assert result.parts["bright"][place, own].item() == pytest.approx(picture[0].mean().item(), abs=3e-3)
+            if own == 0:
+                assert torch.allclose(picture[0], result.images[place], atol=1e-5)
+
+
 # --- rewards that fail
 
 

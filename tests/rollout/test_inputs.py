@@ -135,6 +135,25 @@ def test_a_bad_value_is_refused_with_its_line(tmp_path: Path, kind: str, value: 
         read(tmp_path, kind, value)
 
 
+@pytest.mark.parametrize("value", [-1, 1.5, 2**53, float("inf"), float("nan")])
+def test_a_seed_is_a_whole_number(tmp_path: Path, value: float) -> None:
+    (tmp_path / "rows.jsonl").write_text(
+        json.dumps({"prompt": "a cat", "s": 3}) + "\n" + json.dumps({"prompt": "b", "s": value})
+    )
+    with pytest.raises(ValueError, match=r"rows.jsonl, line 2, column 's' \(inputs.seed\): a seed is a whole number"):
+        read_prompts(str(tmp_path / "rows.jsonl"), inputs={"seed": Input(column="s", kind="number")})
+
+
+def test_a_seed_is_not_told_to_the_pipeline(tmp_path: Path) -> None:
+    lines = [{"prompt": "a cat", "s": 3}, {"prompt": "a cat", "s": 4.0}, {"prompt": "a cat"}]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    prompts = read_prompts(str(tmp_path / "rows.jsonl"), inputs={"seed": Input(column="s", kind="number")})
+    assert [prompts.row(place) for place in range(3)] == [Row.of("a cat", {})] * 3
+    assert [prompts.seed(place) for place in range(3)] == [3, 4, None]
+    assert prompts.num_duplicates == 0
+    assert kind_of("seed") == "number"
+
+
 def test_kinds_are_read_off_names() -> None:
     named = {
         "image": "image",

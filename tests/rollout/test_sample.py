@@ -9,6 +9,7 @@ import torch
 import zoo
 from torch import Tensor
 
+from flowsteer.rollout.branches import Branching
 from flowsteer.rollout.data.batches import sample_seeds
 from flowsteer.rollout.data.prompts import Prompts
 from flowsteer.rollout.lifting.pipeline import Conditioning, FlowPipeline
@@ -16,7 +17,7 @@ from flowsteer.rollout.lifting.step import LiftedStep
 from flowsteer.rollout.sample import sample
 from flowsteer.rollout.steps import kernels
 from flowsteer.rollout.steps.noise import initial_noise, mix, stream_noise
-from flowsteer.rollout.steps.plan import all_steps, compressed_path, no_steps, window
+from flowsteer.rollout.steps.plan import all_steps, compressed_path, fixed_steps, no_steps, window
 from flowsteer.rollout.steps.solvers import SOLVERS, History, remember
 from flowsteer.rollout.types import Schedule, Trajectory
 from flowsteer.rollout.worker import RolloutWorker
@@ -302,7 +303,8 @@ def worker(pipeline: FlowPipeline, **changes: Any) -> RolloutWorker:
         "dtype": torch.float32,
         "device": "cpu",
     }
-    return RolloutWorker(pipeline, PROMPTS, **(settings | changes))
+    settings |= changes
+    return RolloutWorker(pipeline, settings.pop("prompts", PROMPTS), **settings)
 
 
 def test_rollouts_carry_what_belongs_to_their_rows(pipeline: FlowPipeline) -> None:
@@ -341,6 +343,50 @@ def test_a_group_shares_its_noise_across_batches_and_only_within_a_step(pipeline
     assert not torch.equal(group[0], other[0])
     (later, *_) = [r.trajectory.latents[:, 0] for r in drawer.sample(1) if r.trajectory]
     assert not torch.equal(group[0], later[0])
+
+
+# the third row has no seed of its own, and two rows have the same
+SEEDED = Prompts(texts=PROMPTS.texts, columns=PROMPTS.columns, inputs={"seed": (7, 7.0, None)})
+
+
+@pytest.mark.parametrize("shared_noise", [False, True])
+def test_a_row_with_a_seed_always_starts_from_it(pipeline: FlowPipeline, shared_noise: bool) -> None:
+    settings = {"plan": fixed_steps(STEPS, 0.7, [1, 2]), "prompts_per_step": 3, "shared_noise": shared_noise}
+    settings["batch_size"] = 12  # two groups with the same seed meet in it
+    drawer = worker(pipeline, prompts=SEEDED, **settings)
+    unseeded = worker(pipeline, **settings)
+    for step in (0, 1):
+        for rollout, plain in zip(drawer.sample(step), unseeded.sample(step), strict=True):
+            assert torch.equal(rollout.seeds, plain.seeds)  # of the noise of stochastic steps
+            for place, sample_place in enumerate(rollout.sample.tolist()):
+                if rollout.columns["answer"][place] == "z":
+                    assert torch.equal(rollout.latents[place], plain.latents[place])
+                    continue
+                assert not torch.equal(rollout.latents[place], plain.latents[place])
+                seed = 7 if shared_noise else 7 + sample_place % 4
+                expected, _ = sample(
+                    pipeline,
+                    conditioning(pipeline, [rollout.prompts[place]], 1.0),
+                    seeds=rollout.seeds[[place]],
+                    initial_seeds=torch.tensor([seed]),
+                    noise_levels=(0.0, 0.7, 0.7, 0.0),
+                )
+                torch.testing.assert_close(rollout.latents[[place]], expected, rtol=0, atol=ROWS)
+
+
+def test_branches_of_rows_with_the_same_seed_stay_their_own(pipeline: FlowPipeline) -> None:
+    def drawn(*seeds: float | None) -> dict[str, Tensor]:
+        prompts = Prompts(texts=PROMPTS.texts, columns=PROMPTS.columns, inputs={"seed": seeds})
+        plan = fixed_steps(STEPS, 0.7, [1, 2])
+        drawer = worker(
+            pipeline, prompts=prompts, plan=plan, prompts_per_step=3, batch_size=12, branching=Branching()
+        )  # all groups in one batch
+        return {text: row for rollout in drawer.sample(0)[:1] for text, row in zip(rollout.prompts, rollout.latents)}
+
+    together, first, second = drawn(7, 7, None), drawn(7, 8, None), drawn(8, 7, None)
+    for text, alone in zip(PROMPTS.texts, (first, second, first)):
+        torch.testing.assert_close(together[text], alone[text], rtol=0, atol=ROWS)
+    assert not torch.allclose(first[PROMPTS.texts[1]], second[PROMPTS.texts[1]], atol=1e-3)
 
 
 def test_a_rollout_without_stochastic_steps_has_no_trajectory(pipeline: FlowPipeline) -> None:

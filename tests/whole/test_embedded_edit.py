@@ -205,6 +205,18 @@ def test_the_pool_holds_no_reserved_edit() -> None:
     assert "draw_cases(pool, reserved=False, seed=seed + 10)" in (ROOT / "scripts" / "pretrain_edit.py").read_text()
 
 
+def test_the_pool_is_spoiled_as_it_says(pipeline: FluxKontextPipeline, tmp_path: Path) -> None:
+    count = 400
+    edits = pretrain_edit.prepare(tmp_path, pipeline.vae, count, seed=0)
+    cases = pretrain_edit.draw_cases(count, reserved=False, seed=10)
+    right = pretrain_edit.encode(pipeline.vae, [case.target.draw() for case in cases])
+    wrong = (edits.targets != right).flatten(1).any(1).float().mean().item()
+    deviation = (pretrain_edit.SPOILED_SHARE * (1 - pretrain_edit.SPOILED_SHARE) / count) ** 0.5
+    assert abs(wrong - pretrain_edit.SPOILED_SHARE) < 4 * deviation
+    sources = pretrain_edit.encode(pipeline.vae, [case.source.draw() for case in cases])
+    assert torch.equal(edits.sources, sources)
+
+
 def test_edits_are_written_where_they_are_wanted(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["captions", "--edit", "--folder", str(tmp_path)], catch_exceptions=False)
     assert result.exit_code == 0
