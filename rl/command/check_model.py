@@ -8,15 +8,37 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flowsteer.rl.config.data import inputs_of, sources_of
+from flowsteer.rl.config.schema import Config
 from flowsteer.rl.policy import Policy
 from flowsteer.rl.targets import automatic_targets, summary
 from flowsteer.rollout.data.inputs import Value
-from flowsteer.rollout.data.prompts import Row
-from flowsteer.rollout.lifting.pipeline import Pipeline
+from flowsteer.rollout.data.prompts import Row, read_prompts
+from flowsteer.rollout.lifting.pipeline import FlowPipeline, Pipeline
 from flowsteer.rollout.lifting.selfcheck import PROMPTS, Finding
 from flowsteer.rollout.sample import prepare_rows
 
 _NAMED = 6  # layers that a finding lists before it only counts
+
+
+def first_inputs(config: Config) -> dict[str, Value]:
+    """The inputs of the first row of a configuration's prompts. Raises ValueError as `read_prompts`."""
+    prompts = read_prompts(sources_of(config.prompts.train), inputs=inputs_of(config.inputs), warn=False)
+    return dict(prompts.row(0).inputs)
+
+
+def input_findings(config: Config, pipeline: Pipeline) -> list[Finding]:
+    """Which column each input of the pipeline is taken from, and which inputs it could take besides.
+
+    Example: ``image from the column 'source'; not mapped: mask_image``.
+    """
+    media = pipeline.preparer.arguments.media if isinstance(pipeline, FlowPipeline) else ()
+    mapped = [f"{name} from the column {own.column!r}" for name, own in config.inputs.items()]
+    left = [name for name in media if name not in config.inputs]
+    if not (mapped or left):
+        return []
+    detail = ", ".join(mapped) or "the configuration maps none"
+    return [Finding(name="inputs", ok=True, detail=detail + (f"; not mapped: {', '.join(left)}" if left else ""))]
 
 
 def trainable_findings(

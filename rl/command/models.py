@@ -25,9 +25,25 @@ console, stderr = Console(), Console(stderr=True)
 
 
 def check_model(
-    path: Annotated[str, typer.Argument(help="Folder or hub id in diffusers' layout, `embedded` or `embedded_edit`.")],
-    targets: Annotated[str, typer.Option(help="LoRA targets, separated by commas; `auto` finds them.")] = "auto",
-    guidance_scale: Annotated[float, typer.Option("--guidance-scale", help="1 is without guidance.")] = 1.0,
+    path: Annotated[
+        str | None, typer.Argument(help="Folder or hub id in diffusers' layout, `embedded` or `embedded_edit`.")
+    ] = None,
+    config_name: Annotated[
+        str | None,
+        typer.Option(
+            "--config", help="Instead of PATH: check the pipeline of a configuration, as it would be trained."
+        ),
+    ] = None,
+    targets: Annotated[
+        str | None,
+        typer.Option(
+            help="LoRA targets, separated by commas; `auto`, the default without a configuration, finds them."
+        ),
+    ] = None,
+    guidance_scale: Annotated[
+        float | None,
+        typer.Option("--guidance-scale", help="1, the default without a configuration, is without guidance."),
+    ] = None,
     adapter: AdapterOption = None,
     height: HeightOption = None,
     width: WidthOption = None,
@@ -38,21 +54,41 @@ def check_model(
 ) -> None:
     """Say on one screen whether a pipeline can be trained: lifted, inputs, axes, purity, parity, LoRA targets, gradients.
 
-    Ends with exit code 1 when it cannot.
+    With a configuration it also says which inputs are mapped to which columns, and which are not; inputs are those of
+    the first row of its prompts. Ends with exit code 1 when it cannot be trained.
 
-    **Example**: `flowsteer check-model stabilityai/stable-diffusion-3.5-medium --height 256 --width 256`
+    **Examples**: `flowsteer check-model stabilityai/stable-diffusion-3.5-medium --height 256 --width 256`,
+    `flowsteer check-model --config embedded_edit_nft_edit_composition`
     """
-    from flowsteer.rl.command.check_model import trainable_findings
+    from flowsteer.rl.command.check_model import first_inputs, input_findings, trainable_findings
+    from flowsteer.rl.config import load_config
     from flowsteer.rollout.lifting.selfcheck import PROMPTS, check
 
-    inputs = files_as_inputs(given)
+    if (path is None) == (config_name is None):
+        raise ValueError(
+            "give either a pipeline or --config with a configuration, such as `flowsteer check-model embedded`"
+        )
+    if config_name is not None and adapter is not None:
+        raise ValueError("--config brings its own adapter; leave out --adapter")
+    config = None if config_name is None else load_config(config_name)
     pipeline = choose(
-        model=path, adapter=adapter, height=height, width=width, call=call, dtype=dtype, device=device
+        config=config, model=path, adapter=adapter, height=height, width=width, call=call, dtype=dtype, device=device
     ).load()
-    each = [inputs] * len(PROMPTS) if inputs else None
-    report = check(pipeline, guidance_scale=guidance_scale, inputs=each)
+    inputs = files_as_inputs(given)
+    if config is not None:
+        lora = config.model.lora
+        targets = targets or (
+            ",".join(lora.targets) if lora is not None and not isinstance(lora.targets, str) else None
+        )
+        guidance_scale = config.rollout.guidance_scale if guidance_scale is None else guidance_scale
+        inputs = first_inputs(config) | inputs
+    guidance_scale = 1.0 if guidance_scale is None else guidance_scale
+    report = check(pipeline, guidance_scale=guidance_scale, inputs=[inputs] * len(PROMPTS) if inputs else None)
+    if config is not None:
+        report = report.with_findings(input_findings(config, pipeline))
     if report.ok:
-        found = trainable_findings(pipeline, targets, guidance_scale, inputs=inputs)
+        rank = {} if config is None or config.model.lora is None else {"rank": config.model.lora.rank}
+        found = trainable_findings(pipeline, targets or "auto", guidance_scale, inputs=inputs, **rank)
         report = report.with_findings(found)
     console.print(report.text(), markup=False, highlight=False, soft_wrap=True)
     if not report.ok:

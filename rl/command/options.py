@@ -250,6 +250,7 @@ def named_rewards(names: list[str] | None, options: list[str] | None = None) -> 
 def choose(
     *,
     run: Path | None = None,
+    config: Config | None = None,
     model: str | None = None,
     adapter: str | None = None,
     lora: Path | None = None,
@@ -259,7 +260,7 @@ def choose(
     dtype: str | None = None,
     device: str = "auto",
 ) -> Chosen:
-    """Put the options together; they override the settings of the run.
+    """Put the options together; they override the settings of the run, or of the configuration of a run to come.
 
     Raises:
         ValueError: the run or the LoRA is not there, or options contradict one another.
@@ -272,7 +273,7 @@ def choose(
 
     if run is not None and (model is not None or lora is not None or adapter is not None):
         raise ValueError("--run brings its own model and weights; leave out --model, --adapter and --lora, or --run")
-    config = read_run(run) if run is not None else None
+    config = read_run(run) if run is not None else config
     weights = _folder_of(lora) if run is None else run / "export"
     if weights is not None:
         _check_weights(weights, config)

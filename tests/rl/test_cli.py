@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from importlib import metadata
+from importlib.resources import files
 from pathlib import Path
 from typing import NamedTuple
 
@@ -234,6 +235,20 @@ def test_check_model(tiny_sd3):
     assert gradient.endswith("none those of transformer.transformer_blocks.1.attn.add_q_proj"), (
         "text queries of the last"
     )
+
+
+def test_check_model_of_a_configuration_that_maps_nothing(tmp_path):
+    """What a configuration maps is told, too: tests/whole/test_pictures.py."""
+    said = refusal("check-model")
+    assert "give either a pipeline or --config" in said
+    assert said == refusal("check-model", "embedded", "--config", "embedded_nft_composition")
+    text = (Path(files("flowsteer.configs")) / "embedded_edit_nft_edit_composition.yaml").read_text()
+    file = tmp_path / "unmapped.yaml"
+    file.write_text(text.replace("inputs: {image: {column: source, kind: image}}\n", ""))
+    done = command("check-model", "--config", file)
+    assert done.code == 0, done.out
+    (line,) = [line for line in done.out.splitlines() if line.startswith("  ok    inputs ")]
+    assert line.split("inputs ")[1].strip().startswith("the configuration maps none; not mapped: image, ")
 
 
 def test_check_model_that_would_not_learn(tiny_sd3):

@@ -222,6 +222,12 @@ def test_commands_give_pictures_too(make_config: Make, tmp_path: Path) -> None:
     ):
         said = CliRunner().invoke(app, given)
         assert said.exit_code == 0, said.output
+    said = CliRunner().invoke(app, ["check-model", "--config", str(run.folder / "config.json")])
+    assert said.exit_code == 0, said.output
+    (line,) = [line for line in said.output.splitlines() if line.startswith("  ok    inputs ")]
+    for argument in entry.inputs(0):
+        assert f"{argument} from the column '{argument}_file'" in line
+    assert f"are trained at rank {run.config.model.lora.rank}" in said.output  # type: ignore[union-attr]
     for option, message in {
         "--input=image": "give an argument of the pipeline and what it gets",
         "--input=image=none.png": "there is no file",
