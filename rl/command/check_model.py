@@ -18,6 +18,7 @@ from flowsteer.rollout.lifting.pipeline import FlowPipeline, Pipeline
 from flowsteer.rollout.lifting.selfcheck import PROMPTS, Finding
 from flowsteer.rollout.sample import prepare_rows
 
+RANK = 32  # of the LoRA that is tried
 _NAMED = 6  # layers that a finding lists before it only counts
 
 
@@ -46,7 +47,7 @@ def trainable_findings(
     targets: str = "auto",
     guidance_scale: float = 1.0,
     *,
-    rank: int = 32,
+    rank: int = RANK,
     num_inference_steps: int = 3,
     prompt: str = PROMPTS[0],
     negative_prompt: str | None = None,

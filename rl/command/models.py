@@ -60,7 +60,7 @@ def check_model(
     **Examples**: `flowsteer check-model stabilityai/stable-diffusion-3.5-medium --height 256 --width 256`,
     `flowsteer check-model --config embedded_edit_nft_edit_composition`
     """
-    from flowsteer.rl.command.check_model import first_inputs, input_findings, trainable_findings
+    from flowsteer.rl.command.check_model import RANK, first_inputs, input_findings, trainable_findings
     from flowsteer.rl.config import load_config
     from flowsteer.rollout.lifting.selfcheck import PROMPTS, check
 
@@ -75,20 +75,19 @@ def check_model(
         config=config, model=path, adapter=adapter, height=height, width=width, call=call, dtype=dtype, device=device
     ).load()
     inputs = files_as_inputs(given)
+    lora = config.model.lora if config is not None else None
     if config is not None:
-        lora = config.model.lora
-        targets = targets or (
-            ",".join(lora.targets) if lora is not None and not isinstance(lora.targets, str) else None
-        )
-        guidance_scale = config.rollout.guidance_scale if guidance_scale is None else guidance_scale
         inputs = first_inputs(config) | inputs
-    guidance_scale = 1.0 if guidance_scale is None else guidance_scale
+    if targets is None:
+        targets = "auto" if lora is None or lora.targets == "auto" else ",".join(lora.targets)
+    if guidance_scale is None:
+        guidance_scale = 1.0 if config is None else config.rollout.guidance_scale
     report = check(pipeline, guidance_scale=guidance_scale, inputs=[inputs] * len(PROMPTS) if inputs else None)
     if config is not None:
         report = report.with_findings(input_findings(config, pipeline))
     if report.ok:
-        rank = {} if config is None or config.model.lora is None else {"rank": config.model.lora.rank}
-        found = trainable_findings(pipeline, targets or "auto", guidance_scale, inputs=inputs, **rank)
+        rank = RANK if lora is None else lora.rank
+        found = trainable_findings(pipeline, targets, guidance_scale, rank=rank, inputs=inputs)
         report = report.with_findings(found)
     console.print(report.text(), markup=False, highlight=False, soft_wrap=True)
     if not report.ok:

@@ -253,13 +253,17 @@ def test_zero_is_plain(runs: Runs, stage: int) -> None:
     assert ours == pytest.approx(theirs, abs=1e-4)  # a cosine of the same gradients; the hooks fire alike
 
 
+LAUNCHERS = {"torchrun": launch.torchrun, "accelerate": launch.accelerate_launch}
+
+
+@pytest.mark.parametrize("name", ["torchrun", pytest.param("accelerate", marks=pytest.mark.slow)])
 @over_seeds
-def test_zero_2_under_torchrun_and_accelerate_is_plain(runs: Runs) -> None:
+def test_two_processes_of_a_launcher_are_those_of_the_tests(runs: Runs, name: str) -> None:
+    """And so all that holds for the others here holds under the launchers that users start runs with."""
     stage = {"engine.zero_stage": 2}
-    torchrun = runs("torchrun", launcher=launch.torchrun(2), **stage)
-    accelerate = runs("accelerate", launcher=launch.accelerate_launch(2), **stage)
-    assert_equal_runs(torchrun, accelerate)
-    assert_close_runs(runs("flow_grpo"), torchrun)
+    launched = runs(name, launcher=LAUNCHERS[name](2), **stage)
+    assert_equal_runs(runs("zero_2 on two", processes=2, **stage), launched)
+    assert_close_runs(runs("flow_grpo"), launched)
 
 
 @pytest.mark.parametrize("stage", [2, 3])

@@ -91,6 +91,7 @@ def test_learning_is_measured_over_seeds(tmp_path: Path) -> None:
     assert "95 % interval over seeds" in text
 
 
+@pytest.mark.slow
 def test_the_benchmark_measures_both_acts() -> None:
     overrides = [f"--override={setting}" for setting in SMALL]
     text = script("scripts/benchmark.py", "embedded_flow_grpo_cps_composition", "--repeats", "1", *overrides)
@@ -131,6 +132,7 @@ def test_the_benchmark_of_rewards_measures_all_three() -> None:
     assert " ms " in text
 
 
+@pytest.mark.slow
 def test_algorithms_are_compared_and_a_finished_run_is_not_repeated(tmp_path: Path) -> None:
     arguments = [
         "scripts/compare_algorithms.py",
