@@ -57,7 +57,7 @@ def check_model(
     With a configuration it also says which inputs are mapped to which columns, and which are not; inputs are those of
     the first row of its prompts. Ends with exit code 1 when it cannot be trained.
 
-    **Examples**: `flowsteer check-model stabilityai/stable-diffusion-3.5-medium --height 256 --width 256`,
+    **Example**: `flowsteer check-model stabilityai/stable-diffusion-3.5-medium --height 256 --width 256`, or
     `flowsteer check-model --config embedded_edit_nft_edit_composition`
     """
     from flowsteer.rl.command.check_model import RANK, first_inputs, input_findings, trainable_findings
