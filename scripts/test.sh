@@ -10,8 +10,7 @@ types=$(mktemp)
 trap 'rm -f "$types"' EXIT
 pyright >"$types" & # a minute of one core, in which the tests' first processes start
 failed=0
-# three processes for two cores: a test that waits for another process leaves its core to the third
-python -m pytest -n "${FLOWSTEER_TEST_PROCESSES:-3}" --dist loadfile --no-loadscope-reorder "$@" || failed=$?
+python -m pytest -n "${FLOWSTEER_TEST_PROCESSES:-2}" --dist loadfile --no-loadscope-reorder "$@" || failed=$?
 wait $! || failed=1
 cat "$types"
 exit "$failed"
