@@ -79,6 +79,7 @@ def sample_branches(
     seeds: Tensor,
     initial_seeds: Tensor,
     groups: Tensor | None = None,
+    trunk_seeds: Tensor | None = None,
     noise_levels: tuple[float, ...],
     kernel: str = "flow_sde",
     log_prob_weight: LogProbWeight = "gaussian",
@@ -90,13 +91,15 @@ def sample_branches(
     """Draw the pools of every stochastic step, in the order of the steps and, within each, of the granularities.
 
     ``conditioning`` has B rows, equal ones within a group; ``seeds`` [B] are of each candidate's noise, ``initial_seeds``
-    [B] of each group's initial noise: equal ones make the group, unless ``groups`` [B] parts them. ``noise_levels`` has
-    one entry per denoising step, 0 where the step is deterministic. The other arguments are those of `sample`.
+    [B] of each group's initial noise: equal ones make the group, unless ``groups`` [B] says that they are
+    of different ones. ``trunk_seeds`` [B] are of the trunk's further noise and choices, where they differ from
+    ``initial_seeds``. ``noise_levels`` has one entry per denoising step, 0 where the step is deterministic. The other
+    arguments are those of `sample`.
     """
     schedule, shape = conditioning.schedule, conditioning.latent_shape
     first, state = distinct(initial_seeds, groups)
-    trunk_seeds = initial_seeds[first]
-    noise = initial_noise(trunk_seeds, shape).to(device, dtype)  # [S, *X]
+    trunk_seeds = (initial_seeds if trunk_seeds is None else trunk_seeds)[first]
+    noise = initial_noise(initial_seeds[first], shape).to(device, dtype)  # [S, *X]
     latents, trunk = conditioning.take(first).start(noise)
     _, conditioning = conditioning.start(noise[state])
     shared = SharedStates(conditioning=trunk, state=state)

@@ -55,8 +55,8 @@ def sample(
         initial_seeds: [B], where they differ from ``seeds``: row b starts from ``randn`` of a generator with that seed, as
             diffusers does. Rows with equal ones (a group with shared noise) are one sample until the first stochastic step
             and are computed once until then; they must have the same conditioning.
-        groups: [B], where rows with equal ``initial_seeds`` may have another conditioning: rows of another group never count as
-            one sample.
+        groups: [B], where rows with equal ``initial_seeds`` may have another conditioning: rows of different groups are
+            never merged.
         noise_levels: one per denoising step, 0 where the step is deterministic.
         path: the denoising indices to visit, increasing, all of them unless given. Deterministic steps lead from one to the
             next, however far that is; a stochastic step leads to the next index.

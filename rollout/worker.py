@@ -108,6 +108,7 @@ class RolloutWorker(Worker):
             seeds=batch.seeds,
             initial_seeds=self._initial_seeds(batch, step),
             groups=batch.group,
+            trunk_seeds=self._group_seeds(batch.group, step),
             noise_levels=noise_levels,
             **self.settings,
         )
@@ -137,14 +138,16 @@ class RolloutWorker(Worker):
     def _initial_seeds(self, batch: Batch, step: int) -> Tensor:
         """Of each sample's initial noise [B]: the same for a whole group that shares it, whichever batches it is in.
 
-        A row's own seed stands first; without sharing, the samples of its group count on from there.
+        A row's own seed replaces it; without sharing, the samples of the row's group take this seed, the next, and so on.
         """
         shared = self.shared_noise or self.branching is not None
-        seeds = batch.seeds.tolist()
-        for place, (row, group) in enumerate(zip(batch.rows, batch.group.tolist())):
+        seeds = self._group_seeds(batch.group, step) if shared else batch.seeds.clone()
+        for place, row in enumerate(batch.rows):
             own = self.prompts.seed(row)
             if own is not None:
                 seeds[place] = own if shared else own + int(batch.sample[place]) % self.group_size
-            elif shared:
-                seeds[place] = mix(self.seed, step, group)
-        return torch.tensor(seeds)
+        return seeds
+
+    def _group_seeds(self, group: Tensor, step: int) -> Tensor:
+        """The same seed for all samples of a group, whichever batches they are in: [B] -> [B]."""
+        return torch.tensor([mix(self.seed, step, place) for place in group.tolist()])

@@ -42,8 +42,8 @@ from flowsteer.rewards.scorers.world import SIZE
 
 ROOT = Path(__file__).resolve().parent.parent
 CALL = {"max_sequence_length": EDIT_LENGTH, "max_area": SIZE * SIZE, "_auto_resize": False}
-# How many pairs of the base model's training are wrong. Pairs that models made are, too; so the base often errs where it knows
-# better, which is what a reward can mend.
+# How many pairs of the base model's training are wrong. Pairs that models made are, too; so the base often makes a
+# mistake where it could also do it right, which is what a reward can mend.
 SPOILED_SHARE = 0.35
 # Prompt files: their names, how many rows, whether their meanings are reserved, and the seed that draws them.
 FILES = (("edits_train.parquet", 1024, False, 1), ("edits_reserved.parquet", 264, True, 2))
@@ -125,7 +125,7 @@ def encode(vae: AutoencoderKL, pictures: Sequence[np.ndarray]) -> Tensor:
 
 def prepare(work: Path, vae: AutoencoderKL, pool: int, seed: int) -> Edits:
     """Draw and encode the cases, or take them from the working folder."""
-    file = work / "edits.safetensors"
+    file = work / f"edits_{SPOILED_SHARE:g}.safetensors"  # of another share they are other pairs
     if not file.exists():
         with console.status(f"drawing and encoding {pool} edits"):
             cases = draw_cases(pool, reserved=False, seed=seed + 10)

@@ -24,11 +24,13 @@ IMPORTED = ("flowsteer.rewards.registry", "torch", "transformers", "cv2", "rapid
 def one_interpreter(process: ModuleType) -> Iterator[list[str]]:
     """Inside, ``process`` (that module) asks this interpreter. Gives the files that it was asked with."""
     asked: list[str] = []
+    original = process._start
     server: list[subprocess.Popen[str]] = []
 
     def start(command: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess[bytes]:
         _, file, request, answer, shift = command
-        assert (environment["PYTHONHASHSEED"], float(shift)) == (str(process.SEEDS[1]), process.SHIFT_S)
+        if (environment["PYTHONHASHSEED"], float(shift)) != (str(process.SEEDS[1]), process.SHIFT_S):
+            return original(command, environment)  # scores differ, and the cause is looked for
         if not server:
             program = [sys.executable, __file__, str(Path(file).parent), shift]
             pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "bufsize": 1}

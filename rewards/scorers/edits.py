@@ -196,7 +196,8 @@ def edited(scene: Scene, edit: Edit) -> Scene:
 def spoiled(case: Case, rng: np.random.Generator) -> Scene:
     """A wrong target, as pairs that models made often have: nothing was done, something else was, or something more.
 
-    The three are equally frequent. What is done instead or besides is a recoloring, a new shape or a removal.
+    The three are equally frequent. What is done instead or besides is another colour, another shape or a removal; done besides,
+    it may undo the edit.
     """
     fault = rng.integers(3)
     if fault == 0:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -31,18 +31,18 @@ def check_model(
     config_name: Annotated[
         str | None,
         typer.Option(
-            "--config", help="Instead of PATH: check the pipeline of a configuration, as it would be trained."
+            "--config", help="Instead of PATH: the pipeline of a configuration, with its settings and inputs."
         ),
     ] = None,
     targets: Annotated[
         str | None,
         typer.Option(
-            help="LoRA targets, separated by commas; `auto`, the default without a configuration, finds them."
+            help="LoRA targets, separated by commas, or `auto`; default: those of the configuration, else `auto`."
         ),
     ] = None,
     guidance_scale: Annotated[
         float | None,
-        typer.Option("--guidance-scale", help="1, the default without a configuration, is without guidance."),
+        typer.Option("--guidance-scale", help="1 is without guidance; default: the configuration's, else 1."),
     ] = None,
     adapter: AdapterOption = None,
     height: HeightOption = None,
@@ -55,7 +55,8 @@ def check_model(
     """Say on one screen whether a pipeline can be trained: lifted, inputs, axes, purity, parity, LoRA targets, gradients.
 
     With a configuration it also says which inputs are mapped to which columns, and which are not; inputs are those of
-    the first row of its prompts. Ends with exit code 1 when it cannot be trained.
+    the first row of its prompts. A LoRA is tried also where all weights are to be trained. Ends with exit code 1 when it
+    cannot be trained.
 
     **Example**: `flowsteer check-model stabilityai/stable-diffusion-3.5-medium --height 256 --width 256`, or
     `flowsteer check-model --config embedded_edit_nft_edit_composition`
@@ -71,23 +72,25 @@ def check_model(
     if config_name is not None and adapter is not None:
         raise ValueError("--config brings its own adapter; leave out --adapter")
     config = None if config_name is None else load_config(config_name)
+    inputs = (first_inputs(config) if config is not None else {}) | files_as_inputs(given)
     pipeline = choose(
         config=config, model=path, adapter=adapter, height=height, width=width, call=call, dtype=dtype, device=device
     ).load()
-    inputs = files_as_inputs(given)
     lora = config.model.lora if config is not None else None
-    if config is not None:
-        inputs = first_inputs(config) | inputs
     if targets is None:
         targets = "auto" if lora is None or lora.targets == "auto" else ",".join(lora.targets)
-    if guidance_scale is None:
-        guidance_scale = 1.0 if config is None else config.rollout.guidance_scale
-    report = check(pipeline, guidance_scale=guidance_scale, inputs=[inputs] * len(PROMPTS) if inputs else None)
+    settings: dict[str, Any] = {"guidance_scale": 1.0 if guidance_scale is None else guidance_scale}
+    if config is not None:
+        settings = {"guidance_scale": config.rollout.guidance_scale} if guidance_scale is None else settings
+        settings["negative_prompt"] = config.rollout.negative_prompt
+        if inputs:  # of a start from a picture, few steps might leave none
+            settings["num_inference_steps"] = config.rollout.num_inference_steps
+    report = check(pipeline, inputs=[inputs] * len(PROMPTS) if inputs else None, **settings)
     if config is not None:
         report = report.with_findings(input_findings(config, pipeline))
     if report.ok:
         rank = RANK if lora is None else lora.rank
-        found = trainable_findings(pipeline, targets, guidance_scale, rank=rank, inputs=inputs)
+        found = trainable_findings(pipeline, targets, rank=rank, inputs=inputs, **settings)
         report = report.with_findings(found)
     console.print(report.text(), markup=False, highlight=False, soft_wrap=True)
     if not report.ok:

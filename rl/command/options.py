@@ -139,7 +139,7 @@ class Chosen:
     size: dict[str, int]
     call: dict[str, Any]
     scheduler: dict[str, Any]  # of the run
-    config: Config | None = field(default=None)  # of the run
+    config: Config | None = field(default=None)  # of the run, or of one to come
 
     @property
     def evaluation(self) -> EvaluationConfig:

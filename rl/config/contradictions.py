@@ -132,6 +132,7 @@ def _pictures(config: Config) -> Iterator[str]:
         "rollout.solver": rollout.solver != "euler",
         "rollout.shared_noise": rollout.shared_noise,
         "rollout.branching": rollout.branching is not None,
+        "inputs.seed": "seed" in config.inputs,
         "rollout.train_guidance_scale": rollout.train_guidance_scale is not None,
     }
     if found := [key for key, given in idle.items() if given]:

@@ -143,7 +143,7 @@ def _of_table(table: Table, inputs: Mapping[str, Input], pictures: PictureColumn
     for value, where in zip(read.get("seed", ()), table.where):
         if value is not None and not _is_seed(value):
             raise ValueError(
-                f"{where}, column {inputs['seed'].column!r} (inputs.seed): a seed is a whole number from 0 to 2^53 - 1, got "
+                f"{where}, column {inputs['seed'].column!r} (inputs.seed): a seed is a whole number from 0 to 2^32 - 1, got "
                 f"{value!r}"
             )
     own = pictures.names if pictures else ()
@@ -229,7 +229,7 @@ def _is_media(value: Any) -> bool:
 
 
 def _is_seed(value: Value) -> bool:
-    return isinstance(value, (int, float)) and float(value).is_integer() and 0 <= value < 2**53
+    return isinstance(value, (int, float)) and 0 <= value < 2**32 and float(value).is_integer()
 
 
 def _column(part: Prompts | Table, name: str) -> tuple[Any, ...]:

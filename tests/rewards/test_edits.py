@@ -68,6 +68,10 @@ def test_a_spoiled_target_is_never_what_was_asked_for(cases: list[Case]) -> None
         assert {(one.x, one.y, one.radius) for one in target.things} <= places
         changed = set(case.target.things) ^ set(target.things)
         assert 1 <= len(changed) <= 4  # the asked edit not done, another one done: each at most one shape for another
+    added = [
+        case.edit.kind == "add" and case.target.things[-1] in target.things for case, target in zip(chosen, targets)
+    ]
+    assert any(added)  # something more: the asked edit is there
     share = counts["nothing"] / len(chosen)
     assert abs(share - 1 / 3) < 4 * (2 / 9 / len(chosen)) ** 0.5  # four deviations
 

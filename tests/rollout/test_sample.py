@@ -389,5 +389,17 @@ def test_branches_of_rows_with_the_same_seed_stay_their_own(pipeline: FlowPipeli
     assert not torch.allclose(first[PROMPTS.texts[1]], second[PROMPTS.texts[1]], atol=1e-3)
 
 
+def test_the_trunk_of_a_row_with_a_seed_is_new_in_every_step(pipeline: FlowPipeline) -> None:
+    prompts = Prompts(texts=PROMPTS.texts, columns=PROMPTS.columns, inputs={"seed": (7, 8, 9)})
+    plan = fixed_steps(STEPS, 0.7, [0, 1, 2])  # two stochastic steps of the trunk, then a pool
+    settings = {"plan": plan, "prompts_per_step": 3, "batch_size": 12, "branching": Branching(first=2)}
+    states = []
+    for step in (0, 1):
+        (rollout,) = worker(pipeline, prompts=prompts, **settings).sample(step)
+        assert rollout.trajectory is not None
+        states.append(rollout.trajectory.latents[:, 0])
+    assert all(not torch.allclose(one, other, atol=1e-2) for one in states[0] for other in states[1])
+
+
 def test_a_rollout_without_stochastic_steps_has_no_trajectory(pipeline: FlowPipeline) -> None:
     assert all(rollout.trajectory is None for rollout in worker(pipeline, plan=no_steps(STEPS)).sample(0))
