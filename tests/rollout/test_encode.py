@@ -59,8 +59,9 @@ NOT_ENCODED = {
     **dict.fromkeys(("stable_audio_3", "stable_audio_3_inpaint", "audio_ldm2"), "has no image processor"),
     **dict.fromkeys(("ace_step", "ace_step_reference"), "has no image processor"),
     **dict.fromkeys(("kandinsky22", "kandinsky22_inpaint", "kandinsky22_controlnet"), "has no image processor"),
-    **dict.fromkeys(("kandinsky3", "deepfloyd_if", "deepfloyd_if_img2img"), "has no image processor"),
-    **dict.fromkeys(("deepfloyd_if_inpaint", "deepfloyd_if_super_resolution"), "has no image processor"),
+    "kandinsky3": "has no image processor",
+    **dict.fromkeys(("deepfloyd_if", "deepfloyd_if_img2img"), "without an autoencoder"),
+    **dict.fromkeys(("deepfloyd_if_inpaint", "deepfloyd_if_super_resolution"), "without an autoencoder"),
 }
 # The pipeline scales and shifts, and so does the map, with scales and shifts that were measured: each rounds by half an eps.
 ROUNDINGS = 4
