@@ -50,7 +50,7 @@ def one_interpreter(process: ModuleType) -> Iterator[list[str]]:
 
 
 def serve(folder: str, shift: str) -> None:
-    """Answer a line of standard input, the files of a request and its answer, by the exit code of who answered it."""
+    """Each line of standard input names a request and its answer, as files; print the exit code of the fork that answers."""
     sys.path.insert(0, folder)
     import elsewhere  # run there as a file, too, outside its package
 
@@ -60,10 +60,12 @@ def serve(folder: str, shift: str) -> None:
     for line in sys.stdin:
         child = os.fork()
         if not child:
+            code = 1
             try:
                 elsewhere.main(*json.loads(line), "0")
+                code = 0
             finally:
-                os._exit(0)
+                os._exit(code)
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 
 

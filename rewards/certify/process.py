@@ -96,7 +96,7 @@ def _ask(request: bytes, *, seed: int, shift: float) -> list[Any]:
 
 
 def _start(command: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess[bytes]:
-    """A new interpreter, which has ended. Raises subprocess.TimeoutExpired."""
+    """Run a new interpreter to its end. Raises subprocess.TimeoutExpired."""
     return subprocess.run(
         command, env=environment, capture_output=True, timeout=TIMEOUT_S, check=False, stdin=subprocess.DEVNULL
     )

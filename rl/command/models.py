@@ -79,9 +79,10 @@ def check_model(
     lora = config.model.lora if config is not None else None
     if targets is None:
         targets = "auto" if lora is None or lora.targets == "auto" else ",".join(lora.targets)
-    settings: dict[str, Any] = {"guidance_scale": 1.0 if guidance_scale is None else guidance_scale}
+    if guidance_scale is None:
+        guidance_scale = 1.0 if config is None else config.rollout.guidance_scale
+    settings: dict[str, Any] = {"guidance_scale": guidance_scale}
     if config is not None:
-        settings = {"guidance_scale": config.rollout.guidance_scale} if guidance_scale is None else settings
         settings["negative_prompt"] = config.rollout.negative_prompt
         if inputs:  # of a start from a picture, few steps might leave none
             settings["num_inference_steps"] = config.rollout.num_inference_steps
