@@ -26,7 +26,7 @@ FORMAT = 2
 _FREE_TO_CHANGE = {
     "output", "num_steps", "save_every", "save_every_s", "keep", "trackers", "evaluation", "engine.timeout_s",
     "advantage.min_scored",
-    "prompts.pictures.cache",
+    "prompts.pictures.cache", "model.selfcheck",
     "model.path", "prompts.train",  # where they lie; what they hold is compared by `Checkpoints.restore`
 }  # fmt: skip
 _WHAT_IT_IS = {  # of what a checkpoint belongs to, in a user's words

@@ -14,6 +14,7 @@ from flowsteer.rl.config import Config
 from flowsteer.rl.config.data import name_of
 from flowsteer.rl.scoring import check_scorable, warn_of_single_images
 from flowsteer.rl.targets import automatic_targets
+from flowsteer.rl.verdicts import checked, verdict_file
 from flowsteer.rollout.data.batches import step_rows
 from flowsteer.rollout.data.inputs import PICTURES
 from flowsteer.rollout.data.prompts import Prompts, Row
@@ -89,12 +90,31 @@ def lora_targets(config: Config, pipeline: Pipeline, row: Row) -> tuple[str, ...
     )
 
 
-def check_rows(pipeline: Pipeline, rows: Sequence[Row], settings: dict[str, Any]) -> None:
-    """Raise ValueError with the whole report where a pipeline cannot be trained on such rows."""
+def check_rows(
+    config: Config, pipeline: Pipeline, rows: Sequence[Row], settings: dict[str, Any], *, weights: str
+) -> None:
+    """Raise ValueError with the whole report where a pipeline cannot be trained on such rows.
+
+    A good verdict of an earlier run is taken, if ``model.selfcheck`` says so; ``weights`` is their fingerprint. The code of an
+    adapter may be in many files, so it is checked every time.
+    """
     inputs = {"inputs": [dict(row.inputs) for row in rows]} if any(row.inputs for row in rows) else {}
-    report = selfcheck.check(pipeline, prompts=[row.text for row in rows], **inputs, **settings)
-    if not report.ok:
-        raise ValueError(report.text())
+    asked = config.model.selfcheck
+    if asked == "cached" and not isinstance(pipeline, FlowPipeline):
+        asked = "always"
+    about = {
+        "class": adapters.name_of(pipeline),
+        "weights": weights,
+        "model": config.model.model_dump(mode="json", exclude={"path", "lora", "selfcheck"}),
+        "rows": rows,
+        "settings": settings,
+    }
+    device = next(value.device for network in pipeline.denoisers.values() for value in network.parameters())
+    checked(
+        asked,
+        verdict_file(about, device),
+        lambda: selfcheck.check(pipeline, prompts=[row.text for row in rows], **inputs, **settings),
+    )
 
 
 def check_pictures(config: Config, pipeline: Pipeline, prompts: Prompts, settings: dict[str, Any]) -> None:
@@ -108,10 +128,11 @@ def check_pictures(config: Config, pipeline: Pipeline, prompts: Prompts, setting
         encoder.encode(prompts.groups[place][0].media, row.parts[0] if isinstance(row, Several) else row)
 
 
-def checked_plan(config: Config, pipeline: Pipeline, plan: Plan, prompts: Prompts) -> Plan:
+def checked_plan(config: Config, pipeline: Pipeline, plan: Plan, prompts: Prompts, *, weights: str) -> Plan:
     """Can this pipeline be trained so? A few network passes; raises ValueError that says what does not hold.
 
-    Returns the plan with noise levels that keep their budget on the pipeline's schedule, where that is asked for.
+    ``weights`` is a fingerprint of the denoisers' weights. Returns the plan with noise levels that keep their budget on the
+    pipeline's schedule, where that is asked for.
     """
     rollout = config.rollout
     guidance = {"guidance_scale": rollout.guidance_scale, "negative_prompt": rollout.negative_prompt}
@@ -121,7 +142,7 @@ def checked_plan(config: Config, pipeline: Pipeline, plan: Plan, prompts: Prompt
     warn_of_idle_columns(config, pipeline, prompts)
     # one that starts from a picture takes a part of the steps: fewer than the run's might leave the picture out
     asked = {"num_inference_steps": rollout.num_inference_steps} if config.inputs else {}
-    check_rows(pipeline, list(two.values())[:2], guidance | asked)
+    check_rows(config, pipeline, list(two.values())[:2], guidance | asked, weights=weights)
     settings = {"num_inference_steps": rollout.num_inference_steps, **guidance}
     conditioning = prepare_rows(pipeline, some[:1], **settings)
     if (taken := conditioning.schedule.num_steps) != plan.num_steps:

@@ -111,7 +111,7 @@ def load(config: Config, checked: Checked, rewards: RewardSet) -> Loaded:
     rewards.frame_rate = frame_rate_of(pipeline)
     warn_of_long_prompts(config, pipeline, checked.prompts, checked.evaluation_prompts)
     model = fingerprint(dict(pipeline.denoisers))
-    plan = checked_plan(config, pipeline, checked.plan, checked.prompts)
+    plan = checked_plan(config, pipeline, checked.plan, checked.prompts, weights=model)
     # processes meet in every pass under ZeRO, so they must ask the same one of several denoisers at the same time
     algorithm = build.build_algorithm(config, plan, processes, common_indices=len(pipeline.denoisers) > 1)
     policy = build.build_policy(config, pipeline, algorithm, lora_targets(config, pipeline, checked.prompts.row(0)))

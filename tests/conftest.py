@@ -12,7 +12,7 @@ if "ATEN_CPU_CAPABILITY" in os.environ:
 
 import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ import pytest
 import zoo
 from diffusers.utils import logging as diffusers_logging
 from PIL import Image
+
+from flowsteer.rewards.caches import cache_folder
 
 PROMPTS = ("a red circle", "two blue squares", "a cat", "the sea at night", "a green hill")
 SIZE = {"height": 16, "width": 16, "call": {"max_sequence_length": 32}}
@@ -37,6 +39,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Long files first; inside a file, and among the other files, the order stays."""
     places = {f"test_{name}": place for place, name in enumerate(LONG)}
     items.sort(key=lambda item: places.get(item.path.stem, len(LONG)))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Verdicts of self-checks are those of this session; the environments of rewards take long to build and are kept."""
+    folder = tmp_path_factory.mktemp("cache")
+    (folder / "reward-envs").symlink_to(cache_folder("reward-envs"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FLOWSTEER_CACHE", str(folder))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -12,10 +12,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
 import shutil
-import sys
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,6 +24,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from flowsteer.rewards.caches import cache_folder
 from flowsteer.rewards.envs.pythons import Interpreter, find_python, python_in, run_python
 from flowsteer.rewards.envs.recipe import Asset, Install, Recipe, load_recipe, recipe_names
 
@@ -65,15 +64,7 @@ class Environment:
 
 def environments_folder() -> Path:
     """Where environments are kept: ``$FLOWSTEER_CACHE/reward-envs``, or in the platform's cache folder."""
-    if os.environ.get("FLOWSTEER_CACHE"):
-        return Path(os.environ["FLOWSTEER_CACHE"]).expanduser() / "reward-envs"
-    if sys.platform == "win32":
-        cache = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
-    elif sys.platform == "darwin":
-        cache = Path.home() / "Library" / "Caches"
-    else:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "flowsteer" / "reward-envs"
+    return cache_folder("reward-envs")
 
 
 def create(name: str, *, root: Path | None = None, python: str | None = None, progress: Progress = print) -> Path:

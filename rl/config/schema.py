@@ -72,6 +72,10 @@ class ModelConfig(Section):
     """Compute activations again in the backward pass: less memory, more time."""
     scheduler: dict[str, Any] = {}
     """Settings of the scheduler that differ from those that it was saved with, such as ``{timestep_spacing: leading}``."""
+    selfcheck: Literal["cached", "always", "never"] = "cached"
+    """Whether a run begins with the self-check of `flowsteer check-model`, some fifteen network passes. ``cached``: unless it
+    held before for the same weights, settings, versions and device (kept in ``$FLOWSTEER_CACHE/selfcheck``, by default in the
+    user's cache folder)."""
     call: dict[str, Any] = {}
     """Further arguments of the pipeline's own ``__call__``, such as ``max_sequence_length``."""
 

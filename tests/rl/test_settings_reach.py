@@ -127,6 +127,7 @@ CASES: dict[str, list[Case]] = {
     "model.lora.targets": [moves(["to_q"], "lora.layers")],
     "model.gradient_checkpointing": [direct("train.checkpointing", True)],
     "model.scheduler": [moves({"shift": 1.0}, "rollout.images")],
+    "model.selfcheck": [moves("never", "check.guidance_scale")],
     "model.call": [
         direct("rollout.pipe.max_sequence_length", {"max_sequence_length": 16}, "rollout.conditioning", reads=(16,))
     ],
@@ -383,6 +384,7 @@ def base(tmp: Path) -> dict[str, Any]:
         "num_steps": 1,
         "trackers": [],
         "model": {
+            "selfcheck": "always",  # what it is asked is looked at
             "lora": {"rank": 4, "alpha": 12, "targets": ["to_q", "to_k", "to_v", "to_out.0"]},
             **copy.deepcopy(SIZE),
         },
