@@ -256,6 +256,7 @@ def build_evaluation(
         num_processes=processes.num_processes,
         timeout_s=scorer.timeout_s,
         gather=processes.gather,
+        to_main=processes.to_main,
     )
 
 
