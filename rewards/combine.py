@@ -185,7 +185,7 @@ class RewardSet:
         """Score one rollout batch.
 
         Args:
-            images: float [B, 3, H, W] or [B, T, 3, H, W] in [0, 1]; rounded once to 8 bits, before all rewards.
+            images: float [B, 3, H, W] or [B, T, 3, H, W] in [0, 1], rounded once to 8 bits before all rewards; or uint8.
             prompts: B texts.
             columns: the prompt file's other columns, B values each.
             group: which samples a groupwise reward compares, B numbers; None: those of equal prompts.

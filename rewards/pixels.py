@@ -20,7 +20,8 @@ def as_shown(images: Tensor) -> np.ndarray:
 def to_uint8(images: Tensor) -> np.ndarray:
     """Float [B, 3, H, W] or [B, T, 3, H, W] in [0, 1] to uint8 [B, H, W, 3] or [B, T, H, W, 3], rounded, not cut off.
 
-    The same pixels as diffusers' ``numpy_to_pil``, so a reward sees what a user of the pipeline sees.
+    The same pixels as diffusers' ``numpy_to_pil``, so a reward sees what a user of the pipeline sees. What is uint8 already
+    only changes its axes.
 
     Raises:
         ValueError: another shape, another type, or values outside [0, 1].
@@ -28,6 +29,8 @@ def to_uint8(images: Tensor) -> np.ndarray:
     check_images(images)
     if images.dim() == 3:
         raise ValueError("sound has no pixels")
+    if images.dtype == torch.uint8:
+        return images.detach().movedim(-3, -1).contiguous().cpu().numpy()
     if images.numel():
         low, high = (value.item() for value in torch.aminmax(images))
         if not (low >= -RANGE_TOLERANCE and high <= 1 + RANGE_TOLERANCE):
@@ -39,10 +42,11 @@ def to_uint8(images: Tensor) -> np.ndarray:
 
 
 def check_images(images: Tensor) -> None:
-    """Raise ValueError unless the images are floats [B, 3, H, W] or [B, T, 3, H, W], or sound [B, C, N]."""
+    """Raise ValueError unless the images are floats or uint8 [B, 3, H, W] or [B, T, 3, H, W], or float sound [B, C, N]."""
     pictures = images.dim() in (4, 5) and images.shape[-3] == 3
-    if not (pictures or images.dim() == 3) or not images.is_floating_point():
+    numbers = images.is_floating_point() or (pictures and images.dtype == torch.uint8)
+    if not (pictures or images.dim() == 3) or not numbers:
         raise ValueError(
-            "images must be floats [B, 3, H, W] or [B, T, 3, H, W], or sound [B, C, N], got "
+            "images must be floats or uint8 [B, 3, H, W] or [B, T, 3, H, W], or float sound [B, C, N], got "
             f"{images.dtype} of the shape {tuple(images.shape)}"
         )

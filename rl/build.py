@@ -2,34 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import logging
-import os
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers import ModelMixin
 
-from flowsteer.rewards.combine import Normalise, RewardSet, check_names_and_weights
+from flowsteer.rewards.combine import RewardSet
 from flowsteer.rewards.doors import blaming
-from flowsteer.rewards.envs.environments import locate
-from flowsteer.rewards.frames import Frames
-from flowsteer.rewards.hosts.child import WorkerReward
-from flowsteer.rewards.hosts.remote import HTTPReward
 from flowsteer.rewards.hosts.worker import source_hash
-from flowsteer.rewards.registry import label_of, load_reward
-from flowsteer.rewards.types import Reward
 from flowsteer.rl.adapters import DOOR as ADAPTERS
 from flowsteer.rl.adapters import load_pipeline
 from flowsteer.rl.checkpoint import Checkpoints
 from flowsteer.rl.compare import compare, uncompared
 from flowsteer.rl.config import Config
-from flowsteer.rl.config.schema import EvaluationConfig, PlanConfig, RewardConfig
+from flowsteer.rl.config.schema import EvaluationConfig, PlanConfig
 from flowsteer.rl.engine.base import Engine, prepare
 from flowsteer.rl.engine.optimizer import OptimizerSettings
 from flowsteer.rl.engine.processes import Processes
@@ -51,8 +39,6 @@ from flowsteer.rollout.offline import PictureWorker
 from flowsteer.rollout.share import Share
 from flowsteer.rollout.steps.plan import Plan, all_steps, decay, fixed_steps, no_steps, window
 from flowsteer.rollout.worker import RolloutWorker
-
-logger = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -109,87 +95,6 @@ def build_algorithm(config: Config, plan: Plan, processes: Processes, *, common_
     )
     with blaming(f"algorithm {config.algorithm.label!r} cannot be bound to the run"):
         return config.algorithm.bind(facts)
-
-
-def build_rewards(config: Config, device: torch.device) -> RewardSet:
-    """The rewards by their entry points, or where their hosts say. Closes what was started when one of them fails."""
-    check_names_and_weights([(label_of(name), section.weight) for name, section in config.rewards.items()])
-    with ExitStack() as undo:
-        entries = []
-        for name, section in config.rewards.items():
-            reward = build_reward(name, section, device)
-            undo.callback(getattr(reward, "close", lambda: None))
-            entries.append((label_of(name), reward, section.weight))
-        constants = {
-            label_of(name): Normalise(scale=section.scale, offset=section.offset)
-            for name, section in config.rewards.items()
-        }
-        columns = {label_of(name): section.columns for name, section in config.rewards.items()}
-        frames = {label_of(name): frames_of(section) for name, section in config.rewards.items() if section.frames}
-        rewards = RewardSet(entries, normalise=constants, columns=columns, frames=frames)
-        undo.pop_all()
-    return rewards
-
-
-def frames_of(section: RewardConfig) -> Frames:
-    """Which frames of a video a reward of images scores."""
-    given = section.frames
-    return Frames(**given) if isinstance(given, dict) else Frames(limit=1 if given == "first" else None)
-
-
-def build_reward(name: str, section: RewardConfig, device: torch.device) -> Reward:
-    """A reward in this process, in one of its own, or on another machine."""
-    host = section.host
-    if host is None:
-        return load_reward(name, **section.options)
-    times = {
-        "name": name,
-        "start_timeout_s": host.start_timeout_s,
-        "deadline_s": host.deadline_s,
-        "deadline_per_image_s": host.deadline_per_image_s,
-    }
-    target, python = host.target or name, host.python
-    if host.environment is not None:
-        python, target = locate(host.environment, target)
-    try:
-        if host.url is not None:
-            return HTTPReward(host.url, token_file=host.token_file, **times)
-        return WorkerReward(
-            target,
-            python=str(python),
-            options=section.options,
-            env=visible_device(device, os.environ),
-            max_restarts=host.max_restarts,
-            max_body_bytes=host.max_body_bytes,
-            **times,
-        )
-    except (ConnectionError, TimeoutError) as error:
-        raise ValueError(f"the reward {name!r} does not start: {error}") from error
-
-
-def visible_device(device: torch.device, environment: Mapping[str, str]) -> dict[str, str]:
-    """What makes a worker's only accelerator the one of this process: each process has a worker and a device of its own."""
-    if device.type != "cuda":
-        return {"CUDA_VISIBLE_DEVICES": ""}
-    index = device.index or 0
-    visible = environment.get("CUDA_VISIBLE_DEVICES")
-    return {"CUDA_VISIBLE_DEVICES": visible.split(",")[index].strip() if visible else str(index)}
-
-
-def check_alike(fingerprints: Mapping[str, Any], gather: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    """All processes must score alike, or groups would be compared across unlike judges. Raises ValueError on each of them."""
-    text = json.dumps(fingerprints, sort_keys=True)
-    number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
-    if len(gather(torch.tensor([number])).unique()) > 1:
-        raise ValueError(
-            "the processes' rewards differ in what their scores depend on (weights, packages, preprocessing); make the nodes "
-            f"alike. On this process: {text}"
-        )
-
-
-def without(fingerprints: dict[str, dict[str, Any]], key: str) -> dict[str, dict[str, Any]]:
-    """A run may go on on another machine, as long as what scores depend on is the same."""
-    return {name: {own: value for own, value in said.items() if own != key} for name, said in fingerprints.items()}
 
 
 def build_processes(config: Config) -> Processes:
@@ -351,6 +256,7 @@ def build_evaluation(
         num_processes=processes.num_processes,
         timeout_s=scorer.timeout_s,
         gather=processes.gather,
+        to_main=processes.to_main,
     )
 
 

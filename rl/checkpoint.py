@@ -155,15 +155,17 @@ def open_run(folder: Path, config: Config, *, resume: bool) -> None:
         for key in sorted(before.keys() | now.keys())
         if before.get(key) != now.get(key)
         and not any(key == free or key.startswith(f"{free}.") for free in _FREE_TO_CHANGE)
-        and not _is_free_of_a_host(key)
+        and not _is_free_of_a_reward(key)
     ]
     if changed:
         raise ValueError(f"the run in {folder} was started with other settings:\n  " + "\n  ".join(changed))
 
 
-def _is_free_of_a_host(key: str) -> bool:
-    """Whether a key says where a hosted reward is or what time it has; a reward's own option ``host`` is none of these."""
+def _is_free_of_a_reward(key: str) -> bool:
+    """Whether a key says where a reward is, what time it has, or how many of it there are; its options are none of these."""
     section, _, last = key.rpartition(".")
+    if section.startswith("rewards.") and last == "workers":
+        return not section.endswith(".options") and ".options." not in section
     is_host = section.startswith("rewards.") and section.endswith(".host") and not section.endswith(".options.host")
     return is_host and last in _FREE_OF_A_HOST
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch.nn.functional as F
 from accelerate.tracking import TensorBoardTracker, WandBTracker
 from PIL import Image
 from torch import Tensor
@@ -21,13 +20,12 @@ from torch import Tensor
 from flowsteer.rewards.pixels import to_uint8
 from flowsteer.rl.evaluate import image_grid
 from flowsteer.rl.sounds import envelopes
+from flowsteer.rl.thumbnails import RATE, preview
 
 logger = logging.getLogger(__name__)
 
-RATE = 16.0  # frames a second where a pipeline names none
 TRACKED = 8  # of an evaluation's pictures
 LONGEST = 16383  # pixels of a WebP's side
-PREVIEW_FRAMES, PREVIEW_WIDTH = 32, 256  # of a sheet's videos: longer ones skip frames, wider ones are reduced
 
 
 def webp(frames: Sequence[Image.Image], durations: Sequence[int], *, lossless: bool = False) -> bytes:
@@ -48,11 +46,11 @@ def webp(frames: Sequence[Image.Image], durations: Sequence[int], *, lossless: b
 
 
 def save_film_grid(videos: Tensor, path: Path, *, frame_rate: float | None, columns: int = 12) -> bool:
-    """Write a sheet of videos [P, T, 3, H, W] in [0, 1], all of which play, as `evaluate.save_grid` lays it out.
+    """Write a sheet of videos [P, T, 3, H, W] in [0, 1] or uint8, all of which play, as `evaluate.save_grid` lays it out.
 
     Warns and writes none where a side would be longer than a WebP may have; says whether it was written.
     """
-    shown, step = _preview(videos)
+    shown, step = preview(videos)
     scale = max(1, 128 // shown.shape[-1])
     lines = -(-len(shown) // min(columns, len(shown)))
     longest = scale * max((shown.shape[-2] + 2) * lines, (shown.shape[-1] + 2) * min(columns, len(shown)))
@@ -82,7 +80,7 @@ def save_films(videos: Tensor, prompts: Sequence[str], folder: Path, *, frame_ra
 def show(
     trackers: Sequence[TensorBoardTracker | WandBTracker], step: int, images: Tensor, *, frame_rate: float | None
 ) -> None:
-    """Give trackers the first pictures of an evaluation, [P, 3, H, W] or [P, T, 3, H, W] in [0, 1], or sound [P, C, N].
+    """Give trackers the first pictures of an evaluation, [P, 3, H, W] or [P, T, 3, H, W] in [0, 1] or uint8, or sound.
 
     TensorBoard plays videos, as GIF; others are given their first frames.
     """
@@ -93,7 +91,7 @@ def show(
         if not isinstance(tracker, TensorBoardTracker):
             tracker.log_images({"evaluation": list(first)}, step=step)
         elif videos:
-            shown, skipped = _preview(images[:TRACKED])
+            shown, skipped = preview(images[:TRACKED])
             for place, video in enumerate(to_uint8(shown)):
                 _add_gif(tracker.writer, f"evaluation/{place}", video, _milliseconds(frame_rate, skipped), step)
         else:
@@ -112,17 +110,6 @@ def _add_gif(writer: Any, tag: str, video: np.ndarray, milliseconds: int, step: 
         height=video.shape[1], width=video.shape[2], colorspace=3, encoded_image_string=file.getvalue()
     )
     writer.file_writer.add_summary(proto.Summary(value=[proto.Summary.Value(tag=tag, image=image)]), step)
-
-
-def _preview(videos: Tensor) -> tuple[Tensor, int]:
-    """The videos with so many frames and pixels that a preview needs, and which part of the frames it has, 1 in how many."""
-    step = -(-videos.shape[1] // PREVIEW_FRAMES)  # rounded up
-    shown, width = videos[:, ::step], videos.shape[-1]
-    if width > PREVIEW_WIDTH:
-        size = (max(1, round(videos.shape[-2] * PREVIEW_WIDTH / width)), PREVIEW_WIDTH)
-        reduced = F.interpolate(shown.flatten(0, 1), size=size, mode="bilinear", antialias=True)
-        shown = reduced.unflatten(0, shown.shape[:2])
-    return shown, step
 
 
 def _milliseconds(frame_rate: float | None, step: int = 1) -> int:

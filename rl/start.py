@@ -15,6 +15,7 @@ from typing import Any
 
 from flowsteer.rewards.combine import RewardSet
 from flowsteer.rl import build
+from flowsteer.rl.build_rewards import build_rewards, check_alike, without
 from flowsteer.rl.checkpoint import Checkpoints, fingerprint, open_run, write_whole
 from flowsteer.rl.config import Config, check_config, save_config
 from flowsteer.rl.config.data import inputs_of, pictures_of, sources_of
@@ -47,7 +48,7 @@ def start(config: Config, *, resume: bool = False, quiet: bool = False) -> Run:
     open_run(folder, config, resume=resume)
     checked = check(config)
     with ExitStack() as undo:  # a reward may be a process, which must not stay behind when anything below fails
-        rewards = build.build_rewards(config, checked.processes.device)
+        rewards = build_rewards(config, checked.processes.device)
         undo.callback(rewards.close)
         prompts, evaluation = add_pictures(config, rewards, checked.prompts, checked.evaluation_prompts)
         checked = replace(checked, prompts=prompts, evaluation_prompts=evaluation)
@@ -105,8 +106,8 @@ def load(config: Config, checked: Checked, rewards: RewardSet) -> Loaded:
     check_groupwise(rewards, config)
     check_prompts(rewards, config, checked.prompts, checked.evaluation_prompts)
     processes = checked.processes
-    depends_on = build.without(rewards.fingerprints, "platform")
-    build.check_alike(depends_on, processes.gather)
+    depends_on = without(rewards.fingerprints, "platform")
+    check_alike(depends_on, processes.gather)
     pipeline = build.build_pipeline(config, processes.device)
     rewards.frame_rate = frame_rate_of(pipeline)
     warn_of_long_prompts(config, pipeline, checked.prompts, checked.evaluation_prompts)

@@ -20,7 +20,7 @@ from flowsteer.rollout.lifting.encode import Encoder
 from flowsteer.rollout.lifting.several import Several
 from flowsteer.rollout.share import Share, Worker
 from flowsteer.rollout.steps.noise import mix
-from flowsteer.rollout.types import Rollout
+from flowsteer.rollout.types import Rollout, kept
 
 _PICTURE_STREAM = 4  # apart from the streams of rollout/data/batches.py
 
@@ -69,7 +69,7 @@ class PictureWorker(Worker):
             seeds=batch.seeds,
             conditioning=conditioning,
             latents=torch.cat([own.latents for own in encoded]),
-            images=torch.cat([own.pixels for own in encoded]),
+            images=kept(torch.cat([own.pixels for own in encoded])),
             trajectory=None,
             policy_version=policy_version,
             stored_scores=torch.tensor([math.nan if own.score is None else own.score for own in pictures]),

@@ -12,6 +12,8 @@ from typing import Any, Literal, Protocol, Self
 import torch
 from torch import Tensor
 
+RANGE_TOLERANCE = 1e-2  # rounding of a half-precision decoder beyond [0, 1], as rewards allow it
+
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
@@ -145,7 +147,9 @@ class Rollout:
     seeds: Tensor  # [B] int64, the seed of each sample's own generator
     conditioning: ConditioningRows  # B rows
     latents: Tensor  # [B, *X], final
-    images: Tensor  # [B, 3, H, W] or [B, T, 3, H, W] float32 in [0, 1], or sound [B, C, N] in [-1, 1]; on the CPU
+    images: (
+        Tensor  # uint8 [B, 3, H, W] or [B, T, 3, H, W], or float32 sound [B, C, N] in [-1, 1]; on the CPU; see `kept`
+    )
     trajectory: Trajectory | None
     policy_version: int  # how many optimiser updates the policy that drew it had seen
     stored_scores: Tensor | None = None  # [B] float32, what the file says that pictures are worth; NaN: it says nothing
@@ -162,6 +166,21 @@ class Rollout:
         return len(self.prompts)
 
 
+def kept(images: Tensor) -> Tensor:
+    """What a rollout keeps of pictures [B, 3, H, W] or [B, T, 3, H, W] in [0, 1]: uint8 on the CPU, a quarter of float32.
+
+    Rewards are shown 8 bits anyway, rounded in the same way (`flowsteer.rewards.pixels.to_uint8`), so scores do not change.
+    Sound stays float32. So does a batch with NaN, inf or values outside the range: what to say of it is for the rewards.
+    """
+    images = images.float()
+    if images.dim() == 3 or images.shape[-3] != 3 or not images.numel():
+        return images.cpu()
+    low, high = torch.aminmax(images)  # NaN where there is one
+    if not bool((low >= -RANGE_TOLERANCE) & (high <= 1 + RANGE_TOLERANCE)):
+        return images.cpu()
+    return (images * 255).round().clamp(0, 255).to(torch.uint8).cpu()
+
+
 def flat_mean(x: Tensor) -> Tensor:
     """Mean over everything but the batch: [B, *X] -> [B]. Latents have 3 to 5 dimensions; no fixed set of axes will do."""
     return x.flatten(1).mean(1)
@@ -172,4 +191,4 @@ def expand_to(value: Tensor, like: Tensor) -> Tensor:
     return value.view(-1, *([1] * (like.dim() - 1)))
 
 
-__all__ = ["ConditioningRows", "Rollout", "Schedule", "SharedStates", "Trajectory", "expand_to", "flat_mean"]
+__all__ = ["ConditioningRows", "Rollout", "Schedule", "SharedStates", "Trajectory", "expand_to", "flat_mean", "kept"]

@@ -19,7 +19,7 @@ from flowsteer.rollout.share import Share, Worker
 from flowsteer.rollout.steps.kernels import LogProbWeight
 from flowsteer.rollout.steps.noise import mix
 from flowsteer.rollout.steps.plan import Plan, compressed_path
-from flowsteer.rollout.types import Rollout, Trajectory
+from flowsteer.rollout.types import Rollout, Trajectory, kept
 
 
 class RolloutWorker(Worker):
@@ -93,7 +93,7 @@ class RolloutWorker(Worker):
                 seeds=batch.seeds,
                 conditioning=for_training,
                 latents=latents,
-                images=self.pipeline.decode(latents, conditioning).float().cpu(),
+                images=kept(self.pipeline.decode(latents, conditioning)),
                 trajectory=trajectory,
                 policy_version=policy_version,
             )

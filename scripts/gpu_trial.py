@@ -24,9 +24,9 @@ from flowsteer.rl.build import (
     build_plan,
     build_policy,
     build_processes,
-    build_rewards,
     build_worker,
 )
+from flowsteer.rl.build_rewards import build_rewards
 from flowsteer.rl.checkpoint import Checkpoints, fingerprint
 from flowsteer.rl.compare import compare
 from flowsteer.rl.config import load_config

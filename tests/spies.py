@@ -21,7 +21,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
 from flowsteer.rewards.registry import load_reward
-from flowsteer.rl import build
+from flowsteer.rl import build, build_rewards
 from flowsteer.rl import start as starting
 from flowsteer.rl.algorithms import forward, transitions
 from flowsteer.rl.config import parse_config
@@ -283,11 +283,10 @@ def _watch_parts(trace: Trace, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(torch.cuda, "is_available", lambda: False)
     _wrap(patch, starting, "Log", built("Log"))
     _wrap(patch, starting, "StepScorer", built("StepScorer"))
-    _wrap(patch, build, "load_reward", built("load_reward"))
-    _wrap(patch, build, "RewardSet", built("RewardSet"))
+    _wrap(patch, build_rewards, "load_reward", built("load_reward"))
+    _wrap(patch, build_rewards, "RewardSet", built("RewardSet"))
     _wrap(patch, build, "Kept", built("Kept"))
-    _wrap(
-        patch, build, "locate", built("locate", instead=lambda environment, target: (f"{environment}/python", target))
-    )
-    _wrap(patch, build, "WorkerReward", built("WorkerReward", instead=jpeg))
-    _wrap(patch, build, "HTTPReward", built("HTTPReward", instead=jpeg))
+    located = built("locate", instead=lambda environment, target: (f"{environment}/python", target))
+    _wrap(patch, build_rewards, "locate", located)
+    _wrap(patch, build_rewards, "WorkerReward", built("WorkerReward", instead=jpeg))
+    _wrap(patch, build_rewards, "HTTPReward", built("HTTPReward", instead=jpeg))

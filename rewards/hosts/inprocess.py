@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import logging
-import queue
-import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, wait
 from typing import Any
 
@@ -15,6 +13,8 @@ from torch import Tensor
 
 from flowsteer.rewards.combine import RewardSet
 from flowsteer.rewards.contract import Answer, Shown, failed
+from flowsteer.rewards.hosts.pool import Pool
+from flowsteer.rewards.hosts.threads import Threads
 from flowsteer.rewards.pictures import Picture
 from flowsteer.rewards.types import Scores
 
@@ -69,14 +69,18 @@ class Scorer:
     """Scores batches in the order in which they were submitted, each reward on one thread of its own.
 
     One thread, so that a reward need not be safe for several and sees its batches in the same order in every run; of its own,
-    so that a slow reward in another process does not keep the others waiting. Use it as a context manager, or call `close`.
+    so that a slow reward in another process does not keep the others waiting. One with several workers (`pool.py`) has as many
+    threads, and so several batches at a time. Use it as a context manager, or call `close`.
     """
 
     def __init__(self, rewards: RewardSet) -> None:
         self.rewards = rewards
         # Which accelerator is the current one is a setting of each thread; a new thread would use the first.
         device = torch.accelerator.current_device_index() if torch.accelerator.is_available() else None
-        self._threads = {name: _Thread(name, device) for name in ("to-pixels", *rewards.rewards)}
+        counts = {name: len(reward) if isinstance(reward, Pool) else 1 for name, reward in rewards.rewards.items()}
+        self._threads = {
+            name: Threads(f"rewards-{name}", device, count) for name, count in {"to-pixels": 1, **counts}.items()
+        }
 
     def submit(
         self,
@@ -110,39 +114,3 @@ class Scorer:
 
     def __exit__(self, *error: object) -> None:
         self.close()
-
-
-class _Thread:
-    """Calls one after another on a thread that does not keep the program alive: a reward that is stuck may not either."""
-
-    def __init__(self, name: str, device: int | None) -> None:
-        self._calls: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = queue.SimpleQueue()
-        self._closed = False
-        self._thread = threading.Thread(target=self._run, args=(device,), name=f"flowsteer-rewards-{name}", daemon=True)
-        self._thread.start()
-
-    def submit(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
-        future: Future[Any] = Future()
-        self._calls.put((future, lambda: function(*arguments)))
-        return future
-
-    def close(self) -> None:
-        self._closed = True
-        self._calls.put(None)
-
-    def join(self, timeout: float) -> None:
-        self._thread.join(timeout)
-
-    def _run(self, device: int | None) -> None:
-        if device is not None:
-            torch.accelerator.set_device_index(device)
-        while (item := self._calls.get()) is not None:
-            future, call = item
-            if self._closed:
-                future.cancel()
-            if not future.set_running_or_notify_cancel():
-                continue
-            try:
-                future.set_result(call())
-            except BaseException as error:  # handed on to whoever waits for it
-                future.set_exception(error)

@@ -198,7 +198,7 @@ class Chosen:
         """The rewards by name; without names the run's own, with its weights. Raises ValueError for options to those."""
         import torch
 
-        from flowsteer.rl.build import build_rewards
+        from flowsteer.rl.build_rewards import build_rewards
 
         if self.config is None or names:
             return named_rewards(names, options)

@@ -51,6 +51,15 @@ class Processes:
         gathered: Any = self._accelerator.gather(values.to(self.device).contiguous())
         return gathered.to(values.device)
 
+    def to_main(self, values: Tensor) -> Tensor | None:
+        """As `gather`, but on the main process only; None on the others, which are sent nothing."""
+        if self.num_processes == 1:
+            return values
+        own = values.to(self.device).contiguous()
+        received = [torch.empty_like(own) for _ in range(self.num_processes)] if self.is_main else None
+        torch.distributed.gather(own, received, dst=0)
+        return None if received is None else torch.cat(received).to(values.device)
+
     def mean(self, values: Tensor) -> Tensor:
         """The mean over processes of a tensor of one shape."""
         reduced: Any = self._accelerator.reduce(values, reduction="mean")

@@ -13,7 +13,7 @@ from worker_tools import scorer
 from flowsteer.rewards.combine import RewardSet
 from flowsteer.rewards.frames import Frames
 from flowsteer.rewards.hosts.child import WorkerReward
-from flowsteer.rl.build import frames_of
+from flowsteer.rl.build_rewards import frames_of
 from flowsteer.rl.config import parse_config
 
 LEVELS = torch.tensor([[10, 20, 60, 70, 90], [0, 255, 0, 255, 0]])  # [R, T]

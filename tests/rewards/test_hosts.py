@@ -16,7 +16,7 @@ from conftest import Make
 from inprocess import finished, fresh_process
 from safetensors.torch import load_file
 
-from flowsteer.rl.build import check_alike, visible_device
+from flowsteer.rl.build_rewards import check_alike, visible_device
 from flowsteer.rl.compare import TooFewScores
 from flowsteer.rl.config import parse_config
 from flowsteer.rl.metrics import read_metrics

@@ -16,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
+from flowsteer.rewards import pixels as shown_pixels
 from flowsteer.rewards.combine import Normalise, RewardSet
 from flowsteer.rewards.functions import FunctionReward
 from flowsteer.rewards.hosts.inprocess import Scorer, collect
@@ -24,6 +25,8 @@ from flowsteer.rewards.pixels import to_uint8
 from flowsteer.rewards.registry import GROUP, label_of, list_rewards, load_reward, target_of
 from flowsteer.rewards.scorers.jpeg import JPEGCompressibility, JPEGIncompressibility
 from flowsteer.rewards.types import Reward
+from flowsteer.rollout import types as rollout_types
+from flowsteer.rollout.types import kept
 
 
 def random_images(size: int, *, seed: int = 0) -> torch.Tensor:
@@ -364,6 +367,29 @@ class TestRewardSet:
         assert pixels.shape == (2, 5, 4, 6, 3)
         np.testing.assert_array_equal(pixels[:, 2], to_uint8(video[:, 2]))
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_what_a_rollout_keeps_is_what_rewards_are_shown(self, dtype):
+        """Bit for bit the same, values halfway between two levels and slightly out of range included."""
+        halves = (torch.arange(256) + 0.5) / 255
+        images = torch.cat([halves, torch.linspace(-0.005, 1.005, 512)]).view(1, 3, 16, 16).to(dtype)
+        assert kept(images).dtype == torch.uint8
+        np.testing.assert_array_equal(to_uint8(kept(images)), to_uint8(images))
+        video = torch.rand(2, 5, 3, 4, 6, generator=torch.Generator().manual_seed(1)).to(dtype)
+        np.testing.assert_array_equal(to_uint8(kept(video)), to_uint8(video))
+        rewards = RewardSet([("mean", mean_level, 1.0), ("red", red_level, 1.0)])
+        assert torch.equal(rewards.score(kept(images), ["a"]).total, rewards.score(images, ["a"]).total)
+
+    def test_what_a_rollout_cannot_keep_in_8_bits_stays_for_the_rewards_to_judge(self):
+        images, rewards = random_images(3), RewardSet([("mean", mean_level, 1.0)])
+        images[1, 0, 0, 0] = math.nan
+        assert kept(images).dtype == torch.float32
+        assert rewards.score(kept(images), ["a"] * 3).missing.tolist() == [False, True, False]
+        with pytest.raises(ValueError, match=r"must lie in \[0, 1\]"):
+            rewards.score(kept(random_images(3) * 2), ["a"] * 3)
+        sound = torch.rand(2, 2, 100)
+        assert torch.equal(kept(sound), sound)
+        assert rollout_types.RANGE_TOLERANCE == shown_pixels.RANGE_TOLERANCE
+
     def test_none_is_missing_in_the_total_and_only_there(self):
         def second_missing(images, prompts, **columns):
             return {"score": [1.0, None, 3.0], "detail": [None, 5.0, 6.0]}
@@ -470,7 +496,8 @@ class TestRewardSet:
             (random_images(2) * 2 - 1, ["a", "b"], {}, r"must lie in \[0, 1\], got values from -"),
             (random_images(2) * 255, ["a", "b"], {}, r"must lie in \[0, 1\]"),
             (torch.zeros(2, 4, 4, 3), ["a", "b"], {}, r"got torch.float32 of the shape \(2, 4, 4, 3\)"),
-            (torch.zeros(2, 3, 4, 4, dtype=torch.uint8), ["a", "b"], {}, "got torch.uint8"),
+            (torch.zeros(2, 3, 4, 4, dtype=torch.int16), ["a", "b"], {}, "got torch.int16"),
+            (torch.zeros(2, 3, 4, dtype=torch.uint8), ["a", "b"], {}, "float sound"),
         ],
     )
     def test_what_does_not_fit_together_is_refused(self, images, prompts, columns, message):

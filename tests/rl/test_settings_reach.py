@@ -238,6 +238,10 @@ CASES: dict[str, list[Case]] = {
         Case("first", ("RewardSet.frames",), BRIGHT, ({"brightness:Brightness": Frames(limit=1)},)),
         Case({"every": 2}, ("RewardSet.frames",), BRIGHT, ({"brightness:Brightness": Frames(every=2)},)),
     ],
+    "rewards.*.workers": [
+        moves(2, "load_reward.first"),
+        Case(2, ("WorkerReward.name",), {"rewards": {"far": {"host": {"python": "p"}}}}),
+    ],
     "rewards.*.host": [moves({"python": "some/python"}, "WorkerReward.first")],
     "rewards.*.host.environment": [host("vlm", "locate.first"), host("vlm", "locate.first", target="a:b")],
     "rewards.*.host.python": [host("some/python", "WorkerReward.python")],

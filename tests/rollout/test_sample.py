@@ -322,7 +322,9 @@ def test_rollouts_carry_what_belongs_to_their_rows(pipeline: FlowPipeline) -> No
         assert rollout.trajectory is not None
         assert rollout.trajectory.indices == window(STEPS, 0.7, size=2, strategy="random", seed=3).indices(3)
         assert rollout.images.shape == (2, 3, 16, 16)
-        assert torch.equal(rollout.images, pipeline.decode(rollout.latents, rollout.conditioning))
+        pixels = pipeline.decode(rollout.latents, rollout.conditioning)
+        assert torch.equal(rollout.images, (pixels * 255).round().to(torch.uint8))
+        assert rollout.images.untyped_storage().nbytes() == 2 * 3 * 16 * 16, "a byte for each value"
 
 
 def test_two_processes_draw_what_one_draws(pipeline: FlowPipeline) -> None:

@@ -95,6 +95,35 @@ def settings(config: dict[str, Any]) -> dict[str, Any]:
     return {name: rollout[name] for name in ("num_inference_steps", "guidance_scale", "negative_prompt")}
 
 
+def test_prompts_of_unlike_length_are_evaluated_under_zero_3(make_config: Make, tmp_path: Path) -> None:
+    """Qwen-Image does not pad. Only the first of two processes has prompts that cannot share a batch."""
+    zoo.build("qwen").save_pretrained(tmp_path / "model")
+    train, uneven = tmp_path / "train.txt", tmp_path / "uneven.txt"
+    train.write_text("a cat\na dog\n", encoding="utf-8")
+    uneven.write_text("a cat\na cat\ntwo blue boats\na dog\na small red boat\na dog\n", encoding="utf-8")
+    sizes = {
+        "num_inference_steps": STEPS,
+        "prompts_per_step": 2,
+        "group_size": 2,
+        "batch_size": 2,
+        "plan": {"name": "all"},
+    }
+    overrides: dict[str, Any] = {
+        "model": {"path": str(tmp_path / "model"), "lora": {"rank": 4, "alpha": 8}, "height": 16, "width": 16},
+        "prompts.train": str(train),
+        "rollout": sizes,
+        "rewards": {"zoo.training:brightness": {}},
+        "algorithm.updates_per_rollout": 1,
+        "engine": {"device": "cpu", "zero_stage": 3, "timeout_s": 60},
+        "evaluation": {"prompts": str(uneven), "num_prompts": 6, "num_inference_steps": 2},
+    }
+    run = launch.run(make_config(tmp_path / "run", num_steps=1, **overrides), processes=2)
+    for step in (0, 1):
+        table = json.loads((run / "evaluations" / f"step_{step:06d}.json").read_text())
+        assert all(score is not None for (score,) in table["scores"]["total"])
+        assert (run / "evaluations" / f"step_{step:06d}.png").exists()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_is_trained_exported_and_redrawn(kind: str, make_config: Make, tmp_path: Path) -> None:
     entry = ENTRIES[KINDS[kind]]
