@@ -170,9 +170,10 @@ def build_policy(config: Config, pipeline: Pipeline, algorithm: Algorithm, targe
 
 
 def build_optimizer_settings(config: Config) -> OptimizerSettings:
-    """AdamW's settings."""
+    """The optimiser's settings."""
     section = config.optimizer
     return OptimizerSettings(
+        name=section.name,
         learning_rate=section.learning_rate,
         schedule=section.schedule,
         warmup_updates=section.warmup_updates,

@@ -26,6 +26,7 @@ from flowsteer.rl import start as starting
 from flowsteer.rl.algorithms import forward, transitions
 from flowsteer.rl.config import parse_config
 from flowsteer.rl.engine import processes as engine
+from flowsteer.rl.engine.optimizer import OptimizerSettings
 from flowsteer.rl.engine.zero import deepspeed_config
 from flowsteer.rl.policy import Policy
 from flowsteer.rl.train import train
@@ -220,6 +221,11 @@ def _watch_training(trace: Trace, patch: pytest.MonkeyPatch) -> None:
             trace.note(f"optimizer.{name}", self.param_groups[0][name])
         return original(self, *arguments)
 
+    def made(original: Any, self: Any, parameters: Any) -> Any:
+        found = original(self, parameters)
+        trace.note("optimizer.class", type(found).__name__)
+        return found
+
     def clip(original: Any, parameters: Any, max_norm: float) -> Tensor:
         trace.note("clip", max_norm)
         return original(parameters, max_norm)
@@ -244,6 +250,7 @@ def _watch_training(trace: Trace, patch: pytest.MonkeyPatch) -> None:
     _wrap(patch, transitions.TransitionAlgorithm, "loss", loss)
     _wrap(patch, forward.ForwardAlgorithm, "loss", loss)
     _wrap(patch, torch.optim.AdamW, "step", step)
+    _wrap(patch, OptimizerSettings, "make", made)
     _wrap(patch, torch.nn.utils, "clip_grad_norm_", clip)
     _wrap(patch, build, "compare", compare)
     _wrap(patch, build, "evaluate", evaluate)

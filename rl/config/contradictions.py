@@ -43,6 +43,7 @@ def check_config(config: Config, num_processes: int) -> None:
         *_comparing(config, setting),
         *_steps(config),
         *_precision(config),
+        *_optimizing(config),
     ]
     if faults:
         raise ValueError("\n".join(faults))
@@ -212,3 +213,18 @@ def _precision(config: Config) -> Iterator[str]:
         )
     if model.dtype != "float32" and stage == 0:
         yield "engine.zero_stage=0 keeps no float32 master weights; use stage 1 to 3, or model.dtype=float32"
+
+
+def _optimizing(config: Config) -> Iterator[str]:
+    """Optimisers that do not use a setting, or cannot do what they are for."""
+    name, stage = config.optimizer.name, config.engine.zero_stage
+    if name != "adafactor":
+        return
+    if idle := sorted(changed(config.optimizer) & {"betas", "epsilon"}):
+        keys = " and ".join(f"optimizer.{key}" for key in idle)
+        yield f"optimizer.name=adafactor has no {' and no '.join(idle)}; leave {keys} out"
+    if stage:
+        yield (
+            f"optimizer.name=adafactor needs the rows and columns of each weight, and engine.zero_stage={stage} puts all "
+            "weights into one row; use optimizer.name=adamw8bit, or leave engine.zero_stage out"
+        )

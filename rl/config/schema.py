@@ -21,6 +21,7 @@ from pydantic import (
 
 from flowsteer.rl.algorithms import AnyAlgorithm
 from flowsteer.rl.config.data import Inputs, PromptsConfig, SourceConfig, Sources
+from flowsteer.rl.config.optimizer import OptimizerConfig
 from flowsteer.rl.config.rewards import RewardConfig
 from flowsteer.rl.config.section import Section, auto_or_names, by_name
 
@@ -214,25 +215,6 @@ class AdvantageConfig(Section):
     """Learn from so many samples of each group only, its best and its worst; null learns from all."""
     min_scored: Annotated[float, Field(ge=0, le=1)] = 0.9
     """The run stops, with everything saved, when less than this part of a step's samples has a score."""
-
-
-class OptimizerConfig(Section):
-    """AdamW; the learning rate is a pure function of the number of updates."""
-
-    learning_rate: PositiveFloat = 3e-4
-    """After the warm-up."""
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """``linear`` and ``cosine`` fall towards 0, which they would reach one update after the run's last."""
-    warmup_updates: Annotated[int, Field(ge=0)] = 0
-    """Updates in which the learning rate rises from 0."""
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
-    """Decay of the running means of the gradient and of its square."""
-    weight_decay: NonNegativeFloat = 1e-4
-    """Decoupled, times the learning rate."""
-    epsilon: PositiveFloat = 1e-8
-    """Added to the root of the mean square."""
-    max_grad_norm: PositiveFloat = 1.0
-    """Gradients of a larger norm are scaled down to it."""
 
 
 class EngineConfig(Section):

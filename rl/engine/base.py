@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from flowsteer.rl.engine.agreement import GradientAgreement
-from flowsteer.rl.engine.optimizer import NotFinite, OptimizerSettings, UpdateInfo
+from flowsteer.rl.engine.optimizer import NotFinite, OptimizerSettings, UpdateInfo, restored_state, saved_state
 from flowsteer.rl.engine.plain import PlainBackend
 from flowsteer.rl.engine.processes import Processes
 from flowsteer.rl.engine.zero import ZeroBackend
@@ -200,7 +200,7 @@ class Engine:
         tensors = {f"policy/{key}": value for key, value in self._policy.state().items()}
         for number, (master, state) in enumerate(self.backend.masters()):
             tensors[f"optimizer/{number}/master"] = master
-            tensors |= {f"optimizer/{number}/{key}": torch.as_tensor(value) for key, value in state.items()}
+            tensors |= {f"optimizer/{number}/{key}": value for key, value in saved_state(state).items()}
         detached = {key: value.detach().cpu().clone().contiguous() for key, value in tensors.items()}
         save_file(detached, self._file(folder), metadata={"num_updates": str(self.num_updates)})
 
@@ -216,8 +216,7 @@ class Engine:
             entries = {key[len(start) :]: value for key, value in saved.items() if key.startswith(start)}
             master.data.copy_(entries.pop("master"))
             state.clear()
-            for key, value in entries.items():
-                state[key] = value if value.dim() == 0 else value.to(master.device)
+            state.update(restored_state(entries, master, fused=bool(self.backend.param_groups[0].get("fused"))))
 
     def _file(self, folder: Path) -> Path:
         index = 0 if self.backend.zero_stage is None else self.processes.process_index

@@ -37,7 +37,7 @@ class PlainBackend:
         self._parameters = list(parameters)
         self._accumulation = accumulation
         self._max_grad_norm = settings.max_grad_norm
-        self._optimizer = settings.adamw(self._parameters)
+        self._optimizer = settings.make(self._parameters)
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:

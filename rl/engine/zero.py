@@ -81,7 +81,7 @@ class ZeroBackend:
         self._optimizer: Any
         self.module, self._optimizer, *_ = deepspeed.initialize(
             model=Denoisers(denoisers),
-            optimizer=settings.adamw(self._parameters),
+            optimizer=settings.make(self._parameters),
             config=deepspeed_config(
                 settings, stage=stage, dtype=dtype, batch_size=batch_size, accumulation=accumulation
             ),

@@ -267,6 +267,7 @@ CASES: dict[str, list[Case]] = {
     "advantage.combine": [moves("gdpo", "advantages", rewards=BOTH)],
     "advantage.best_and_worst": [moves(2, "weights")],
     "advantage.min_scored": [direct("compare.min_scored", 0.5)],
+    "optimizer.name": [direct("optimizer.class", "adamw8bit", "exported", reads=("AdamW8bit",))],
     "optimizer.learning_rate": [direct("optimizer.lr", 0.01)],
     "optimizer.schedule": [moves("cosine", "optimizer.lr")],
     "optimizer.warmup_updates": [moves(2, "optimizer.lr")],
