@@ -7,7 +7,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from diffusers import ModelMixin
 
 from flowsteer.rewards.combine import RewardSet
 from flowsteer.rewards.doors import blaming
@@ -24,6 +23,7 @@ from flowsteer.rl.engine.processes import Processes
 from flowsteer.rl.evaluate import Evaluation, evaluate
 from flowsteer.rl.export import export_lora, export_weights
 from flowsteer.rl.interrupts import Interrupts
+from flowsteer.rl.passes import set_passes
 from flowsteer.rl.plugins import find_algorithm, is_foreign
 from flowsteer.rl.policy import Policy
 from flowsteer.rl.saving import Saving
@@ -136,14 +136,13 @@ def build_pipeline(config: Config, device: torch.device) -> Pipeline:
         call=model.call,
         scheduler=model.scheduler,
     )
-    if model.gradient_checkpointing:
-        for name, denoiser in pipeline.denoisers.items():
-            if not isinstance(denoiser, ModelMixin):
-                raise ValueError(
-                    f"model.gradient_checkpointing is for diffusers' networks; {name} of model.adapter={model.adapter} is a "
-                    f"{type(denoiser).__name__}: leave it out, and let the network checkpoint itself"
-                )
-            denoiser.enable_gradient_checkpointing()
+    checkpointing = model.gradient_checkpointing
+    set_passes(
+        pipeline.denoisers,
+        checkpoint_every=checkpointing["every"] if isinstance(checkpointing, dict) else (1 if checkpointing else None),
+        attention=model.attention,
+        compiled=model.compile,
+    )
     return pipeline
 
 
@@ -166,6 +165,7 @@ def build_policy(config: Config, pipeline: Pipeline, algorithm: Algorithm, targe
         variants=algorithm.variants | ({"ema"} if config.ema_decay else frozenset()),
         seed=config.seed,
         ema_decay=config.ema_decay,
+        compiled=config.model.compile,
     )
 
 
@@ -228,6 +228,7 @@ def build_worker(
         tail_fraction=rollout.tail_fraction,
         train_guidance_scale=rollout.train_guidance_scale,
         keep_means=config.algorithm.keeps_means,
+        training_graph=config.model.compile and config.algorithm.learns_from == "transitions",
     )
 
 

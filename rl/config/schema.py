@@ -40,6 +40,14 @@ def by_names(given: Any) -> Any:
     return given
 
 
+def as_checkpointing(given: Any) -> Any:
+    """Which blocks are checkpointed. Raises ValueError in one sentence for all of its forms."""
+    every = given.get("every") if isinstance(given, dict) and len(given) == 1 else None
+    if not isinstance(given, bool) and not (type(every) is int and every > 0):
+        raise ValueError("give true, false, or {every: NUMBER} with a number from 1 on")
+    return given
+
+
 class LoRAConfig(Section):
     """Low-rank adapters on the denoiser (arXiv 2106.09685)."""
 
@@ -70,8 +78,18 @@ class ModelConfig(Section):
     """In pixels; null is the pipeline's own."""
     lora: LoRAConfig | None = LoRAConfig()
     """``null`` trains all weights of the denoiser."""
-    gradient_checkpointing: bool = False
-    """Compute activations again in the backward pass: less memory, more time."""
+    gradient_checkpointing: Annotated[
+        bool | dict[Literal["every"], PositiveInt], BeforeValidator(as_checkpointing)
+    ] = False
+    """Compute activations again in the backward pass: less memory, more time; lossless. ``true``: those of every block;
+    ``{every: 2}``: of every second one."""
+    attention: str | None = None
+    """Which attention of diffusers, such as ``native``, ``flash``, ``_flash_3``, ``sage`` or ``xformers``; null is torch's own
+    choice. Sampling and training use the same one, so ratios stay exact."""
+    compile: bool = False
+    """Compile the network's repeated blocks with ``torch.compile``: the first passes take a minute or more, all others less
+    time. What is compiled rounds differently with and without gradients, so the steps whose ratio is trained are drawn by the
+    compiled graph of training."""
     scheduler: dict[str, Any] = {}
     """Settings of the scheduler that differ from those that it was saved with, such as ``{timestep_spacing: leading}``."""
     selfcheck: Literal["cached", "always", "never"] = "cached"
