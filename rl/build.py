@@ -195,7 +195,7 @@ def build_encoder(config: Config, pipeline: Pipeline) -> Encoder:
 
 
 def build_worker(
-    config: Config, pipeline: Pipeline, prompts: Prompts, plan: Plan, processes: Processes
+    config: Config, pipeline: Pipeline, prompts: Prompts, plan: Plan, processes: Processes, policy: Policy
 ) -> RolloutWorker | PictureWorker:
     """What draws the samples of this process, or takes its pictures."""
     rollout = config.rollout
@@ -213,7 +213,7 @@ def build_worker(
     )
     if config.prompts.pictures is not None:
         return PictureWorker(build_encoder(config, pipeline), prompts, **share)
-    return RolloutWorker(
+    worker = RolloutWorker(
         pipeline,
         prompts,
         **share,
@@ -230,6 +230,9 @@ def build_worker(
         keep_means=config.algorithm.keeps_means,
         training_graph=config.model.compile and config.algorithm.learns_from == "transitions",
     )
+    if rollout.merge_lora:
+        worker.drawing = policy.merged
+    return worker
 
 
 def build_evaluation(

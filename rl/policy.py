@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Protocol, cast
 
 import torch
@@ -103,6 +103,16 @@ class Policy:
             self._variants.switch(name, before)
             self.active = before
 
+    @contextmanager
+    def merged(self) -> Iterator[None]:
+        """Inside, the active LoRA is added to the base's weights, which saves the adapters' share of every pass.
+
+        Rounded to the base's type: in bfloat16 small updates are lost. Afterwards the base has its own bits again. Nothing
+        changes where all weights are trained, or the reference is active.
+        """
+        with self._variants.merged(self.active):
+            yield
+
     def ready(self) -> None:
         """Take the copies of the starting weights, once the engine has laid the parameters out.
 
@@ -166,6 +176,8 @@ class _Variants(Protocol):
 
     def switch(self, before: str, after: str) -> None: ...
 
+    def merged(self, name: str) -> AbstractContextManager[None]: ...
+
     def ready(self) -> None: ...
 
 
@@ -189,6 +201,7 @@ class _Adapters:
     ) -> None:
         self.names = variants
         self._denoisers = denoisers
+        self._bases: dict[LoraLayer, Tensor] = {}  # weights as they are without what is merged
         self._lend, self._own = lend, dict[str, Tensor]()  # the trained adapter's values, while others stand in their place
         _check_targets(denoisers, targets)
         with torch.random.fork_rng(devices=[]):
@@ -244,6 +257,26 @@ class _Adapters:
             for key, parameter in self.parameters(name).items():
                 current[key].data = parameter.data
 
+    @contextmanager
+    def merged(self, name: str) -> Iterator[None]:
+        if name == "reference":
+            yield
+            return
+        for layer in self._layers:
+            weight = layer.get_base_layer().weight
+            if layer not in self._bases:  # the base is never trained: one copy is enough, where it is in nobody's way
+                self._bases[layer] = weight.detach().to("cpu", copy=True)
+            (adapter,) = layer._active_adapter
+            down, up = (factor[adapter].weight.detach().float() for factor in (layer.lora_A, layer.lora_B))
+            weight.data.copy_(weight.data.float() + layer.scaling[adapter] * (up @ down))
+            layer._disable_adapters = True
+        try:
+            yield
+        finally:
+            for layer in self._layers:
+                layer.get_base_layer().weight.data.copy_(self._bases[layer])
+                layer._disable_adapters = False
+
     def ready(self) -> None:
         pass
 
@@ -264,6 +297,9 @@ class _Copies:
             for component, denoiser in self._denoisers.items()
             for key, value in denoiser.named_parameters(prefix=component)
         }
+
+    def merged(self, name: str) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def ready(self) -> None:
         self._copies = {name: [value.clone() for value in self._live()] for name in self.names}

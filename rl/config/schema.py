@@ -208,6 +208,9 @@ class RolloutConfig(Section):
     """Solver of the deterministic steps; the second-order one is used after the last stochastic step."""
     shared_noise: bool = False
     """The samples of a group start from the same initial noise; what they have in common is computed once."""
+    merge_lora: bool = False
+    """Add the LoRA to the base's weights while samples are drawn, which saves its share of every pass. Only for algorithms
+    that train no ratio: the sums are rounded otherwise than in training. Lossy in bfloat16, where small updates vanish."""
     branching: BranchingConfig | None = None
     """Score every stochastic step by itself, with candidates that part only there; null draws whole trajectories."""
     tail_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
