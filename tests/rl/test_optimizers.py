@@ -13,6 +13,7 @@ import torch
 from conftest import Make
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from toy import toy_config
 
 from flowsteer.rl.build import build_optimizer_settings
@@ -139,6 +140,13 @@ def test_a_resumed_run_is_the_unbroken_one(make_config: Make, tmp_path: Path, na
     assert files[0].keys() == files[1].keys() != set()
     for file, tensors in files[0].items():
         assert all(torch.equal(value, files[1][file][key]) for key, value in tensors.items())
+
+
+def test_adamw_is_fused_on_cuda_only() -> None:
+    """PyTorch's own choice there holds copies of all parameters; on a CPU it stays, and with it the bits."""
+    with FakeTensorMode():
+        assert optimizer("adamw", [nn.Parameter(torch.empty(2, device="cuda"))]).defaults["fused"]
+    assert optimizer("adamw", [nn.Parameter(torch.empty(2))]).defaults["fused"] is None
 
 
 def refusal(**given: Any) -> str:
