@@ -135,6 +135,7 @@ def build_pipeline(config: Config, device: torch.device) -> Pipeline:
         width=model.width,
         call=model.call,
         scheduler=model.scheduler,
+        quantize=model.quantize,
     )
     if model.gradient_checkpointing:
         for name, denoiser in pipeline.denoisers.items():
