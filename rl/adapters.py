@@ -22,6 +22,7 @@ from flowsteer.rewards.doors import Door, blaming
 from flowsteer.rl.export import SECOND
 from flowsteer.rollout.lifting.pipeline import FlowPipeline
 from flowsteer.rollout.lifting.protocol import ARGUMENTS, METHODS, Pipeline
+from flowsteer.rollout.lifting.quantize import Quantization, quantize_layers
 from flowsteer.rollout.lifting.several import Prepared
 
 DOOR = Door(group="flowsteer.pipelines", noun="pipeline adapter", article="a", kinds=("class", "function"))
@@ -37,14 +38,16 @@ def load_pipeline(
     width: int | None = None,
     call: Mapping[str, Any] | None = None,
     scheduler: Mapping[str, Any] | None = None,
+    quantize: Quantization | None = None,
 ) -> Pipeline:
-    """The pipeline at ``path``, lifted, or what the adapter makes of the same arguments.
+    """The pipeline at ``path``, lifted, or what the adapter makes of the same arguments; its denoisers may be quantised.
 
     Raises ValueError if there is no such pipeline or adapter, or if the adapter is not one, cannot be imported or made.
     """
     if adapter is None:
         size = {"height": height, "width": width}
-        return FlowPipeline.load(path, dtype=dtype, device=device, call_kwargs=call, scheduler=scheduler, **size)
+        about: dict[str, Any] = {"call_kwargs": call, "scheduler": scheduler, **size}
+        return FlowPipeline.load(path, dtype=dtype, device=device, quantize=quantize, **about)
     if scheduler:
         raise ValueError(
             "model.scheduler is for pipelines that are lifted; an adapter has a schedule of its own: leave it out"
@@ -65,7 +68,11 @@ def load_pipeline(
         ) from error
     with blaming(f"pipeline adapter {adapter!r} cannot be made"):
         made = make(**given)
-    return check_pipeline(adapter, made)
+    pipeline = check_pipeline(adapter, made)
+    if quantize is not None:
+        for denoiser in pipeline.denoisers.values():
+            quantize_layers(denoiser, quantize, device=device)
+    return pipeline
 
 
 def check_pipeline(name: str, made: Any) -> Pipeline:

@@ -135,6 +135,7 @@ def build_pipeline(config: Config, device: torch.device) -> Pipeline:
         width=model.width,
         call=model.call,
         scheduler=model.scheduler,
+        quantize=model.quantize,
     )
     checkpointing = model.gradient_checkpointing
     set_passes(

@@ -20,6 +20,7 @@ from torch import nn
 
 from flowsteer.rl.config import Config, parse_config
 from flowsteer.rl.engine.base import Engine
+from flowsteer.rollout.lifting.quantize import stored
 
 FORMAT = 2
 
@@ -176,7 +177,8 @@ def fingerprint(denoisers: dict[str, nn.Module]) -> str:
     for component, denoiser in sorted(denoisers.items()):
         for key, value in denoiser.state_dict().items():
             digest.update(f"{component}.{key}{tuple(value.shape)}".encode())
-            digest.update(value.detach().flatten()[:64].float().cpu().numpy().tobytes())
+            for part in stored(value):
+                digest.update(part.detach().flatten()[:64].float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

@@ -84,7 +84,9 @@ def _checkpoint(denoiser: Any, every: int) -> None:
 
 def _attend(name: str, denoiser: Any, attention: str) -> None:
     if attention not in attention_names():
-        raise ValueError(f"model.attention={attention} is not known to diffusers; it has {', '.join(attention_names())}")
+        raise ValueError(
+            f"model.attention={attention} is not known to diffusers; it has {', '.join(attention_names())}"
+        )
     try:
         denoiser.set_attention_backend(attention)
     except (RuntimeError, ValueError, ImportError, OSError) as error:  # OSError: a kernel that cannot be fetched
@@ -106,6 +108,6 @@ def _compile(name: str, denoiser: Any) -> None:
 
 
 def repeated_blocks(denoiser: nn.Module) -> list[nn.Module]:
-    """The blocks that a network of diffusers repeats, in its own order: what it names for compilation, or else for placement."""
+    """The blocks that a network of diffusers repeats: what it names for compilation, or else for placement."""
     names = getattr(denoiser, "_repeated_blocks", None) or getattr(denoiser, "_no_split_modules", None) or ()
     return [module for module in denoiser.modules() if type(module).__name__ in names]

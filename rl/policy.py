@@ -202,7 +202,10 @@ class _Adapters:
         self.names = variants
         self._denoisers = denoisers
         self._bases: dict[LoraLayer, Tensor] = {}  # weights as they are without what is merged
-        self._lend, self._own = lend, dict[str, Tensor]()  # the trained adapter's values, while others stand in their place
+        self._lend, self._own = (
+            lend,
+            dict[str, Tensor](),
+        )  # the trained adapter's values, while others stand in their place
         _check_targets(denoisers, targets)
         with torch.random.fork_rng(devices=[]):
             for name in sorted({CURRENT, *variants} - {"reference"}):

@@ -35,6 +35,7 @@ from flowsteer.rl.types import Algorithm
 from flowsteer.rollout.data.prompts import Prompts, read_prompts
 from flowsteer.rollout.lifting.pipeline import FlowPipeline
 from flowsteer.rollout.lifting.protocol import Pipeline
+from flowsteer.rollout.lifting.quantize import HOW_IN_DIFFUSERS
 from flowsteer.rollout.steps.plan import Plan
 
 logger = logging.getLogger(__name__)
@@ -234,4 +235,6 @@ def how_the_export_loads(config: Config, pipeline: Pipeline) -> str:
     """How diffusers loads the LoRA of this run; empty where the run has none, or an adapter in the pipeline's place."""
     if config.model.lora is None or not isinstance(pipeline, FlowPipeline):
         return ""
-    return how_to_load(pipeline.pipe, pipeline.denoisers)
+    loads = how_to_load(pipeline.pipe, pipeline.denoisers)
+    kind = config.model.quantize
+    return loads if kind is None else f"{loads}, into a base that is quantised by {HOW_IN_DIFFUSERS[kind]}"

@@ -1,31 +1,35 @@
 """Does flowsteer hold what it promises on this device, with how much memory, and how fast? Downloads nothing.
 
-    python scripts/gpu_check.py                  # Stable Diffusion 3.5 medium's size in bfloat16; aim: ten minutes on an H100
-    python scripts/gpu_check.py --size tiny      # a tiny network of the same kind, also on a CPU
-    python scripts/gpu_check.py --parts speed memory
+    python scripts/gpu_check.py                  # the published sizes in bfloat16; ends within ten minutes
+    python scripts/gpu_check.py --size tiny      # tiny networks of the same kinds, also on a CPU
+    python scripts/gpu_check.py --parts speed memory --options none compile
 
-Weights are random: the denoiser and the autoencoder have the published shapes, the text encoders are one layer deep and give
-embeddings of the published shapes. The settings are those of ``sd35m_flow_grpo_ocr`` and ``sd35m_nft_ocr``, with fewer
-samples. Prints one line of JSON for each claim, ``{"claim": ..., "ok": ...}`` with its figures; exit code 1 if one fails.
+Weights are random: denoisers and autoencoders have the published shapes of Stable Diffusion 3.5 medium and FLUX.1-dev, the
+text encoders are one layer deep and give embeddings of the published shapes. The settings are those of the shipped
+configurations, with fewer samples. Prints one line of JSON for each claim, ``{"claim": ..., "ok": ...}`` with its figures;
+``ok`` is null where a claim cannot be tried here, with the reason. Exit code 1 if one fails.
 
 - selfcheck: the pipeline can be trained (`rollout/lifting/selfcheck.py`).
-- exact: in the first training step the ratio is exactly 1 (Flow-GRPO) and the distances to the reference and the old policy
-  are exactly 0; after an update the ratio of newly drawn samples is again exactly 1 and the distance to the old policy 0.
+- exact: in the first training step the ratio is exactly 1 (Flow-GRPO, MixGRPO) and the distances to the reference and the
+  old policy are exactly 0; after an update the ratio of newly drawn samples is again exactly 1 and the distance to the old
+  policy 0.
 - seeds: with the same seed, samples, weights and optimiser are equal bit for bit; with another one, samples are not.
 - resume: a checkpoint that is restored into a newly made run goes on bit for bit, weights and optimiser.
 - memory: bytes by part. Peaks are beyond what is held before; null on a CPU.
 - speed: images per second and model FLOPs utilisation (MFU). `torch.utils.flop_counter` counts the FLOPs of one sample's
   passes and decoding, forward and backward; what checkpointing computes again does not count. MFU is null where the
-  device's peak is not known.
+  device's peak is not known. With an option, ``gain`` is the time without it over the time with it.
 - quickstart: the quick start's training on this device, with a reward that needs Pillow alone.
 
-seeds and resume ask torch for deterministic kernels; the others run with its default ones.
+exact, memory and speed are claimed of Flow-GRPO, MixGRPO and DiffusionNFT, of FLUX, and of one option after the other
+(``--options``). seeds and resume ask torch for deterministic kernels; the others run with its default ones.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import importlib.util
 import json
 import math
 import os
@@ -35,6 +39,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,15 +47,24 @@ from typing import Any
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # equal bits need it, before CUDA begins
 
 import torch
-from gpu_trial import CONFIGS, JPEG, Trial, held
+from gpu_models import MODELS
+from gpu_trial import JPEG, Trial, held
 from safetensors import safe_open
 
+from flowsteer.rl.engine.zero import whole_size
 from flowsteer.rollout.lifting import selfcheck
 
 PARTS = ("selfcheck", "exact", "seeds", "resume", "memory", "speed", "quickstart")
-PUBLISHED_PARAMETERS = 2_243_171_520  # of the denoiser
-ZERO_AT_START = {"flow_grpo": ("ratio_deviation", "kl"), "diffusion_nft": ("kl", "old_distance")}
-ZERO_AGAIN = {"flow_grpo": ("ratio_deviation",), "diffusion_nft": ("old_distance",)}  # on samples drawn after an update
+ZERO_AT_START = {  # by algorithm
+    "flow_grpo": ("ratio_deviation", "kl"),
+    "mixgrpo": ("ratio_deviation", "kl"),
+    "diffusion_nft": ("kl", "old_distance"),
+}
+ZERO_AGAIN = {  # on samples drawn after an update
+    "flow_grpo": ("ratio_deviation",),
+    "mixgrpo": ("ratio_deviation",),
+    "diffusion_nft": ("old_distance",),
+}
 PEAK_BF16 = (  # dense, FLOP/s, from NVIDIA's data sheets; the first whose words all stand in the device's name
     ("H100 PCIe", 756e12), ("H100 NVL", 835e12), ("H100", 989.4e12), ("H200 NVL", 835e12), ("H200", 989.4e12),
     ("H800 PCIe", 756e12), ("H800", 989.4e12), ("GB200", 2500e12), ("B200", 2250e12), ("A100", 312e12),
@@ -58,7 +72,51 @@ PEAK_BF16 = (  # dense, FLOP/s, from NVIDIA's data sheets; the first whose words
     ("RTX 4090 D", None), ("RTX 4090", 165.2e12),
 )  # fmt: skip
 
+
+@dataclass(frozen=True, kw_only=True)
+class Option:
+    """A way to save memory or time."""
+
+    overrides: tuple[str, ...]
+    model: str = "sd35m"
+    algorithm: str = "flow_grpo"
+    package: str | None = None  # that must be installed
+    gpu: bool = False  # not on a CPU
+    full: bool = False  # not worth a tiny model
+
+
+def _attention(name: str, package: str | None = None, **more: Any) -> Option:
+    return Option(overrides=(f"model.attention={name}",), package=package, **more)
+
+
+OPTIONS = {
+    "checkpointing": Option(overrides=("model.gradient_checkpointing=true",)),
+    "checkpointing_every_2": Option(overrides=("model.gradient_checkpointing={every: 2}",)),
+    "checkpointing_nft": Option(overrides=("model.gradient_checkpointing=true",), algorithm="diffusion_nft"),
+    "compile": Option(overrides=("model.compile=true",)),
+    "compile_nft": Option(overrides=("model.compile=true",), algorithm="diffusion_nft"),
+    "merge_lora": Option(overrides=("rollout.merge_lora=true",), algorithm="diffusion_nft"),
+    "offload": Option(overrides=("model.offload.text_encoders=true", "model.offload.vae=true")),
+    "zero1": Option(overrides=("engine.strategy=zero1",)),
+    "zero2": Option(overrides=("engine.strategy=zero2",)),
+    "zero3": Option(overrides=("engine.strategy=zero3",)),
+    "fsdp2": Option(overrides=("engine.strategy=fsdp2",)),
+    "adafactor": Option(overrides=("optimizer.name=adafactor",)),
+    "adamw8bit": Option(overrides=("optimizer.name=adamw8bit",), package="torchao"),
+    "int8": Option(overrides=("model.quantize=int8",), package="torchao"),
+    "fp8": Option(overrides=("model.quantize=fp8",), package="torchao", gpu=True),
+    "nf4": Option(overrides=("model.quantize=nf4",), package="bitsandbytes"),
+    "attention_math": _attention("_native_math"),
+    "attention_flash": _attention("_native_flash", gpu=True),
+    "attention_efficient": _attention("_native_efficient", gpu=True),
+    "attention_cudnn": _attention("_native_cudnn", gpu=True),
+    "attention_flash_attn": _attention("flash", package="flash_attn", gpu=True),
+    "flux_checkpointing": Option(overrides=("model.gradient_checkpointing=true",), model="flux1dev", full=True),
+    "flux_int8": Option(overrides=("model.quantize=int8",), model="flux1dev", package="torchao", full=True),
+}
+
 Line = dict[str, Any]
+Known = dict[tuple[str, str], dict[str, Any]]  # of a model and an algorithm without options
 
 
 def peak_flops(device: str) -> float | None:
@@ -76,44 +134,70 @@ def strict(value: Any) -> Any:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def trained(size: str, cpu: bool, name: str, checkpointing: bool, known: dict[Any, Any], root: Path) -> Iterator[Line]:
-    """The claims on a plain run of two training steps: exact, memory and speed. ``known`` passes on from run to run."""
-    which = {"algorithm": name, "gradient_checkpointing": checkpointing}
-    trial = Trial(size, name, root / f"{name}_{checkpointing}", cpu=cpu, checkpointing=checkpointing)
+def trained(
+    model: str, size: str, cpu: bool, name: str, option: str, overrides: tuple[str, ...], known: Known, root: Path
+) -> Iterator[Line]:
+    """The claims on a run of two training steps: exact, memory and speed.
+
+    ``known`` takes up what a run without an option measured (``option`` is "none" then), for those with one.
+    """
+    which = {"model": model, "algorithm": name, "option": option}
+    trial = Trial(model, size, name, root / f"{model}_{name}_{option}", cpu=cpu, options=overrides)
     _, first = trial.step(0)
     file = trial.checkpoints.save(1) / "process_00000.safetensors"
     rollouts, second = trial.step(1)
 
-    at_start = {key: first[key] for key in ZERO_AT_START[name]}
+    at_start = {key: first[key] for key in ZERO_AT_START[name] if key in first}
     redrawn = {f"{key}_after_update": second[key] for key in ZERO_AGAIN[name]}
-    moved = second["kl"] > 0 and first["grad_norm"] > 0  # else zeros would say nothing
-    exact = not any({**at_start, **redrawn}.values()) and (name != "flow_grpo" or first["ratio"] == 1.0)
+    moved = second.get("kl", 1.0) > 0 and first["grad_norm"] > 0  # else zeros would say nothing
+    exact = not any({**at_start, **redrawn}.values()) and (name == "diffusion_nft" or first["ratio"] == 1.0)
     yield {"claim": "exact", "ok": exact and moved, **which, "ratio": first.get("ratio"), **at_start, **redrawn,
-           "kl_after_update": second["kl"], "grad_norm": first["grad_norm"]}  # fmt: skip
+           "kl_after_update": second.get("kl"), "grad_norm": first["grad_norm"]}  # fmt: skip
 
     with safe_open(file, framework="pt") as saved:
-        moments = [saved.get_tensor(key).nbytes for key in saved.keys() if "/exp_avg" in key]  # noqa: SIM118 (no dict)
-    parameters = list(trial.policy.parameters().values())
-    numel = sum(parameter.numel() for parameter in parameters)
-    lora = sum(value.nbytes for key, value in trial.network.named_parameters() if ".lora_" in key)
-    known[name, checkpointing] = peak = trial.bytes["update"]
-    plain = known.get((name, False))
-    saves = peak is None or plain is None or not checkpointing or peak < plain
-    yield {"claim": "memory", "ok": saves and sum(moments) == 8 * numel, **which, "trained_parameters": numel,
-           "weights": trial.sizes, "adapters": lora, "gradients": 4 * numel, "optimizer": sum(moments),
-           "rollout_peak": trial.bytes["rollout"], "update_peak": peak, "held_after": held() or None}  # fmt: skip
+        optimizer = sum(
+            saved.get_tensor(key).nbytes
+            for key in saved.keys()  # noqa: SIM118 (no dict)
+            if key.startswith("optimizer/") and not key.endswith(("/master", "/step"))
+        )
+    numel = sum(whole_size(parameter) for parameter in trial.policy.parameters().values())
+    lora = sum(
+        whole_size(value) * value.element_size() for key, value in trial.network.named_parameters() if ".lora_" in key
+    )
+    plain = known.get((model, name)) if option != "none" else None
+    peaks = {act: trial.bytes[act] for act in ("rollout", "update")}
+    right = optimizer == 8 * numel if trial.config.optimizer.name == "adamw" else optimizer <= 8 * numel
+    saved_bytes = {
+        f"{act}_peak_saved": before - now
+        for act, now in peaks.items()
+        if now is not None and plain is not None and (before := plain["bytes"][act]) is not None
+    }
+    yield {"claim": "memory", "ok": right, **which, "trained_parameters": numel, "weights": trial.sizes,
+           "adapters": lora, "gradients": 4 * numel, "optimizer": optimizer, "rollout_peak": peaks["rollout"],
+           "update_peak": peaks["update"], "held_after": held() or None, **saved_bytes}  # fmt: skip
 
-    flops, images = trial.flops(rollouts[0]), sum(map(len, rollouts))
+    if plain is None:
+        plain = known[model, name] = {
+            "flops": trial.flops(rollouts[0]),
+            "seconds": dict(trial.seconds),
+            "bytes": dict(trial.bytes),
+        }
+    flops, images = plain["flops"], sum(map(len, rollouts))
     batch, steps = trial.config.rollout.batch_size, trial.config.rollout.num_inference_steps
     passes = trial.counted
-    right = passes["rollout"] == {False: len(rollouts) * steps} and passes["update"][True] == trial.engine.accumulation
+    drawn = passes["rollout"][False] + passes["rollout"][True]
+    right = drawn == len(rollouts) * steps and passes["update"][True] == trial.engine.accumulation
     ceiling = peak_flops(torch.cuda.get_device_name()) if trial.on_gpu else None
     for act in ("rollout", "update"):
-        work = batch * (flops["forward"] * passes[act][False] + flops["with_backward"] * passes[act][True])
+        forward = passes[act][False] + (passes[act][True] if act == "rollout" else 0)
+        backward = passes[act][True] if act == "update" else 0
+        work = batch * (flops["forward"] * forward + flops["with_backward"] * backward)
         work += images * flops["decode"] * (act == "rollout")
         utilisation = work / trial.seconds[act] / ceiling if ceiling else None
+        gain = plain["seconds"][act] / trial.seconds[act] if option != "none" else None
         yield {"claim": "speed", "ok": right and work > 0 and (utilisation is None or 0 < utilisation <= 1), **which,
-               "act": act, "images_per_s": images / trial.seconds[act], "seconds": trial.seconds[act],
+               "act": act, "images_per_s": images / trial.seconds[act], "seconds": trial.seconds[act], "gain": gain,
+               "first_seconds": trial.first_seconds[act],
                "passes": {"with_gradient": passes[act][True], "without": passes[act][False]}, "batch_size": batch,
                "model_flops": work, "mfu": utilisation, "peak_flops": ceiling}  # fmt: skip
     trial.close()
@@ -124,7 +208,7 @@ def repeated(size: str, cpu: bool, name: str, parts: list[str], root: Path) -> I
     torch.use_deterministic_algorithms(True, warn_only=True)
 
     def trial(folder: str) -> Trial:
-        return Trial(size, name, root / f"{name}_{folder}", cpu=cpu)
+        return Trial("sd35m", size, name, root / f"{name}_{folder}", cpu=cpu)
 
     def state(run: Trial, label: str) -> bytes:
         """Weights of every policy and the optimiser's state, as a checkpoint holds them."""
@@ -167,13 +251,13 @@ def repeated(size: str, cpu: bool, name: str, parts: list[str], root: Path) -> I
         again.close()
 
 
-def checked(size: str, cpu: bool, root: Path) -> Iterator[Line]:
+def checked(model: str, size: str, cpu: bool, root: Path) -> Iterator[Line]:
     """The self-check at this size, with guidance."""
-    trial = Trial(size, "flow_grpo", root / "selfcheck", cpu=cpu)
+    trial = Trial(model, size, "flow_grpo", root / f"{model}_selfcheck", cpu=cpu)
     began = time.perf_counter()
     report = selfcheck.check(trial.pipeline, guidance_scale=4.5)
-    right = size != "full" or trial.num_parameters == PUBLISHED_PARAMETERS
-    yield {"claim": "selfcheck", "ok": report.ok and right, "denoiser_parameters": trial.num_parameters,
+    right = size != "full" or trial.num_parameters == MODELS[model].parameters
+    yield {"claim": "selfcheck", "ok": report.ok and right, "model": model, "denoiser_parameters": trial.num_parameters,
            "seconds": time.perf_counter() - began, "findings": {f.name: f.ok for f in report.findings}}  # fmt: skip
     trial.close()
 
@@ -195,23 +279,61 @@ def quickstart(size: str, cpu: bool, root: Path) -> Iterator[Line]:
            **({} if finite else {"output": (done.stdout + done.stderr)[-1500:]})}  # fmt: skip
 
 
-def claims(size: str, cpu: bool, parts: list[str], root: Path) -> Iterator[Line]:
-    """Every claim that was asked for; one that cannot be tried is one that fails."""
-    known: dict[Any, Any] = {}
-    jobs: list[tuple[str, Callable[[], Iterator[Line]]]] = []
+def left_out(option: str, cpu: bool) -> str | None:
+    """Why an option cannot be tried here; None where it can."""
+    about = OPTIONS[option]
+    if about.gpu and cpu:
+        return "it needs a GPU"
+    if about.package is not None and importlib.util.find_spec(about.package) is None:
+        return f"the package {about.package} is not installed"
+    return None
+
+
+def jobs(
+    size: str, cpu: bool, parts: list[str], options: list[str], root: Path
+) -> Iterator[tuple[str, Callable[[], Iterator[Line]]]]:
+    """What is to be tried, in order of importance: a name, and what tries it."""
+    known: Known = {}
+    chosen = {name: about for name in options if (about := OPTIONS.get(name)) and not (about.full and size == "tiny")}
+    models = dict.fromkeys(["sd35m", *(about.model for about in chosen.values())])
     if "selfcheck" in parts:
-        jobs.append(("selfcheck", partial(checked, size, cpu, root)))
-    for name in CONFIGS:
-        for checkpointing in (False, True) if {"exact", "memory", "speed"} & {*parts} else ():
-            what = f"exact, memory, speed of {name} {'with' if checkpointing else 'without'} gradient checkpointing"
-            jobs.append((what, partial(trained, size, cpu, name, checkpointing, known, root)))
-        if {"seeds", "resume"} & {*parts}:
-            jobs.append((f"seeds, resume of {name}", partial(repeated, size, cpu, name, parts, root)))
+        for model in models:
+            yield f"selfcheck of {model}", partial(checked, model, size, cpu, root)
+    of_trials = {"exact", "memory", "speed"} & {*parts}
+    for model in models:
+        for name in MODELS[model].configs if of_trials else ():
+            run = partial(trained, model, size, cpu, name, "none", (), known, root)
+            yield f"exact, memory, speed of {name} on {model}", run
+    for name in ("flow_grpo", "diffusion_nft") if {"seeds", "resume"} & {*parts} else ():
+        yield f"seeds, resume of {name}", partial(repeated, size, cpu, name, parts, root)
     if "quickstart" in parts:
-        jobs.append(("quickstart", partial(quickstart, size, cpu, root)))
-    for what, job in jobs:
+        yield "quickstart", partial(quickstart, size, cpu, root)
+    for option, about in chosen.items() if of_trials else ():
+        what = f"exact, memory, speed with {option}"
+        if reason := left_out(option, cpu):
+            yield what, partial(_nothing, what, reason)
+        else:
+            given = (about.model, size, cpu, about.algorithm, option, about.overrides, known, root)
+            yield what, partial(trained, *given)
+
+
+def _nothing(what: str, reason: str) -> Iterator[Line]:
+    yield {"claim": what, "ok": None, "left_out": reason}
+
+
+def claims(
+    size: str, cpu: bool, parts: list[str], root: Path, *, options: list[str], limit_s: float = math.inf
+) -> Iterator[Line]:
+    """Every claim that was asked for; one that cannot be tried is one that fails, but for want of a GPU or a package.
+
+    What has not begun after ``limit_s`` seconds is left out, and said to be.
+    """
+    began = time.perf_counter()
+    for what, job in jobs(size, cpu, parts, options, root):
+        if time.perf_counter() - began > limit_s:
+            job = partial(_nothing, what, f"{limit_s:.0f} seconds are over (--limit-s)")
         try:
-            yield from (line for line in job() if line["claim"] in parts)
+            yield from (line for line in job() if line["claim"] in parts or line["claim"] == what)
         except Exception as error:  # out of memory, a driver's fault: the other claims are still worth trying
             yield {"claim": what, "ok": False, "error": f"{type(error).__name__}: {error}"[:1500]}
         torch.use_deterministic_algorithms(False)
@@ -223,17 +345,23 @@ def claims(size: str, cpu: bool, parts: list[str], root: Path) -> Iterator[Line]
 def main() -> int:
     """Print a line per claim; 1 if one fails."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--size", choices=("full", "tiny"), default="full", help="full: Stable Diffusion 3.5 medium's")
+    parser.add_argument("--size", choices=("full", "tiny"), default="full", help="full: the published sizes")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="which claims; all unless given")
+    parser.add_argument("--options", nargs="+", choices=("none", *OPTIONS), default=list(OPTIONS), help=(
+        "ways to save memory or time that exact, memory and speed are claimed of, one by one; none: of none"
+    ))  # fmt: skip
     parser.add_argument("--cpu", action="store_true", help="stay on the CPU where there is a GPU")
+    parser.add_argument("--limit-s", type=float, default=540.0, help="begin nothing more after so many seconds")
+    parser.add_argument("--folder", type=Path, help="where models and runs are written; a temporary one unless given")
     given = parser.parse_args()
     cpu = given.cpu or not torch.cuda.is_available()
     if cpu and given.size == "full":
         parser.error("--size full needs a CUDA device, and none is used here; use --size tiny")
     failed = 0
-    with tempfile.TemporaryDirectory() as folder:
-        for line in claims(given.size, cpu, given.parts, Path(folder)):
-            failed += not line["ok"]
+    with tempfile.TemporaryDirectory(dir=given.folder) as folder:
+        chosen = {"options": given.options, "limit_s": given.limit_s}
+        for line in claims(given.size, cpu, given.parts, Path(folder), **chosen):
+            failed += line["ok"] is False
             print(json.dumps(strict(line), allow_nan=False), flush=True)
     return int(failed > 0)
 

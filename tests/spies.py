@@ -109,6 +109,10 @@ def _watch_models(trace: Trace, patch: pytest.MonkeyPatch) -> None:
             _LOADED[path, dtype] = original(path, dtype=dtype, device=device)
         return copy.deepcopy(_LOADED[path, dtype])
 
+    def quantized(original: Any, denoiser: Any, kind: str, *, device: Any) -> None:
+        trace.note("quantize.kind", kind)
+        original(denoiser, kind, device=device)
+
     def check(original: Any, lifted: Any, **arguments: Any) -> Any:
         for name, value in arguments.items():
             trace.note(f"check.{name}", value)
@@ -152,6 +156,7 @@ def _watch_models(trace: Trace, patch: pytest.MonkeyPatch) -> None:
         original(self, name, decay)
 
     _wrap(patch, pipeline, "load_diffusers", load)
+    _wrap(patch, pipeline, "quantize_layers", quantized)
     _wrap(patch, selfcheck, "check", check)
     _wrap(patch, pipeline.FlowPipeline, "prepare", prepare)
     _wrap(patch, pipeline.FlowPipeline, "begin", begin)

@@ -64,15 +64,26 @@ config_app.command("show")(models.config_show)
 config_app.command("keys")(models.config_keys)
 
 
+_NO_NEWS = {  # by logger, what its messages hold that are no news
+    # our LoRAs are for denoisers: they hold nothing for the text encoders
+    "diffusers.loaders.lora_base": "No LoRA keys associated to",
+    # said at each start where the extra `quantization` is installed, of kernels and classes that are not used here
+    "torchao": "Failed to load",
+    "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",
+    "diffusers.quantizers.torchao.torchao_quantizer": "Unable to import `torchao` Tensor objects",
+    "torch.utils._pytree": "is an Enum subclass",
+}
+
+
 def _tells_something(record: logging.LogRecord) -> bool:
-    """Our LoRAs are for denoisers: that they hold nothing for the text encoders is no news."""
-    return not record.getMessage().startswith("No LoRA keys associated to")
+    return _NO_NEWS[record.name] not in record.getMessage()
 
 
 def main() -> None:
     """Run the command; a user's mistake is one message, without a traceback unless FLOWSTEER_TRACEBACK=1."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    logging.getLogger("diffusers.loaders.lora_base").addFilter(_tells_something)
+    for name in _NO_NEWS:
+        logging.getLogger(name).addFilter(_tells_something)
     try:
         app(prog_name="flowsteer")
     except Exception as error:

@@ -165,6 +165,7 @@ class Chosen:
         from flowsteer.rollout.lifting.pipeline import FlowPipeline
 
         given = {
+            "quantize": self.config.model.quantize if self.config else None,
             "dtype": DTYPES[self.dtype],
             "device": self.device,
             "call": self.call,

@@ -45,6 +45,7 @@ def check_config(config: Config, num_processes: int) -> None:
         *_steps(config),
         *_precision(config),
         *_optimizing(config),
+        *_quantizing(config),
     ]
     if faults:
         raise ValueError("\n".join(faults))
@@ -249,4 +250,18 @@ def _optimizing(config: Config) -> Iterator[str]:
         yield (
             f"optimizer.name=adafactor needs the rows and columns of each weight, and engine.zero_stage={stage} puts all "
             "weights into one row; use optimizer.name=adamw8bit, or leave engine.zero_stage out"
+        )
+
+
+def _quantizing(config: Config) -> Iterator[str]:
+    """Quantised weights that would be trained, or that DeepSpeed cannot hold."""
+    kind, stage = config.model.quantize, config.engine.zero_stage
+    if kind is None:
+        return
+    if config.model.lora is None:
+        yield f"model.quantize={kind} freezes the weights, and model.lora=null trains them; give model.lora, or leave one out"
+    if kind != "nf4" and stage is not None:
+        yield (
+            f"model.quantize={kind} makes weights that DeepSpeed cannot hold; leave engine.zero_stage out (the optimiser of a "
+            "LoRA is small), or use model.quantize=nf4"
         )

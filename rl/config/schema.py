@@ -78,9 +78,13 @@ class ModelConfig(Section):
     """In pixels; null is the pipeline's own."""
     lora: LoRAConfig | None = LoRAConfig()
     """``null`` trains all weights of the denoiser."""
-    gradient_checkpointing: Annotated[
-        bool | dict[Literal["every"], PositiveInt], BeforeValidator(as_checkpointing)
-    ] = False
+    quantize: Literal["int8", "fp8", "nf4"] | None = None
+    """Keep the denoiser's linear layers in fewer bits, for a LoRA: ``int8`` and ``fp8`` (torchao, a byte a weight), ``nf4``
+    (bitsandbytes, 0.56 bytes). Lossy for the model, which draws other pictures. Sampling and training use the same weights,
+    so the first ratio stays exactly 1. The result is a LoRA for a base that is quantised alike (docs/quantization.md)."""
+    gradient_checkpointing: Annotated[bool | dict[Literal["every"], PositiveInt], BeforeValidator(as_checkpointing)] = (
+        False
+    )
     """Compute activations again in the backward pass: less memory, more time; lossless. ``true``: those of every block;
     ``{every: 2}``: of every second one."""
     attention: str | None = None

@@ -27,6 +27,7 @@ from flowsteer.rollout.lifting.loading import SHIPPED, load_diffusers
 from flowsteer.rollout.lifting.loop import GUIDES, Call, Loop
 from flowsteer.rollout.lifting.prepare import Preparer
 from flowsteer.rollout.lifting.protocol import Pipeline
+from flowsteer.rollout.lifting.quantize import Quantization, quantize_layers
 from flowsteer.rollout.lifting.schedules import steppable, with_settings
 from flowsteer.rollout.lifting.several import Prepared, Several, join
 from flowsteer.rollout.lifting.step import Body, LiftedStep, finish, join_states, run_to_step
@@ -94,15 +95,28 @@ class FlowPipeline:
 
     @classmethod
     def load(
-        cls, path: str, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", **arguments: Any
+        cls,
+        path: str,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        quantize: Quantization | None = None,
+        **arguments: Any,
     ) -> FlowPipeline:
         """From a folder, a hub id, or a name of `SHIPPED`; further arguments are the constructor's. See ``load_diffusers``.
 
         A shipped pipeline is called with the arguments that it was trained with unless ``call_kwargs`` says otherwise.
+        With ``quantize``, the denoisers' linear layers come to the device in 8 or 4 bits.
         """
         if path in SHIPPED:
             arguments["call_kwargs"] = {**SHIPPED[path], **(arguments.get("call_kwargs") or {})}
-        return cls(load_diffusers(path, dtype=dtype, device=device), **arguments)
+        if quantize is None:
+            return cls(load_diffusers(path, dtype=dtype, device=device), **arguments)
+        made = cls(load_diffusers(path, dtype=dtype, device="cpu"), **arguments)
+        for denoiser in made.denoisers.values():
+            quantize_layers(denoiser, quantize, device=device)
+        made.pipe.to(device)
+        return made
 
     @property
     def denoisers(self) -> dict[str, nn.Module]:

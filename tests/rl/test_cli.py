@@ -191,6 +191,16 @@ def test_installed_and_as_a_module():
         assert "train" in done.stdout
 
 
+@pytest.mark.slow
+def test_what_packages_say_of_their_unused_parts_is_not_shown():
+    """The packages of the extra `quantization` are imported by diffusers, and complain of kernels for other machines."""
+    show = [sys.executable, "-m", "flowsteer.rl.command", "show-loop", "embedded"]
+    done = subprocess.run(show, capture_output=True, text=True)
+    assert done.returncode == 0
+    assert "scheduler.step" in done.stdout
+    assert done.stderr == ""
+
+
 # --- looking
 
 

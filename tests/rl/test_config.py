@@ -144,7 +144,7 @@ def test_an_unknown_key_names_the_nearest(sections, message):
 
 def test_a_key_that_is_near_to_nothing_lists_all():
     (line,) = faults(model={"xyzzy": 1})
-    allowed = "adapter, call, dtype, gradient_checkpointing, height, lora, path, scheduler, width"
+    allowed = "adapter, call, dtype, gradient_checkpointing, height, lora, path, quantize, scheduler, width"
     assert line == f"model.xyzzy: unknown key; allowed here: {allowed}"
 
 

@@ -13,6 +13,7 @@ import torch
 from conftest import Make
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from toy import toy_config
 
 from flowsteer.rl.build import build_optimizer_settings
@@ -96,12 +97,23 @@ def test_a_restored_state_is_what_it_was() -> None:
         assert (state["step"].device.type, state["exp_avg"].device.type) == (device, "meta")
 
 
-CASES = [("adamw8bit", None), ("adamw8bit", 2), ("adafactor", None)]
-SLOW = [("adamw8bit", 1), ("adamw8bit", 3), ("adafactor", 0)]
+CASES = [("adamw8bit", 2, 1), ("adafactor", None, 1)]  # optimiser, stage, processes
+SLOW = [
+    ("adamw8bit", None, 1),
+    ("adamw8bit", 1, 1),
+    ("adamw8bit", 2, 2),
+    ("adamw8bit", 3, 2),
+    ("adafactor", 0, 1),
+    ("adafactor", None, 2),
+]
 
 
-@pytest.mark.parametrize(("name", "stage"), [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)])
-def test_a_resumed_run_is_the_unbroken_one(make_config: Make, tmp_path: Path, name: str, stage: int | None) -> None:
+@pytest.mark.parametrize(
+    ("name", "stage", "processes"), [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)]
+)
+def test_a_resumed_run_is_the_unbroken_one(
+    make_config: Make, tmp_path: Path, name: str, stage: int | None, processes: int
+) -> None:
     """All weights are trained, of which 64 % are in tensors large enough for 8 bits."""
     settings = {
         "model.lora": None,
@@ -110,19 +122,19 @@ def test_a_resumed_run_is_the_unbroken_one(make_config: Make, tmp_path: Path, na
         "rollout.prompts_per_step": 2,
         "algorithm": {"name": "flow_grpo", "updates_per_rollout": 1, "kl_coef": 0.1},
     }
-    unbroken = launch.run(make_config(tmp_path / "unbroken", **settings, num_steps=2))
+    unbroken = launch.run(make_config(tmp_path / "unbroken", **settings, num_steps=2), processes=processes)
     config = make_config(tmp_path / "run", **settings, num_steps=1)
-    launch.run(config)
+    launch.run(config, processes=processes)
     (checkpoint,) = (tmp_path / "run" / "checkpoints").glob("step_*/process_00000.safetensors")
     saved = load_file(checkpoint)
     if name == "adamw8bit":
         assert (
             sum(value.numel() for key, value in saved.items() if key.endswith("/state1") and value.dtype == torch.uint8)
-            > 5e4
+            > 5e4 / processes
         )
     else:
         assert any(key.endswith("/exp_avg_sq_row") for key in saved)
-    resumed = launch.run(config | {"num_steps": 2}, resume=True)
+    resumed = launch.run(config | {"num_steps": 2}, processes=processes, resume=True)
     ends = [
         [
             {key: value for key, value in line.items() if "seconds" not in key}
@@ -139,6 +151,13 @@ def test_a_resumed_run_is_the_unbroken_one(make_config: Make, tmp_path: Path, na
     assert files[0].keys() == files[1].keys() != set()
     for file, tensors in files[0].items():
         assert all(torch.equal(value, files[1][file][key]) for key, value in tensors.items())
+
+
+def test_adamw_is_fused_on_cuda_only() -> None:
+    """PyTorch's own choice there holds copies of all parameters; on a CPU it stays, and with it the bits."""
+    with FakeTensorMode():
+        assert optimizer("adamw", [nn.Parameter(torch.empty(2, device="cuda"))]).defaults["fused"]
+    assert optimizer("adamw", [nn.Parameter(torch.empty(2))]).defaults["fused"] is None
 
 
 def refusal(**given: Any) -> str:

@@ -125,6 +125,7 @@ CASES: dict[str, list[Case]] = {
     "model.lora.rank": [direct("lora.rank", 2, reads=([2],))],
     "model.lora.alpha": [direct("lora.scaling", 8, reads=([2.0],))],
     "model.lora.targets": [moves(["to_q"], "lora.layers")],
+    "model.quantize": [direct("quantize.kind", "int8", "rollout.images", "loss")],
     "model.gradient_checkpointing": [direct("train.checkpointing", True)],
     "model.scheduler": [moves({"shift": 1.0}, "rollout.images")],
     "model.selfcheck": [moves("never", "check.guidance_scale")],
