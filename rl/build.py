@@ -7,7 +7,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from diffusers import ModelMixin
 
 from flowsteer.rewards.combine import RewardSet
 from flowsteer.rewards.doors import blaming
@@ -24,6 +23,7 @@ from flowsteer.rl.engine.processes import Processes
 from flowsteer.rl.evaluate import Evaluation, evaluate
 from flowsteer.rl.export import export_lora, export_weights
 from flowsteer.rl.interrupts import Interrupts
+from flowsteer.rl.passes import set_passes
 from flowsteer.rl.plugins import find_algorithm, is_foreign
 from flowsteer.rl.policy import Policy
 from flowsteer.rl.saving import Saving
@@ -137,14 +137,13 @@ def build_pipeline(config: Config, device: torch.device) -> Pipeline:
         scheduler=model.scheduler,
         quantize=model.quantize,
     )
-    if model.gradient_checkpointing:
-        for name, denoiser in pipeline.denoisers.items():
-            if not isinstance(denoiser, ModelMixin):
-                raise ValueError(
-                    f"model.gradient_checkpointing is for diffusers' networks; {name} of model.adapter={model.adapter} is a "
-                    f"{type(denoiser).__name__}: leave it out, and let the network checkpoint itself"
-                )
-            denoiser.enable_gradient_checkpointing()
+    checkpointing = model.gradient_checkpointing
+    set_passes(
+        pipeline.denoisers,
+        checkpoint_every=checkpointing["every"] if isinstance(checkpointing, dict) else (1 if checkpointing else None),
+        attention=model.attention,
+        compiled=model.compile,
+    )
     return pipeline
 
 
@@ -167,6 +166,7 @@ def build_policy(config: Config, pipeline: Pipeline, algorithm: Algorithm, targe
         variants=algorithm.variants | ({"ema"} if config.ema_decay else frozenset()),
         seed=config.seed,
         ema_decay=config.ema_decay,
+        compiled=config.model.compile,
     )
 
 
@@ -196,7 +196,7 @@ def build_encoder(config: Config, pipeline: Pipeline) -> Encoder:
 
 
 def build_worker(
-    config: Config, pipeline: Pipeline, prompts: Prompts, plan: Plan, processes: Processes
+    config: Config, pipeline: Pipeline, prompts: Prompts, plan: Plan, processes: Processes, policy: Policy
 ) -> RolloutWorker | PictureWorker:
     """What draws the samples of this process, or takes its pictures."""
     rollout = config.rollout
@@ -214,7 +214,7 @@ def build_worker(
     )
     if config.prompts.pictures is not None:
         return PictureWorker(build_encoder(config, pipeline), prompts, **share)
-    return RolloutWorker(
+    worker = RolloutWorker(
         pipeline,
         prompts,
         **share,
@@ -229,7 +229,11 @@ def build_worker(
         tail_fraction=rollout.tail_fraction,
         train_guidance_scale=rollout.train_guidance_scale,
         keep_means=config.algorithm.keeps_means,
+        training_graph=config.model.compile and config.algorithm.learns_from == "transitions",
     )
+    if rollout.merge_lora:
+        worker.drawing = policy.merged
+    return worker
 
 
 def build_evaluation(

@@ -25,6 +25,7 @@ from flowsteer.rl.evaluations import Evaluations
 from flowsteer.rl.export import how_to_load
 from flowsteer.rl.fit import check_groupwise, check_prompts, checked_plan, lora_targets
 from flowsteer.rl.metrics import Log, Meter
+from flowsteer.rl.passes import uncompiled
 from flowsteer.rl.policy import Policy
 from flowsteer.rl.prompt_files import add_pictures, check_columns_of_prompts, frame_rate_of, warn_of_long_prompts
 from flowsteer.rl.report.screen import Screen
@@ -113,10 +114,12 @@ def load(config: Config, checked: Checked, rewards: RewardSet) -> Loaded:
     rewards.frame_rate = frame_rate_of(pipeline)
     warn_of_long_prompts(config, pipeline, checked.prompts, checked.evaluation_prompts)
     model = fingerprint(dict(pipeline.denoisers))
-    plan = checked_plan(config, pipeline, checked.plan, checked.prompts, weights=model)
+    with uncompiled(config.model.compile):
+        plan = checked_plan(config, pipeline, checked.plan, checked.prompts, weights=model)
+        targets = lora_targets(config, pipeline, checked.prompts.row(0))
     # processes meet in every pass under ZeRO, so they must ask the same one of several denoisers at the same time
     algorithm = build.build_algorithm(config, plan, processes, common_indices=len(pipeline.denoisers) > 1)
-    policy = build.build_policy(config, pipeline, algorithm, lora_targets(config, pipeline, checked.prompts.row(0)))
+    policy = build.build_policy(config, pipeline, algorithm, targets)
     return Loaded(
         rewards=rewards,
         depends_on=depends_on,
@@ -183,7 +186,7 @@ def open_folder(config: Config, folder: Path, checked: Checked, loaded: Loaded, 
         num_steps=config.num_steps,
         policy=policy,
         engine=engine,
-        worker=build.build_worker(config, loaded.pipeline, prompts, loaded.plan, checked.processes),
+        worker=build.build_worker(config, loaded.pipeline, prompts, loaded.plan, checked.processes, policy),
         scorer=StoredScorer(scorer) if config.training_asks_no_reward else scorer,
         compare=build.build_compare(config, rewards),
         algorithm=loaded.algorithm,

@@ -85,6 +85,7 @@ def sample_branches(
     log_prob_weight: LogProbWeight = "gaussian",
     solver: str = "euler",
     keep_mean: bool = False,
+    training_graph: bool = False,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> Iterator[Branch]:
@@ -105,8 +106,9 @@ def sample_branches(
     shared = SharedStates(conditioning=trunk, state=state)
     history = None
     for index, level in enumerate(noise_levels):
-        step = pipeline.begin(latents, index, trunk)
-        velocity = step.velocity
+        with torch.set_grad_enabled(training_graph and level > 0):
+            step = pipeline.begin(latents, index, trunk)
+        velocity = step.velocity.detach()
         following, history = SOLVERS[solver](velocity, latents, schedule, index, history)
         if level > 0:
             gaussian = kernels.KERNELS[kernel](velocity, latents, schedule, index, level)
@@ -124,6 +126,7 @@ def sample_branches(
             if branching.trunk == "resampled":
                 following = candidates[_choices(trunk_seeds, state, index)]
         latents = step.finish(following.to(dtype))
+        del step  # and with it the activations of a training graph
 
 
 def _finished(

@@ -43,6 +43,7 @@ def sample(
     initial_seeds: Tensor | None = None,
     groups: Tensor | None = None,
     keep_mean: bool = False,
+    training_graph: bool = False,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> tuple[Tensor, Trajectory | None]:
@@ -64,6 +65,8 @@ def sample(
         log_prob_weight: convention of the stored log density, see `kernels.log_prob`.
         solver: of the deterministic steps. A multistep one also remembers what stochastic steps predicted (MixGRPO-Flash).
         keep_mean: store the kernel's means, too.
+        training_graph: predict stochastic steps with gradients enabled, as training does, and drop the graph. A compiled
+            network rounds differently without.
         dtype: storage type of the latents.
         device: where they live.
 
@@ -95,8 +98,9 @@ def sample(
     for place, index in enumerate(path):
         if shares and index == start:  # the samples of a group part here
             latents, prefix, history, shares = latents[rows], conditioning, None, False
-        step = pipeline.begin(latents, index, prefix)
-        velocity = step.velocity
+        with torch.set_grad_enabled(training_graph and noise_levels[index] > 0):
+            step = pipeline.begin(latents, index, prefix)
+        velocity = step.velocity.detach()
         if noise_levels[index] > 0:
             gaussian = kernels.KERNELS[kernel](velocity, latents, schedule, index, noise_levels[index])
             next_latents = kernels.draw(gaussian, stream_noise(seeds, index, shape).to(device), dtype)
@@ -108,6 +112,7 @@ def sample(
             stepped, history = SOLVERS[solver](velocity, latents, walk, place, history)
             next_latents = stepped.to(dtype)
         latents = step.finish(next_latents)
+        del step  # and with it the activations of a training graph
     if shares:
         latents = latents[rows]
     return latents, trajectory_of(stored) if stored else None

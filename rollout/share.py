@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import NotRequired, TypedDict
 
 from flowsteer.rollout.data.batches import Batch, step_batches
@@ -53,6 +54,7 @@ class Worker(ABC):
         self.seed = share["seed"]
         self.num_processes = share["num_processes"]
         self.process_index = share["process_index"]
+        self.drawing: Callable[[], AbstractContextManager[None]] = nullcontext  # entered while samples are drawn
 
     @abstractmethod
     def rollouts(self, batch: Batch, step: int, policy_version: int) -> Iterator[Rollout]:
@@ -75,11 +77,12 @@ class Worker(ABC):
     def sample(self, step: int, *, policy_version: int = 0, done: Done | None = None) -> list[Rollout]:
         """The step's rollouts; ``done`` gets each one while the next is made."""
         made = []
-        for batch in self.batches(step):
-            for rollout in self.rollouts(batch, step, policy_version):
-                made.append(rollout)
-                if done is not None:
-                    done(rollout)
+        with self.drawing():
+            for batch in self.batches(step):
+                for rollout in self.rollouts(batch, step, policy_version):
+                    made.append(rollout)
+                    if done is not None:
+                        done(rollout)
         return made
 
     def prepare(self, batch: Batch, guidance_scale: float) -> Prepared:

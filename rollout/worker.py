@@ -33,6 +33,7 @@ class RolloutWorker(Worker):
         tail_fraction: part of the steps after the last stochastic one that is taken, see `compressed_path`.
         train_guidance_scale: guidance of the conditioning that a rollout carries, None for that of sampling.
         keep_means: store the means of stochastic steps.
+        training_graph: see `sample`.
         share: see `Share`.
         The others as in the configuration's ``rollout`` section.
     """
@@ -53,6 +54,7 @@ class RolloutWorker(Worker):
         tail_fraction: float = 1.0,
         train_guidance_scale: float | None = None,
         keep_means: bool = False,
+        training_graph: bool = False,
         **share: Unpack[Share],
     ) -> None:
         super().__init__(pipeline, prompts, share)
@@ -62,6 +64,7 @@ class RolloutWorker(Worker):
             "log_prob_weight": log_prob_weight,
             "solver": solver,
             "keep_mean": keep_means,
+            "training_graph": training_graph,
             "dtype": dtype,
             "device": device,
         }

@@ -239,11 +239,13 @@ class ForwardAlgorithm(Algorithm[ForwardBatch]):
 
     def _terms(self, policy: PolicyView, batch: ForwardBatch) -> ForwardTerms:
         noised, target = batch.noised()
-        prediction = policy.velocity(noised, batch.index, batch.conditioning).float()
         read = self.compares_with | {name for name, weight in self.anchors.items() if weight}
+        # before the pass that is trained: its activations do not wait meanwhile
+        others = {name: prediction_of(policy, name, noised, batch) for name in sorted(read)}
+        prediction = policy.velocity(noised, batch.index, batch.conditioning).float()
         return ForwardTerms(
             prediction=prediction,
-            others={name: prediction_of(policy, name, noised, batch) for name in sorted(read)},
+            others=others,
             target=target,
             clean=batch.clean,
             denoise=lambda output: denoised(output, noised, batch.schedule, batch.index),

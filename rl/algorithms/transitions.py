@@ -164,11 +164,11 @@ class TransitionAlgorithm(Algorithm[TransitionBatch]):
         return weighted(self.per_sample(terms), weight, distances, self.anchors)
 
     def _terms(self, policy: PolicyView, batch: TransitionBatch) -> TransitionTerms:
-        current = gaussian(policy, batch, self.facts.kernel)
         reference = None
-        if "reference" in self.variants:
+        if "reference" in self.variants:  # before the pass that is trained: its activations do not wait meanwhile
             with torch.no_grad(), policy.using("reference"):
                 reference = gaussian(policy, batch, self.facts.kernel)
+        current = gaussian(policy, batch, self.facts.kernel)
         means = batch.trajectory.mean
         old = None if means is None else means[:, batch.transition]
         sigma = schedule_of(batch.rollout).sigma

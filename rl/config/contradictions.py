@@ -37,6 +37,7 @@ def check_config(config: Config, num_processes: int) -> None:
         *_sharing(config, num_processes),
         *own,
         *_drawing(config),
+        *_passes(config),
         *_pictures(config),
         *_grouping(config),
         *_branching(config, setting),
@@ -120,6 +121,26 @@ def _drawing(config: Config) -> Iterator[str]:
             )
 
 
+def _passes(config: Config) -> Iterator[str]:
+    """Ways to make passes cheaper that do not fit the run."""
+    model, engine, algorithm = config.model, config.engine, config.algorithm
+    shares_weights = engine.zero_stage == 3
+    if config.rollout.merge_lora:
+        if model.lora is None:
+            yield "rollout.merge_lora=true has no LoRA to merge: model.lora=null trains all weights; leave merge_lora out"
+        if algorithm.learns_from == "transitions":
+            yield (
+                f"algorithm.name={algorithm.label} compares the density of each step with the one that drew it, and "
+                "rollout.merge_lora=true rounds the drawing otherwise; leave it out"
+            )
+        if model.quantize is not None:
+            yield f"rollout.merge_lora=true cannot add to weights of model.quantize={model.quantize}; leave one of them out"
+        if shares_weights:
+            yield "rollout.merge_lora=true needs whole weights on every process; leave it out, or choose another engine"
+    if model.compile and shares_weights:
+        yield "model.compile=true needs whole weights on every process; leave it out, or choose another engine"
+
+
 def _pictures(config: Config) -> Iterator[str]:
     """Pictures of a file: what is for drawing does nothing, and what learns from drawing cannot learn."""
     pictures, rollout, algorithm = config.prompts.pictures, config.rollout, config.algorithm
@@ -133,6 +154,7 @@ def _pictures(config: Config) -> Iterator[str]:
     idle = {
         "rollout.solver": rollout.solver != "euler",
         "rollout.shared_noise": rollout.shared_noise,
+        "rollout.merge_lora": rollout.merge_lora,
         "rollout.branching": rollout.branching is not None,
         "inputs.seed": "seed" in config.inputs,
         "rollout.train_guidance_scale": rollout.train_guidance_scale is not None,

@@ -40,6 +40,14 @@ def by_names(given: Any) -> Any:
     return given
 
 
+def as_checkpointing(given: Any) -> Any:
+    """Which blocks are checkpointed. Raises ValueError in one sentence for all of its forms."""
+    every = given.get("every") if isinstance(given, dict) and len(given) == 1 else None
+    if not isinstance(given, bool) and not (type(every) is int and every > 0):
+        raise ValueError("give true, false, or {every: NUMBER} with a number from 1 on")
+    return given
+
+
 class LoRAConfig(Section):
     """Low-rank adapters on the denoiser (arXiv 2106.09685)."""
 
@@ -74,8 +82,18 @@ class ModelConfig(Section):
     """Keep the denoiser's linear layers in fewer bits, for a LoRA: ``int8`` and ``fp8`` (torchao, a byte a weight), ``nf4``
     (bitsandbytes, 0.56 bytes). Lossy for the model, which draws other pictures. Sampling and training use the same weights,
     so the first ratio stays exactly 1. The result is a LoRA for a base that is quantised alike (docs/quantization.md)."""
-    gradient_checkpointing: bool = False
-    """Compute activations again in the backward pass: less memory, more time."""
+    gradient_checkpointing: Annotated[bool | dict[Literal["every"], PositiveInt], BeforeValidator(as_checkpointing)] = (
+        False
+    )
+    """Compute activations again in the backward pass: less memory, more time; lossless. ``true``: those of every block;
+    ``{every: 2}``: of every second one."""
+    attention: str | None = None
+    """Which attention of diffusers, such as ``native``, ``flash``, ``_flash_3``, ``sage`` or ``xformers``; null is torch's own
+    choice. Sampling and training use the same one, so ratios stay exact."""
+    compile: bool = False
+    """Compile the network's repeated blocks with ``torch.compile``: the first passes take a minute or more, all others less
+    time. What is compiled rounds differently with and without gradients, so the steps whose ratio is trained are drawn by the
+    compiled graph of training."""
     scheduler: dict[str, Any] = {}
     """Settings of the scheduler that differ from those that it was saved with, such as ``{timestep_spacing: leading}``."""
     selfcheck: Literal["cached", "always", "never"] = "cached"
@@ -194,6 +212,9 @@ class RolloutConfig(Section):
     """Solver of the deterministic steps; the second-order one is used after the last stochastic step."""
     shared_noise: bool = False
     """The samples of a group start from the same initial noise; what they have in common is computed once."""
+    merge_lora: bool = False
+    """Add the LoRA to the base's weights while samples are drawn, which saves its share of every pass. Only for algorithms
+    that train no ratio: the sums are rounded otherwise than in training. Lossy in bfloat16, where small updates vanish."""
     branching: BranchingConfig | None = None
     """Score every stochastic step by itself, with candidates that part only there; null draws whole trajectories."""
     tail_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0

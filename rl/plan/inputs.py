@@ -35,9 +35,7 @@ class Shapes:
     call: Callable[[int, torch.dtype], dict[str, Any]]  # the denoiser's arguments for B rows; under a FakeTensorMode
 
 
-def shapes_of(
-    model: ModelFiles, *, height: int | None, width: int | None, call: Mapping[str, Any]
-) -> Shapes:
+def shapes_of(model: ModelFiles, *, height: int | None, width: int | None, call: Mapping[str, Any]) -> Shapes:
     """The shapes of a pipeline. Raises ValueError for a denoiser that is not known here."""
     asked = {**model.defaults, **call}
     denoiser = model.components[model.denoisers[0]] if model.denoisers else None
@@ -198,9 +196,7 @@ def _unet(own: Component, model: ModelFiles, size: Any, scale: int, asked: Mappi
 def _shapes(
     latent: tuple[int, ...], tokens: int, row: int, frames: Any, guidance: Any, decoded: tuple[int, ...], call: Any
 ) -> Shapes:
-    return Shapes(
-        latent=latent, tokens=tokens, row=row, frames=frames, guidance=guidance, decoded=decoded, call=call
-    )
+    return Shapes(latent=latent, tokens=tokens, row=row, frames=frames, guidance=guidance, decoded=decoded, call=call)
 
 
 def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

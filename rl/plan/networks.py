@@ -53,7 +53,9 @@ def _class_of(library: str, component: Component) -> Any:
     if component.cls == "StableDiffusionSafetyChecker":
         found = StableDiffusionSafetyChecker
     if found is None:
-        raise ValueError(f"the installed {library} has no class {component.cls}, which the model's files name; update it")
+        raise ValueError(
+            f"the installed {library} has no class {component.cls}, which the model's files name; update it"
+        )
     return found
 
 
