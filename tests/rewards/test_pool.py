@@ -250,3 +250,18 @@ def test_a_run_goes_on_with_more_workers(tmp_path: Path) -> None:
         other = parse_config(base | {"rewards": {"ocr": {"options": {"workers": 4}}}})
         with pytest.raises(ValueError, match=r"options\.workers"):
             open_run(tmp_path / "run", other, resume=True)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_a_reward_computes_on_a_stream_of_its_own() -> None:
+    """Which the default one, the sampler's, does not wait for."""
+
+    class Stream:
+        def __call__(self, images: np.ndarray, prompts: Any, **columns: Any) -> list[float]:
+            own, default = torch.cuda.current_stream(), torch.cuda.default_stream()
+            return [float(own != default) + float(torch.from_numpy(images).cuda().float().mean())] * len(images)
+
+    images = torch.full((2, 3, 4, 4), 1.0)
+    with Scorer(RewardSet([("own", Stream(), 1.0)])) as scorer_:
+        (scores,) = collect([scorer_.submit(images, ["a", "b"])], 60.0)
+    assert scores.total.tolist() == [256.0, 256.0]
