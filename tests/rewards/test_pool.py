@@ -230,7 +230,8 @@ def test_a_server_is_one_worker() -> None:
 
 
 def test_answers_are_joined_as_the_contract_reads_them() -> None:
-    assert joined([[1.0, None], torch.tensor([3.0])], [2, 1]) == [1.0, None, 3.0]
+    lists: Any = [[1.0, None], torch.tensor([3.0])]
+    assert joined(lists, [2, 1]) == [1.0, None, 3.0]
     some: Any = [{"score": iter([1.0]), "part": np.array([5.0])}, [2.0, 3.0]]
     assert joined(some, [1, 2]) == {"score": [1.0, 2.0, 3.0], "part": [5.0, None, None]}
 
