@@ -128,6 +128,18 @@ def check_pictures(config: Config, pipeline: Pipeline, prompts: Prompts, setting
         encoder.encode(prompts.groups[place][0].media, row.parts[0] if isinstance(row, Several) else row)
 
 
+def of_all_lengths(prompts: Prompts, count: int = 8) -> list[Row]:
+    """So many rows of a file: the shortest prompt, the longest, and some in between.
+
+    A pipeline that does not pad has rows of unlike shape for prompts of unlike length.
+    """
+    rows = sorted(
+        map(prompts.row, range(len(prompts))), key=lambda row: len(row.text)
+    )  # the first of equally long ones first
+    last = len(rows) - 1
+    return [rows[place] for place in sorted({number * last // (count - 1) for number in range(count)})]
+
+
 def checked_plan(config: Config, pipeline: Pipeline, plan: Plan, prompts: Prompts, *, weights: str) -> Plan:
     """Can this pipeline be trained so? A few network passes; raises ValueError that says what does not hold.
 
@@ -159,7 +171,7 @@ def checked_plan(config: Config, pipeline: Pipeline, plan: Plan, prompts: Prompt
     check_pictures(config, pipeline, prompts, settings)
     if rollout.batch_size > rollout.group_size:
         try:
-            together = prepare_rows(pipeline, first, **settings)
+            together = prepare_rows(pipeline, of_all_lengths(prompts), **settings)
             if isinstance(together, Several) and not isinstance(conditioning, Several):
                 raise UnlikeConditioning("rows of the prompt file need network passes of their own")
         except UnlikeConditioning as error:

@@ -122,9 +122,15 @@ def windows(pipeline: FlowPipeline) -> list[tuple[str, PreTrainedTokenizerBase, 
     return found
 
 
+def _most_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
+    """More tokens than that a text cannot have: each is at least a byte. To CLIP's tokenizer spaces only part words."""
+    spaces = text.count(" ") if isinstance(tokenizer, CLIPTokenizer) else 0
+    return len(text.encode()) - spaces + SPECIAL_TOKENS
+
+
 def _too_long(tokenizer: PreTrainedTokenizerBase, window: int, file: str, texts: Sequence[str]) -> str:
     """How many of a file's prompts are longer than the window, with the longest; empty where none is."""
-    long = [text for text in dict.fromkeys(texts) if len(text.encode()) + SPECIAL_TOKENS > window]
+    long = [text for text in dict.fromkeys(texts) if _most_tokens(tokenizer, text) > window]
     if not long:
         return ""
     counted: Mapping[str, int] = dict(zip(long, map(len, tokenizer(long, verbose=False).input_ids)))

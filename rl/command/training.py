@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from flowsteer.rollout.imports import importing
+
 STOPPED = 128  # plus the signal's number: the exit code of a run that SIGTERM (143) or Ctrl-C (130) ended
 Overrides = Annotated[
     list[str] | None,
@@ -36,11 +38,11 @@ def train(
 
     **Example**: `flowsteer train embedded_nft_composition output=runs/first num_steps=20`
     """
-    from flowsteer.rl.compare import TooFewScores
-    from flowsteer.rl.config import load_config
-    from flowsteer.rl.report.page import write_report
-    from flowsteer.rl.start import start
-    from flowsteer.rl.train import train as train_run
+    with importing():
+        from flowsteer.rl.compare import TooFewScores
+        from flowsteer.rl.config import load_config
+        from flowsteer.rl.start import start
+        from flowsteer.rl.train import train as train_run
 
     unknown = next((given for given in (config, *(overrides or [])) if given.startswith("-")), None)
     if unknown is not None:
@@ -57,6 +59,8 @@ def train(
             raise typer.Exit(STOPPED + run.saving.stopped_by)
         exported = run.export()
         if run.engine.is_main:
+            from flowsteer.rl.report.page import write_report
+
             report = write_report(run.folder)
             run.screen.print(f"weights: {exported}\nreport:  {report}")
     except KeyboardInterrupt:

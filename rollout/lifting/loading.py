@@ -13,6 +13,8 @@ import transformers
 from diffusers import DiffusionPipeline
 from huggingface_hub.errors import HFValidationError
 
+from flowsteer.rollout.imports import importing
+
 EMBEDDED = "embedded"
 EMBEDDED_EDIT = "embedded_edit"
 # The pipelines that come with this package, and the arguments of ``__call__`` that they were trained with.
@@ -43,7 +45,11 @@ def load_diffusers(
             f"there is no diffusers pipeline {path!r}: give a folder with a model_index.json, the id of a repository on the "
             f"hub, or {' or '.join(map(repr, SHIPPED))} ({type(error).__name__}: {reason})"
         ) from error
-    cls = getattr(diffusers, index["_class_name"], None)  # None: a class that comes with the checkpoint
+    with importing():
+        cls = getattr(diffusers, index["_class_name"], None)  # None: a class that comes with the checkpoint
+        for part in index.values():  # [library, class] of a component, which loading it would import
+            if isinstance(part, list) and part[:1] in (["diffusers"], ["transformers"]):
+                getattr({"diffusers": diffusers, "transformers": transformers}[part[0]], part[1], None)
     expected = cls._get_signature_keys(cls)[0] if cls is not None else ()
     absent = {name: None for name in expected if (index.get(name) or [None])[0] is None}
     with _without_progress_bars():

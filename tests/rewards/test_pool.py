@@ -230,7 +230,8 @@ def test_a_server_is_one_worker() -> None:
 
 
 def test_answers_are_joined_as_the_contract_reads_them() -> None:
-    assert joined([[1.0, None], torch.tensor([3.0])], [2, 1]) == [1.0, None, 3.0]
+    lists: Any = [[1.0, None], torch.tensor([3.0])]
+    assert joined(lists, [2, 1]) == [1.0, None, 3.0]
     some: Any = [{"score": iter([1.0]), "part": np.array([5.0])}, [2.0, 3.0]]
     assert joined(some, [1, 2]) == {"score": [1.0, 2.0, 3.0], "part": [5.0, None, None]}
 
@@ -250,3 +251,18 @@ def test_a_run_goes_on_with_more_workers(tmp_path: Path) -> None:
         other = parse_config(base | {"rewards": {"ocr": {"options": {"workers": 4}}}})
         with pytest.raises(ValueError, match=r"options\.workers"):
             open_run(tmp_path / "run", other, resume=True)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_a_reward_computes_on_a_stream_of_its_own() -> None:
+    """Which the default one, the sampler's, does not wait for."""
+
+    class Stream:
+        def __call__(self, images: np.ndarray, prompts: Any, **columns: Any) -> list[float]:
+            own, default = torch.cuda.current_stream(), torch.cuda.default_stream()
+            return [float(own != default) + float(torch.from_numpy(images).cuda().float().mean())] * len(images)
+
+    images = torch.full((2, 3, 4, 4), 1.0)
+    with Scorer(RewardSet([("own", Stream(), 1.0)])) as scorer_:
+        (scores,) = collect([scorer_.submit(images, ["a", "b"])], 60.0)
+    assert scores.total.tolist() == [256.0, 256.0]

@@ -12,8 +12,10 @@ from inprocess import fresh_process
 from torch import Tensor
 
 from flowsteer.rl.config import parse_config
+from flowsteer.rl.fit import of_all_lengths
 from flowsteer.rl.start import start
 from flowsteer.rl.train import train
+from flowsteer.rollout.data.prompts import Prompts
 
 
 def test_the_acting_policy_draws_and_the_old_one_follows_after_each_step(make_config: Make, tmp_path: Path) -> None:
@@ -52,3 +54,13 @@ def test_the_acting_policy_draws_and_the_old_one_follows_after_each_step(make_co
         old = decay * old + (1 - decay) * now["current"]
         assert (now["current"] - old).abs().max() > 1e-4
         torch.testing.assert_close(now["old"], old)
+
+
+def test_a_start_prepares_prompts_of_all_lengths_and_not_the_whole_file():
+    """Which prompts cannot stand in one batch shows in a few: the shortest, the longest, and some in between."""
+    texts = ("x" * 50, *("y" * length for length in range(10, 40)), "z" * 3)
+    chosen = [row.text for row in of_all_lengths(Prompts(texts=texts))]
+    assert len(chosen) == 8
+    assert (chosen[0], chosen[-1]) == ("z" * 3, "x" * 50)
+    assert [row.text for row in of_all_lengths(Prompts(texts=("one",)))] == ["one"]
+    assert sorted(row.text for row in of_all_lengths(Prompts(texts=("b", "aa", "ccc")))) == ["aa", "b", "ccc"]

@@ -19,7 +19,7 @@ import zoo
 from inprocess import finished, fresh_process
 from safetensors.torch import load_file, save_file
 
-from flowsteer.rl.checkpoint import _is_free_of_a_host
+from flowsteer.rl.checkpoint import _is_free_of_a_reward
 from flowsteer.rl.compare import TooFewScores
 from flowsteer.rl.config import check_config, parse_config
 from flowsteer.rl.metrics import read_metrics
@@ -238,10 +238,10 @@ def test_other_settings_are_named(again, tmp_path, make_config):
 
 def test_a_reward_s_own_option_called_host_is_no_address_that_may_change():
     moved, option = "rewards.judge.host.url", "rewards.judge.options.host.url"
-    assert _is_free_of_a_host(moved)
-    assert _is_free_of_a_host("rewards.my_package.rewards:Judge.host.deadline_s")
-    assert not _is_free_of_a_host(option)
-    assert not _is_free_of_a_host("rewards.judge.host.environment")
+    assert _is_free_of_a_reward(moved)
+    assert _is_free_of_a_reward("rewards.my_package.rewards:Judge.host.deadline_s")
+    assert not _is_free_of_a_reward(option)
+    assert not _is_free_of_a_reward("rewards.judge.host.environment")
 
 
 def test_fewer_steps_than_are_done(tmp_path, make_config):

@@ -133,6 +133,14 @@ def test_the_benchmark_of_rewards_measures_all_three() -> None:
 
 
 @pytest.mark.slow
+def test_the_benchmark_of_workers_gives_equal_scores() -> None:
+    text = script("scripts/benchmark_workers.py", "--images", "3", "--workers", "2")
+    (row,) = [line for line in text.splitlines() if line.startswith("│ 2 ")]
+    cells = [cell.strip() for cell in row.strip("│ ").split("│")]
+    assert cells[3:] == ["1.000", "True"]
+
+
+@pytest.mark.slow
 def test_algorithms_are_compared_and_a_finished_run_is_not_repeated(tmp_path: Path) -> None:
     arguments = [
         "scripts/compare_algorithms.py",
