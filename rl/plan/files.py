@@ -38,7 +38,9 @@ class ModelFiles:
     name: str
     pipeline: str  # its class
     components: Mapping[str, Component]
-    defaults: Mapping[str, Any] = field(default_factory=dict)  # arguments of the call that the class itself would choose
+    defaults: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # arguments of the call that the class itself would choose
     checked: str = "read from the model's own files"
 
     @property

@@ -35,9 +35,7 @@ class Shapes:
     call: Callable[[int, torch.dtype], dict[str, Any]]  # the denoiser's arguments for B rows; under a FakeTensorMode
 
 
-def shapes_of(
-    model: ModelFiles, *, height: int | None, width: int | None, call: Mapping[str, Any]
-) -> Shapes:
+def shapes_of(model: ModelFiles, *, height: int | None, width: int | None, call: Mapping[str, Any]) -> Shapes:
     """The shapes of a pipeline. Raises ValueError for a denoiser that is not known here."""
     asked = {**model.defaults, **call}
     denoiser = model.components[model.denoisers[0]] if model.denoisers else None
@@ -66,7 +64,7 @@ def _vae_scale(model: ModelFiles) -> int:
 
 
 def _sd3(own: Component, model: ModelFiles, size: Any, scale: int, asked: Mapping[str, Any]) -> Shapes:
-    frames, height, width = size
+    _, height, width = size
     channels, dim, pooled = (own.config[key] for key in ("in_channels", "joint_attention_dim", "pooled_projection_dim"))
     clip = model.components.get("text_encoder")
     short = clip.config.get("max_position_embeddings", 77) if clip else 77
@@ -85,7 +83,7 @@ def _sd3(own: Component, model: ModelFiles, size: Any, scale: int, asked: Mappin
 
 
 def _flux(own: Component, model: ModelFiles, size: Any, scale: int, asked: Mapping[str, Any]) -> Shapes:
-    frames, height, width = size
+    _, height, width = size
     channels, dim, pooled = (own.config[key] for key in ("in_channels", "joint_attention_dim", "pooled_projection_dim"))
     tokens, count = int(asked.get("max_sequence_length") or 512), (height // (2 * scale)) * (width // (2 * scale))
     seen = 2 * count if "Kontext" in model.pipeline else count  # the source picture stands behind the latents
@@ -106,7 +104,7 @@ def _flux(own: Component, model: ModelFiles, size: Any, scale: int, asked: Mappi
 
 
 def _flux2(own: Component, model: ModelFiles, size: Any, scale: int, asked: Mapping[str, Any]) -> Shapes:
-    frames, height, width = size
+    _, height, width = size
     channels, dim = own.config["in_channels"], own.config["joint_attention_dim"]
     tokens, count = int(asked.get("max_sequence_length") or 512), (height // (2 * scale)) * (width // (2 * scale))
 
@@ -125,7 +123,7 @@ def _flux2(own: Component, model: ModelFiles, size: Any, scale: int, asked: Mapp
 
 
 def _qwen(own: Component, model: ModelFiles, size: Any, scale: int, asked: Mapping[str, Any]) -> Shapes:
-    frames, height, width = size
+    _, height, width = size
     channels, dim = own.config["in_channels"], own.config["joint_attention_dim"]
     rows_, columns = height // (2 * scale), width // (2 * scale)
     tokens = min(int(asked.get("max_sequence_length") or 512), UNPADDED_TOKENS)
@@ -144,7 +142,7 @@ def _qwen(own: Component, model: ModelFiles, size: Any, scale: int, asked: Mappi
 
 
 def _z_image(own: Component, model: ModelFiles, size: Any, scale: int, asked: Mapping[str, Any]) -> Shapes:
-    frames, height, width = size
+    _, height, width = size
     channels, dim = own.config["in_channels"], own.config["cap_feat_dim"]
     tokens = min(int(asked.get("max_sequence_length") or 512), UNPADDED_TOKENS)
     latent = (channels, height // scale, width // scale)
@@ -176,7 +174,7 @@ def _wan(own: Component, model: ModelFiles, size: Any, scale: int, asked: Mappin
 
 
 def _unet(own: Component, model: ModelFiles, size: Any, scale: int, asked: Mapping[str, Any]) -> Shapes:
-    frames, height, width = size
+    _, height, width = size
     channels, dim = own.config["in_channels"], own.config["cross_attention_dim"]
     latent, tokens = (channels, height // scale, width // scale), 77
     more = own.config.get("addition_embed_type") == "text_time"
@@ -198,9 +196,7 @@ def _unet(own: Component, model: ModelFiles, size: Any, scale: int, asked: Mappi
 def _shapes(
     latent: tuple[int, ...], tokens: int, row: int, frames: Any, guidance: Any, decoded: tuple[int, ...], call: Any
 ) -> Shapes:
-    return Shapes(
-        latent=latent, tokens=tokens, row=row, frames=frames, guidance=guidance, decoded=decoded, call=call
-    )
+    return Shapes(latent=latent, tokens=tokens, row=row, frames=frames, guidance=guidance, decoded=decoded, call=call)
 
 
 def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
