@@ -1,8 +1,8 @@
 """docs/memory.md: what `flowsteer plan` says of well-known models and of the shipped configurations.
 
-    python scripts/memory_page.py            # prints the page; about three minutes on a core
+    python scripts/memory_page.py            # prints the page; about six minutes on a core
     python scripts/memory_page.py --write    # writes docs/memory.md
-    python scripts/memory_page.py --whole    # compares the plan's activations with those of whole networks
+    python scripts/memory_page.py --whole    # only compares the plan's activations with those of whole networks
 
 Nothing is downloaded and no weights are made.
 """
@@ -54,6 +54,12 @@ options that cost least time first.
 """
 CONFIGS_NOTE = """\
 As they are on 8 GPUs, and with what they fit one card of 24 GB by a LoRA, alone.
+"""
+
+
+WHOLE_NOTE = """\
+`flowsteer plan` counts one and two blocks of each kind, one and two rows, and goes on in a straight line. Here are the
+activations of an update's pass against a count of the whole network with all of its rows.
 """
 
 
@@ -110,19 +116,39 @@ class Case:
 
 WAN = {"size": "480 x 832, 81 frames", "height": 480, "width": 832, "batch": 1, "guided": True, "video": True}
 CASES = (
-    Case(name="SD3.5-medium", path="stabilityai/stable-diffusion-3.5-medium", size="512", height=512, width=512, batch=8, guided=True),
-    Case(name="FLUX.1-dev", path="black-forest-labs/FLUX.1-dev", size="512", height=512, width=512, batch=3, guided=True),
-    Case(name="FLUX.2-dev", path="black-forest-labs/FLUX.2-dev", size="512", height=512, width=512, batch=2, guided=True),
+    Case(
+        name="SD3.5-medium",
+        path="stabilityai/stable-diffusion-3.5-medium",
+        size="512",
+        height=512,
+        width=512,
+        batch=8,
+        guided=True,
+    ),
+    Case(
+        name="FLUX.1-dev", path="black-forest-labs/FLUX.1-dev", size="512", height=512, width=512, batch=3, guided=True
+    ),
+    Case(
+        name="FLUX.2-dev", path="black-forest-labs/FLUX.2-dev", size="512", height=512, width=512, batch=2, guided=True
+    ),
     Case(name="Qwen-Image", path="Qwen/Qwen-Image", size="512", height=512, width=512, batch=4, guided=True),
-    Case(name="Z-Image-Turbo", path="Tongyi-MAI/Z-Image-Turbo", size="1024", height=1024, width=1024, batch=2, guided=False),
+    Case(
+        name="Z-Image-Turbo",
+        path="Tongyi-MAI/Z-Image-Turbo",
+        size="1024",
+        height=1024,
+        width=1024,
+        batch=2,
+        guided=False,
+    ),
     Case(name="Wan 2.1 1.3B", path="Wan-AI/Wan2.1-T2V-1.3B-Diffusers", **WAN),  # type: ignore[arg-type]
     Case(name="Wan 2.1 14B", path="Wan-AI/Wan2.1-T2V-14B-Diffusers", **WAN),  # type: ignore[arg-type]
-)  # fmt: skip
+)
 
 
 def main(
     write: Annotated[bool, typer.Option("--write", help=f"Write {PAGE}.")] = False,
-    whole: Annotated[bool, typer.Option("--whole", help="Count whole networks, and compare.")] = False,
+    whole: Annotated[bool, typer.Option("--whole", help="Only compare with whole networks.")] = False,
 ) -> None:
     """Make the page."""
     if whole:
@@ -198,10 +224,7 @@ def configurations() -> Iterator[str]:
     """Which shipped configurations fit 8 x 80 GB, and what makes them fit one card of 24 GB."""
     yield line(("configuration", "GB on 8 GPUs", "fits 80", "GB on one of 24", "with"))
     yield line(["---"] * 5)
-    for file in shipped_configs():
-        name = file.removesuffix(".yaml")
-        if name.startswith("embedded"):
-            continue
+    for name in real_configurations():
         config = load_config(name)
         settings = Settings.of(config, 8)
         peak = estimate(settings).peak / GB
@@ -216,21 +239,35 @@ def configurations() -> Iterator[str]:
 
 
 def comparison() -> Iterator[str]:
-    """Activations of the plan against those of the whole network."""
-    yield line(("model", "checkpointing", "rows", "plan GB", "whole network GB", "difference"))
-    yield line(["---"] * 6)
-    for case in CASES:
-        model, settings = read_model(case.path), case.settings()
-        shapes = shapes_of(model, height=case.height, width=case.width, call={})
-        for checkpointing in (False, True):
-            lora, dtype = (32, "auto"), DTYPES[settings.dtype]
-            planned = activations(case.path, case.height, case.width, (), dtype, lora, checkpointing).at(case.batch)
-            counted = count_pass(
-                model, shapes, dtype=dtype, lora=lora, checkpointing=checkpointing, rows=case.batch, sampling=False
-            )
-            mine, whole = (own.kept + own.beside for own in (planned, counted))
-            numbers = (f"{mine / GB:.2f}", f"{whole / GB:.2f}", f"{100 * (mine / whole - 1):+.1f} %")
-            yield line((case.name, checkpointing, case.batch, *numbers))
+    """Activations of the plan against those of the whole network: of every configuration, and of every model above."""
+    yield line(("of", "size", "checkpointing", "rows", "plan GB", "whole network GB", "difference"))
+    yield line(["---"] * 7)
+    named = [(name, Settings.of(load_config(name), 8)) for name in real_configurations()]
+    named += [(case.name, case.settings(checkpointing=every)) for case in CASES for every in (0, 1)]
+    done = set()
+    for name, own in named:
+        model = read_model(own.path)
+        shapes = shapes_of(model, height=own.height, width=own.width, call=dict(own.arguments))
+        rows = own.trained_rows * (2 if own.train_guided and shapes.guidance == "batch" else 1)
+        lora, dtype = None if own.rank is None else (own.rank, own.targets), DTYPES[own.dtype]
+        checkpointing = bool(own.checkpointing)
+        key = (own.path, own.height, own.width, own.arguments, lora, checkpointing, rows)
+        if key in done:
+            continue
+        done.add(key)
+        planned = activations(*key[:4], dtype, lora, checkpointing).at(rows)
+        counted = count_pass(
+            model, shapes, dtype=dtype, lora=lora, checkpointing=checkpointing, rows=rows, sampling=False
+        )
+        mine, whole = (each.kept + each.beside for each in (planned, counted))
+        numbers = (f"{mine / GB:.2f}", f"{whole / GB:.2f}", f"{100 * (mine / whole - 1):+.1f} %")
+        yield line((name, f"{own.height} x {own.width}", "yes" if checkpointing else "no", rows, *numbers))
+
+
+def real_configurations() -> list[str]:
+    """The shipped configurations of published models."""
+    names = [file.removesuffix(".yaml") for file in shipped_configs()]
+    return [name for name in names if not name.startswith("embedded")]
 
 
 def code(settings: Sequence[str]) -> str:

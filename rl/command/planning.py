@@ -62,6 +62,7 @@ def plan(
         "memory_gb": memory,
         "rollout_gb": _in_gb(found.rollout),
         "update_gb": _in_gb(found.update),
+        "rollout_moments_gb": _in_gb(found.moments),
         "peak_gb": round(found.peak / GB, 2),
         "fits": found.peak <= limit,
         "batch_size": settings.batch_size,

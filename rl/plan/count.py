@@ -190,13 +190,16 @@ def extrapolated(count: Callable[[Sequence[int], bool], Pass], whole: Sequence[i
     first = count([1 for _ in kinds], True)
     if max(whole, default=1) == 1:  # a U-Net: no two blocks are alike
         return first
-    slopes = [
-        count([2 if own == kind else 1 for own in kinds], False).kept - first.kept if whole[kind] > 1 else 0.0
-        for kind in kinds
-    ]
+    more = {kind: count([1 + (own == kind) for own in kinds], False) for kind in kinds if whole[kind] > 1}
+    slopes = [more[kind].kept - first.kept if kind in more else 0.0 for kind in kinds]
     needed = []
     for kind in kinds:
-        beside = first.beside if kind == 0 else count([int(own >= kind) for own in kinds], False).beside
+        if kind == 0:
+            beside = max(first.beside, more[kind].beside if kind in more else 0.0)
+        else:  # two, so that one of them hands a gradient on
+            beside = count(
+                [0 if own < kind else min(2, whole[own]) if own == kind else 1 for own in kinds], False
+            ).beside
         needed.append(beside - sum((whole[later] - 1) * slopes[later] for later in kinds if later > kind))
     kept = first.kept + sum((number - 1) * slope for number, slope in zip(whole, slopes))
     return Pass(kept=kept, beside=max(needed), sampling=first.sampling)

@@ -35,11 +35,15 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 class Estimate:
     """What a run takes. ``rollout`` and ``update`` are bytes by part, each at the peak of its phase.
 
-    Example: ``Estimate(rollout={"denoiser": 4.5e9, ...}, update={...}, host=2.4e11, disk=2.9e8, trained=18_000_000)``.
+    Example: ``Estimate(rollout={"denoiser": 4.5e9, ...}, update={...}, moments={"sampling": 7e8, ...},
+    host=2.4e11, disk=2.9e8, trained=18_000_000)``.
     """
 
     rollout: Mapping[str, float]
     update: Mapping[str, float]
+    moments: Mapping[
+        str, float
+    ]  # of the rollout: what encoding, sampling and decoding each take; the most is in ``rollout``
     host: float  # of a node
     disk: float  # of a checkpoint
     trained: int  # weights that are trained
@@ -97,6 +101,7 @@ def estimate(settings: Settings) -> Estimate:
     return Estimate(
         rollout=rollout,
         update=update,
+        moments=moment,
         host=_host(settings, shapes, loaded, encode + (vae if settings.offload_vae else 0)),
         disk=_disk(settings, trained),
         trained=trained,
