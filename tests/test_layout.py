@@ -167,7 +167,7 @@ def test_all_extras_are_installed_with_the_tests():
 def test_every_folder_is_typed_and_its_data_are_packaged():
     for folder in FOLDERS:
         assert (ROOT / folder / "py.typed").is_file()
-    patterns = PYPROJECT["tool"]["setuptools"]["package-data"]["*"]
+    patterns = [pattern for own in PYPROJECT["tool"]["setuptools"]["package-data"].values() for pattern in own]
     suffixes = {path.suffix for folder in ("rl", "configs") for path in (ROOT / folder).rglob("*.*") if path.is_file()}
     assert suffixes - {".py", ".typed", ".pyc"} <= {Path(pattern).suffix for pattern in patterns}
 
