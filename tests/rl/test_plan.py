@@ -246,7 +246,7 @@ def test_the_command_prints_a_plan():
 
 
 def test_the_command_says_what_does_not_fit():
-    given = ["plan", "embedded_nft_composition", "model.lora.rank=4", "--gpus", "1", "--memory", "1"]
+    given = ["plan", "embedded_nft_composition", "--gpus", "1", "--memory", "1"]
     run = CliRunner().invoke(app, given)
     assert run.exit_code == 1, run.output
     assert "does not fit into 1 x 1 GB" in run.output
