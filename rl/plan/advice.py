@@ -153,13 +153,19 @@ def _options(settings: Settings) -> Iterator[Option]:
     yield Option(
         setting="model.vae.tiling=true",
         costs="pictures are decoded in tiles, which may show",
-        apply=lambda s: None if s.vae_tiling else replace(s, vae_tiling=True),
+        apply=lambda s: None if s.vae_tiling or not _decoding_decides(s) else replace(s, vae_tiling=True),
     )
     yield Option(
         setting="model.offload.vae=true",
         costs="a few per cent: the VAE is moved for every batch",
         apply=lambda s: None if s.offload_vae else replace(s, offload_vae=True),
     )
+
+
+def _decoding_decides(settings: Settings) -> bool:
+    """Whether the peak is that of decoding pictures: to count tiles takes long, and they help nowhere else."""
+    found = estimate(settings)
+    return "decoding" in found.rollout and sum(found.rollout.values()) == found.peak
 
 
 __all__ = ["Estimate", "Option", "Proposal", "fits", "largest_batch", "proposals"]

@@ -179,12 +179,13 @@ def _pass(settings: Settings, shapes: Shapes, batch: int, *, guided: bool) -> Pa
     """Bytes of a pass of a batch, with what guidance makes of it."""
     doubled = guided and shapes.guidance == "batch"
     rows = 2 * batch if doubled else batch
-    plain = _activations(settings, checkpointing=False).at(rows)
-    counted = plain
-    if settings.checkpointing:
-        own, part = _activations(settings, checkpointing=True).at(rows), 1 / settings.checkpointing
+    counted = _activations(settings, checkpointing=settings.checkpointing > 0).at(rows)
+    if settings.checkpointing > 1:  # the other blocks keep what they would keep without it
+        plain, part = _activations(settings, checkpointing=False).at(rows), 1 / settings.checkpointing
         counted = Pass(
-            kept=part * own.kept + (1 - part) * plain.kept, beside=max(own.beside, plain.beside), sampling=own.sampling
+            kept=part * counted.kept + (1 - part) * plain.kept,
+            beside=max(counted.beside, plain.beside),
+            sampling=counted.sampling,
         )
     passes = 2 if guided and shapes.guidance == "passes" else 1
     return Pass(kept=passes * counted.kept, beside=counted.beside, sampling=counted.sampling)
