@@ -35,7 +35,7 @@ def plan(
     memory: Annotated[float, typer.Option("--memory", min=1, help="GB (1e9 bytes) of each GPU.")] = 80.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
 ) -> None:
-    """Predict the memory of a run by part, from configuration files alone: no weights are read, nothing is downloaded to disk.
+    """Predict the memory of a run by part, from configuration files alone: no weights are read or made.
 
     Says whether the run fits, the largest `rollout.batch_size` that fits, and settings that save memory in the order of the
     time that they cost, each on top of those before it. Activations are counted with the real networks under fake tensors.
