@@ -114,7 +114,7 @@ def test_order_inside_rl():
     reads = "flowsteer.rl.config"
     readers = {module.split(".")[2] for module, names in GRAPH.items() if any(name.startswith(reads) for name in names)}
     building = {"build", "build_rewards", "start", "fit", "prompt_files", "run"}
-    assert readers <= building | {"check", "command", "config", "checkpoint"}
+    assert readers <= building | {"check", "command", "config", "checkpoint", "plan"}
     users = {module for module, imported in GRAPH.items() if "flowsteer.rl.train" in imported}
     assert users == {"flowsteer.rl.command.training"}
 
@@ -171,7 +171,7 @@ def test_all_extras_are_installed_with_the_tests():
 def test_every_folder_is_typed_and_its_data_are_packaged():
     for folder in FOLDERS:
         assert (ROOT / folder / "py.typed").is_file()
-    patterns = PYPROJECT["tool"]["setuptools"]["package-data"]["*"]
+    patterns = [pattern for own in PYPROJECT["tool"]["setuptools"]["package-data"].values() for pattern in own]
     suffixes = {path.suffix for folder in ("rl", "configs") for path in (ROOT / folder).rglob("*.*") if path.is_file()}
     assert suffixes - {".py", ".typed", ".pyc"} <= {Path(pattern).suffix for pattern in patterns}
 

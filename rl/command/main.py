@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from flowsteer.rl.command import models, results, training
+from flowsteer.rl.command import models, planning, results, training
 from flowsteer.rl.command.algorithms import app as algorithms_app
 from flowsteer.rl.command.rewards import app as rewards_app
 
@@ -52,7 +52,7 @@ def _options(
     """Options of the command itself; without a docstring of its own for users, who read the app's help."""
 
 
-for command in (training.train, results.evaluate, results.export, results.sample, results.score):
+for command in (training.train, planning.plan, results.evaluate, results.export, results.sample, results.score):
     # an unknown option of `train` is most likely a setting with dashes: `train` itself says so
     unknown = {"ignore_unknown_options": True} if command is training.train else {}
     app.command(context_settings=unknown)(command)

@@ -6,10 +6,8 @@ what a single block needs beside it does not depend on it. The same holds for th
 
 from __future__ import annotations
 
-import logging
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -20,13 +18,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from flowsteer.rl.plan.files import ModelFiles
-from flowsteer.rl.plan.inputs import Shapes
+from flowsteer.rl.plan.files import ModelFiles, read_model
+from flowsteer.rl.plan.inputs import Shapes, shapes_of
 from flowsteer.rl.plan.networks import build, cast_to, lengths, make_fake, shorten, with_lora
-
-logger = logging.getLogger(__name__)
-
-EVERY_BLOCK, NO_BLOCK = 1, 0  # of gradient checkpointing
 
 
 class LiveBytes(TorchDispatchMode):
@@ -101,7 +95,7 @@ def count_pass(
     if lora is None:
         network.requires_grad_(True)
     else:
-        with_lora(network, *lora)
+        with_lora(network, *lora, shortened=counts is not None)
     if checkpointing:
         network.enable_gradient_checkpointing()
     network.train()
@@ -164,9 +158,6 @@ def activations(
     checkpointing: bool,
 ) -> Activations:
     """Of a model's denoiser at a size, from passes through shortened networks of one and of two rows."""
-    from flowsteer.rl.plan.files import read_model
-    from flowsteer.rl.plan.inputs import shapes_of
-
     model = read_model(model_path)
     shapes = shapes_of(model, height=height, width=width, call=dict(call))
     whole = lengths(build(model.components[model.denoisers[0]]))
@@ -190,16 +181,28 @@ def activations(
 
 
 def extrapolated(count: Callable[[Sequence[int], bool], Pass], whole: Sequence[int]) -> Pass:
-    """A pass through the whole network, from passes with one block of each kind and with one more of each in turn."""
-    ones = [1] * len(whole)
-    first = count(ones, True)
-    kept, beside, sampling = first.kept, first.beside, first.sampling
-    for place, number in enumerate(whole):
-        if number > 1:
-            more = count([2 if own == place else 1 for own in range(len(whole))], False)
-            kept += (number - 1) * (more.kept - first.kept)
-            beside = max(beside, more.beside)
-    return Pass(kept=kept, beside=beside, sampling=sampling)
+    """A pass through the whole network, from passes with one block of each kind and with one more of each in turn.
+
+    The backward pass goes through the kinds from the last to the first. When it comes to a kind, what the later ones kept is
+    free again: passes without the earlier kinds say what each of them needs beside it.
+    """
+    kinds = range(len(whole))
+    first = count([1 for _ in kinds], True)
+    if max(whole, default=1) == 1:  # a U-Net: no two blocks are alike
+        return first
+    more = {kind: count([1 + (own == kind) for own in kinds], False) for kind in kinds if whole[kind] > 1}
+    slopes = [more[kind].kept - first.kept if kind in more else 0.0 for kind in kinds]
+    needed = []
+    for kind in kinds:
+        if kind == 0:
+            beside = max(first.beside, more[kind].beside if kind in more else 0.0)
+        else:  # two, so that one of them hands a gradient on
+            beside = count(
+                [0 if own < kind else min(2, whole[own]) if own == kind else 1 for own in kinds], False
+            ).beside
+        needed.append(beside - sum((whole[later] - 1) * slopes[later] for later in kinds if later > kind))
+    kept = first.kept + sum((number - 1) * slope for number, slope in zip(whole, slopes))
+    return Pass(kept=kept, beside=max(needed), sampling=first.sampling)
 
 
 @cache
@@ -212,9 +215,6 @@ def decoding(
     tiling: bool,
 ) -> int:
     """Bytes at most while the VAE decodes one sample; 0 where the pipeline has none."""
-    from flowsteer.rl.plan.files import read_model
-    from flowsteer.rl.plan.inputs import shapes_of
-
     model = read_model(model_path)
     if "vae" not in model.components:
         return 0
@@ -223,7 +223,7 @@ def decoding(
     cast_to(vae, dtype)
     if tiling and hasattr(vae, "enable_tiling"):
         vae.enable_tiling()
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), nullcontext():
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         make_fake(vae)
         latents = torch.empty(1, *shapes.decoded, dtype=dtype)
         with LiveBytes([*vae.parameters(), *vae.buffers(), latents]) as live:

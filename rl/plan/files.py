@@ -77,7 +77,9 @@ def read_model(path: str) -> ModelFiles:
 
 def known_models() -> list[str]:
     """The hub ids whose files are shipped."""
-    return [name for file in sorted(MODELS.glob("*.json")) for name in json.loads(file.read_text())["ids"]]
+    return [
+        name for file in sorted(MODELS.glob("*.json")) for name in json.loads(file.read_text(encoding="utf-8"))["ids"]
+    ]
 
 
 def _of_folder(name: str, folder: Path, defaults: dict[str, Any]) -> ModelFiles:

@@ -64,7 +64,7 @@ def _vae_scale(model: ModelFiles) -> int:
 
 
 def _sd3(own: Component, model: ModelFiles, size: Any, scale: int, asked: Mapping[str, Any]) -> Shapes:
-    frames, height, width = size
+    _, height, width = size
     channels, dim, pooled = (own.config[key] for key in ("in_channels", "joint_attention_dim", "pooled_projection_dim"))
     clip = model.components.get("text_encoder")
     short = clip.config.get("max_position_embeddings", 77) if clip else 77
@@ -83,7 +83,7 @@ def _sd3(own: Component, model: ModelFiles, size: Any, scale: int, asked: Mappin
 
 
 def _flux(own: Component, model: ModelFiles, size: Any, scale: int, asked: Mapping[str, Any]) -> Shapes:
-    frames, height, width = size
+    _, height, width = size
     channels, dim, pooled = (own.config[key] for key in ("in_channels", "joint_attention_dim", "pooled_projection_dim"))
     tokens, count = int(asked.get("max_sequence_length") or 512), (height // (2 * scale)) * (width // (2 * scale))
     seen = 2 * count if "Kontext" in model.pipeline else count  # the source picture stands behind the latents
@@ -104,7 +104,7 @@ def _flux(own: Component, model: ModelFiles, size: Any, scale: int, asked: Mappi
 
 
 def _flux2(own: Component, model: ModelFiles, size: Any, scale: int, asked: Mapping[str, Any]) -> Shapes:
-    frames, height, width = size
+    _, height, width = size
     channels, dim = own.config["in_channels"], own.config["joint_attention_dim"]
     tokens, count = int(asked.get("max_sequence_length") or 512), (height // (2 * scale)) * (width // (2 * scale))
 
@@ -123,7 +123,7 @@ def _flux2(own: Component, model: ModelFiles, size: Any, scale: int, asked: Mapp
 
 
 def _qwen(own: Component, model: ModelFiles, size: Any, scale: int, asked: Mapping[str, Any]) -> Shapes:
-    frames, height, width = size
+    _, height, width = size
     channels, dim = own.config["in_channels"], own.config["joint_attention_dim"]
     rows_, columns = height // (2 * scale), width // (2 * scale)
     tokens = min(int(asked.get("max_sequence_length") or 512), UNPADDED_TOKENS)
@@ -142,7 +142,7 @@ def _qwen(own: Component, model: ModelFiles, size: Any, scale: int, asked: Mappi
 
 
 def _z_image(own: Component, model: ModelFiles, size: Any, scale: int, asked: Mapping[str, Any]) -> Shapes:
-    frames, height, width = size
+    _, height, width = size
     channels, dim = own.config["in_channels"], own.config["cap_feat_dim"]
     tokens = min(int(asked.get("max_sequence_length") or 512), UNPADDED_TOKENS)
     latent = (channels, height // scale, width // scale)
@@ -174,7 +174,7 @@ def _wan(own: Component, model: ModelFiles, size: Any, scale: int, asked: Mappin
 
 
 def _unet(own: Component, model: ModelFiles, size: Any, scale: int, asked: Mapping[str, Any]) -> Shapes:
-    frames, height, width = size
+    _, height, width = size
     channels, dim = own.config["in_channels"], own.config["cross_attention_dim"]
     latent, tokens = (channels, height // scale, width // scale), 77
     more = own.config.get("addition_embed_type") == "text_time"

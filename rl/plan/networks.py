@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from flowsteer.rl.plan.files import Component
 from flowsteer.rl.policy import Policy
-from flowsteer.rl.targets import trainable
+from flowsteer.rl.targets import linear_layers, trainable
 from flowsteer.rollout.lifting.protocol import Pipeline
 
 
@@ -123,9 +123,18 @@ def cast_to(network: nn.Module, dtype: torch.dtype) -> None:
                     value.data = value.data.to(dtype)
 
 
-def with_lora(network: nn.Module, rank: int, targets: tuple[str, ...] | str) -> int:
-    """Inject the current policy's adapters as a run does. Returns how many weights they have."""
+def with_lora(network: nn.Module, rank: int, targets: tuple[str, ...] | str, *, shortened: bool = False) -> int:
+    """Inject the current policy's adapters as a run does. Returns how many weights they have.
+
+    Raises ValueError for a target that matches nothing, unless blocks that may hold it were left out.
+    """
     named = tuple(trainable(network)) if isinstance(targets, str) else targets
+    if shortened:
+        layers = [f".{path}" for path in linear_layers(network)]
+        named = tuple(name for name in named if any(layer.endswith(f".{name}") for layer in layers))
+    if not named:
+        network.requires_grad_(False)
+        return 0
     pipeline = cast(Pipeline, SimpleNamespace(denoisers={"denoiser": network}))
     policy = Policy(pipeline, lora=(rank, rank, named), variants=frozenset(), seed=0)
     for layer in network.modules():  # computed in the base's dtype, with float32 weights that are cast when used
@@ -135,6 +144,16 @@ def with_lora(network: nn.Module, rank: int, targets: tuple[str, ...] | str) -> 
                 if isinstance(half, nn.Linear):
                     half.forward = _cast_at_use(half)
     return sum(parameter.numel() for parameter in policy.parameters().values())
+
+
+def lora_size(component: Component, rank: int, targets: tuple[str, ...] | str) -> int:
+    """How many weights a LoRA on a denoiser has."""
+    return _lora_size(component.cls, _frozen(component.config), rank, targets)
+
+
+@cache
+def _lora_size(cls: str, config: Any, rank: int, targets: tuple[str, ...] | str) -> int:
+    return with_lora(build(Component(library="diffusers", cls=cls, config=_thawed(config))), rank, targets)
 
 
 def _cast_at_use(layer: nn.Linear) -> Callable[[Tensor], Tensor]:

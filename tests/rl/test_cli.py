@@ -98,7 +98,7 @@ def trained(run_file) -> tuple[Path, Done]:
 
 def test_every_command_is_known_here():
     assert {" ".join(path) for path in commands()} == {
-        "train", "evaluate", "export", "sample", "score", "check-model", "show-loop", "report", "rewards list",
+        "train", "plan", "evaluate", "export", "sample", "score", "check-model", "show-loop", "report", "rewards list",
         "config keys", "config list", "config show", "rewards certify", "rewards serve", "rewards env list",
         "rewards env create", "rewards env check", "rewards env remove", "algorithms list", "algorithms check",
     }  # fmt: skip
