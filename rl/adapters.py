@@ -20,6 +20,7 @@ from torch import nn
 
 from flowsteer.rewards.doors import Door, blaming
 from flowsteer.rl.export import SECOND
+from flowsteer.rollout.lifting.company import TOGETHER
 from flowsteer.rollout.lifting.pipeline import FlowPipeline
 from flowsteer.rollout.lifting.protocol import ARGUMENTS, METHODS, Pipeline
 from flowsteer.rollout.lifting.several import Prepared
@@ -44,7 +45,9 @@ def load_pipeline(
     """
     if adapter is None:
         size = {"height": height, "width": width}
-        return FlowPipeline.load(path, dtype=dtype, device=device, call_kwargs=call, scheduler=scheduler, **size)
+        return FlowPipeline.load(
+            path, dtype=dtype, device=device, call_kwargs=call, scheduler=scheduler, together=TOGETHER, **size
+        )
     if scheduler:
         raise ValueError(
             "model.scheduler is for pipelines that are lifted; an adapter has a schedule of its own: leave it out"

@@ -28,9 +28,11 @@ from flowsteer.rl.metrics import all_names
 from flowsteer.rl.sounds import envelopes
 from flowsteer.rollout.data.prompts import Prompts
 from flowsteer.rollout.lifting.pipeline import Pipeline, UnlikeConditioning
-from flowsteer.rollout.sample import prepare_rows, sample
+from flowsteer.rollout.sample import prepare_ahead, prepare_rows, sample
 
 logger = logging.getLogger(__name__)
+
+_AHEAD = 64  # prompts that are encoded together; an evaluation may have too many to hold all of their encodings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,18 +95,18 @@ def evaluate(
     mine = list(range(count))[process_index::num_processes]
     mine += [0] * (math.ceil(count / num_processes) - len(mine))  # equal work, equal collectives
     together = max(batch_size // num_seeds, 1)  # prompts: a reward that compares sees all pictures of each
+    ahead = math.ceil(_AHEAD / together) * together
+    settings: dict[str, Any] = {
+        "num_inference_steps": num_inference_steps,
+        "guidance_scale": guidance_scale,
+        "negative_prompt": negative_prompt,
+    }
 
     def draw(batch: Sequence[tuple[int, int]]) -> Tensor:
         """Pictures [B, 3, H, W] of (prompt, seed) pairs."""
         rows = [prompts.row(chosen[p]) for p, _ in batch]
         try:
-            conditioning = prepare_rows(
-                pipeline,
-                rows,
-                num_inference_steps=num_inference_steps,
-                guidance_scale=guidance_scale,
-                negative_prompt=negative_prompt,
-            )
+            conditioning = prepare_rows(pipeline, rows, **settings)
         except UnlikeConditioning:  # of a model that does not pad: each prompt by itself
             if len({*rows}) == 1:
                 raise
@@ -124,6 +126,8 @@ def evaluate(
     pending, pictures, jobs = [], [], []
     with Scorer(rewards) as scorer:
         for start in range(0, len(mine), together):
+            if start % ahead == 0:
+                prepare_ahead(pipeline, [prompts.row(chosen[p]) for p in mine[start : start + ahead]], **settings)
             own = [(p, s) for p in mine[start : start + together] for s in range(num_seeds)]
             images = torch.cat([draw(own[first : first + batch_size]) for first in range(0, len(own), batch_size)])
             extra, shown = (

@@ -322,6 +322,15 @@ class Conditioning:
         return {name: value for name, value in (("rest", self.rest), ("base", self.base)) if value is not None}
 
 
+def find_layouts(two: Conditioning, three: Conditioning) -> dict[Key, Layout]:
+    """Which values carry rows. Raises ValueError where two batches have nothing to do with each other."""
+    some_only = sorted(map(str, two.values.keys() ^ three.values.keys()))
+    if some_only:
+        raise ValueError(f"{', '.join(some_only)} are there for some batch sizes only")
+    found = {key: find_layout(two.values[key], three.values[key], str(key)) for key in two.values}
+    return {name: rows for name, rows in found.items() if rows is not None}
+
+
 def difference(a: Conditioning, b: Conditioning) -> str | None:
     """Why two conditionings cannot be joined, or None."""
     if a.latent_shape != b.latent_shape or a.latent_dtype != b.latent_dtype:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from flowsteer.rollout.lifting.conditioning import Attribute, Conditioning
 from flowsteer.rollout.lifting.lift import Lifted
@@ -75,6 +76,18 @@ class Loop:
             for name, component in vars(self.pipe).items()
             if name in self.lifted.attributes and isinstance(component, nn.Module) and not self._is_guide(name)
         }
+
+    @property
+    def encoders(self) -> dict[str, nn.Module]:
+        """The networks that make embeddings of prompts and pictures, by component name."""
+        return {
+            name: own
+            for name, own in vars(self.pipe).items()
+            if isinstance(own, PreTrainedModel) and self._only_prepares(name)
+        }
+
+    def _only_prepares(self, name: str) -> bool:
+        return name not in self.denoisers and not name.startswith((*GUIDES, "safety_checker"))
 
     def _is_guide(self, name: str) -> bool:
         return name.startswith(GUIDES) and isinstance(getattr(self.pipe, name), nn.Module)

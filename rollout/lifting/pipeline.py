@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from flowsteer.rollout.data.inputs import Value
 from flowsteer.rollout.data.prompts import Row
 from flowsteer.rollout.lifting.arguments import CallArguments, Settings
+from flowsteer.rollout.lifting.company import TOGETHER
 from flowsteer.rollout.lifting.conditioning import Conditioning, UnlikeConditioning
 from flowsteer.rollout.lifting.lift import ADAPTER_ADVICE, LiftError, lift
 from flowsteer.rollout.lifting.loading import SHIPPED, load_diffusers
@@ -46,6 +47,7 @@ class FlowPipeline:
         call_kwargs: further arguments of the pipeline's ``__call__``, which win over what is derived here.
         scheduler: settings of the scheduler that differ from those that it was saved with.
         cache_size: how many prepared prompts are kept.
+        together: how many prompts are encoded at once, where that leaves a row's bits to the row alone, see `Preparer`.
 
     Raises:
         LiftError: the pipeline's loop cannot be lifted (a ValueError).
@@ -61,6 +63,7 @@ class FlowPipeline:
         call_kwargs: Mapping[str, Any] | None = None,
         scheduler: Mapping[str, Any] | None = None,
         cache_size: int = 256,
+        together: int = 1,
     ) -> None:
         self.pipe: Any = pipe
         self.lifted = lift(type(pipe))
@@ -90,7 +93,7 @@ class FlowPipeline:
             counts_from_zero=bool(getattr(at_one, "do_classifier_free_guidance", False)),
             has_guider="guider" in vars(pipe),
         )
-        self.preparer = Preparer(self.loop, arguments, cache_size)
+        self.preparer = Preparer(self.loop, arguments, cache_size, together)
 
     @classmethod
     def load(
@@ -137,7 +140,7 @@ class FlowPipeline:
         negative_prompt: str | None = None,
         inputs: Sequence[Mapping[str, Value]] | None = None,
     ) -> Prepared:
-        """One row per prompt, by the pipeline's prologue at batch 1; what was prepared before comes from memory.
+        """One row per prompt, by the pipeline's prologue; what was prepared before comes from memory.
 
         Args:
             prompts: of the rows.
@@ -157,16 +160,25 @@ class FlowPipeline:
         rows = _rows(prompts, inputs)
         place = {row: number for number, row in enumerate(dict.fromkeys(rows))}
         try:
-            joined = join([self.preparer.row(row, settings) for row in place])
+            joined = join(self.preparer.rows([*place], settings))
         except UnlikeConditioning as error:
             if (several := self._several(place, settings)) is not None:
                 return several.take([place[row] for row in rows])
             raise UnlikeConditioning(f"{error} (prompts: {dict(enumerate(row.text for row in place))})") from None
         return joined if len(place) == len(rows) else joined.take([place[row] for row in rows])
 
+    def prepare_ahead(self, rows: Sequence[Row], **settings: Any) -> None:
+        """Prepare all these rows now, so that `prepare` finds them; ``settings`` are those of `prepare`."""
+        self.preparer.rows(rows, _settings(**settings))
+
+    def one_by_one(self, prompt: str, *, inputs: Mapping[str, Value] | None = None, **settings: Any) -> str:
+        """Why a run encodes prompts like this one by one; empty where it encodes several at once."""
+        (row,) = _rows([prompt], [inputs or {}])
+        return self.preparer.company(row, _settings(**settings), max(self.preparer.together, TOGETHER)).reason
+
     def _several(self, rows: Iterable[Row], settings: Settings) -> Several | None:
         """Rows with pictures that cannot stand in one batch, each by itself; None where their latents or steps differ."""
-        parts = tuple(self.preparer.row(row, settings) for row in rows)
+        parts = tuple(self.preparer.rows([*rows], settings))
         alike = all(
             part.latent_shape == parts[0].latent_shape and part.schedule.equals(parts[0].schedule) for part in parts
         )
