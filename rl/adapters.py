@@ -12,7 +12,7 @@ A configuration names it by ``model.adapter``; ``package.module:Name`` and ``pat
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -38,6 +38,7 @@ def load_pipeline(
     width: int | None = None,
     call: Mapping[str, Any] | None = None,
     scheduler: Mapping[str, Any] | None = None,
+    offload: Collection[str] = (),
 ) -> Pipeline:
     """The pipeline at ``path``, lifted, or what the adapter makes of the same arguments.
 
@@ -46,7 +47,18 @@ def load_pipeline(
     if adapter is None:
         size = {"height": height, "width": width}
         return FlowPipeline.load(
-            path, dtype=dtype, device=device, call_kwargs=call, scheduler=scheduler, together=TOGETHER, **size
+            path,
+            dtype=dtype,
+            device=device,
+            call_kwargs=call,
+            scheduler=scheduler,
+            together=TOGETHER,
+            offload=offload,
+            **size,
+        )
+    if offload:
+        raise ValueError(
+            "model.offload is for pipelines that are lifted; an adapter places its networks itself: leave it out"
         )
     if scheduler:
         raise ValueError(

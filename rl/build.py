@@ -230,6 +230,7 @@ def build_pipeline(config: Config, device: torch.device) -> Pipeline:
         width=model.width,
         call=model.call,
         scheduler=model.scheduler,
+        offload=model.offload.kinds,
     )
     if model.gradient_checkpointing:
         for name, denoiser in pipeline.denoisers.items():

@@ -31,6 +31,7 @@ from flowsteer.rl.policy import Policy
 from flowsteer.rl.train import train
 from flowsteer.rollout import branches, sample
 from flowsteer.rollout.lifting import pipeline, selfcheck
+from flowsteer.rollout.lifting.waiting import Places
 from flowsteer.rollout.offline import PictureWorker
 from flowsteer.rollout.steps import kernels
 from flowsteer.rollout.worker import RolloutWorker
@@ -122,6 +123,10 @@ def _watch_models(trace: Trace, patch: pytest.MonkeyPatch) -> None:
                 trace.here(f"pipe.{name}", value)
         return original(self, prompts, **settings)
 
+    def move(original: Any, self: Places, name: str, device: torch.device) -> None:
+        trace.here("moved", name)
+        original(self, name, device)
+
     def begin(original: Any, self: Any, latents: Tensor, index: int, conditioning: Any) -> Any:
         trace.here("latents", (str(latents.dtype), tuple(latents.shape)))
         trace.here("index", index)
@@ -154,6 +159,7 @@ def _watch_models(trace: Trace, patch: pytest.MonkeyPatch) -> None:
     _wrap(patch, selfcheck, "check", check)
     _wrap(patch, pipeline.FlowPipeline, "prepare", prepare)
     _wrap(patch, pipeline.FlowPipeline, "begin", begin)
+    _wrap(patch, Places, "_move", move)
     _wrap(patch, Policy, "__init__", made)
     _wrap(patch, Policy, "follow", follow)
 

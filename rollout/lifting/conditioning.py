@@ -310,11 +310,19 @@ class Conditioning:
 
     def to(self, device: torch.device | str) -> Conditioning:
         """The same with every tensor on ``device`` (the schedule stays on the CPU)."""
+        return self._changed(lambda tensor: tensor.to(device))
+
+    def pinned(self) -> Conditioning:
+        """The same with every tensor in pinned memory of the CPU."""
+        return self._changed(lambda tensor: tensor.cpu().pin_memory())
+
+    def _changed(self, change: Callable[[Tensor], Tensor]) -> Conditioning:
+        """The same with every tensor changed."""
         return replace(
             self,
-            values={name: _to(value, device) for name, value in self.values.items()},
-            items=tuple(_to(item, device) for item in self.items),
-            **{name: value.to(device) for name, value in self._by_row().items()},
+            values={name: _each(value, change) for name, value in self.values.items()},
+            items=tuple(_each(item, change) for item in self.items),
+            **{name: change(value) for name, value in self._by_row().items()},
         )
 
     def _by_row(self) -> dict[str, Tensor]:
@@ -366,9 +374,10 @@ def same(a: Any, b: Any) -> bool:
     return type(a) is type(b)
 
 
-def _to(value: Any, device: torch.device | str) -> Any:
+def _each(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """A value with every tensor in it changed."""
     if isinstance(value, Tensor):
-        return value.to(device)
+        return change(value)
     if isinstance(value, dict):
-        return {key: _to(entry, device) for key, entry in value.items()}
-    return _like(value, [_to(entry, device) for entry in value]) if isinstance(value, (list, tuple)) else value
+        return {key: _each(entry, change) for key, entry in value.items()}
+    return _like(value, [_each(entry, change) for entry in value]) if isinstance(value, (list, tuple)) else value

@@ -10,7 +10,7 @@ Letters: B samples, T denoising steps, X latent shape of one sample.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,6 +31,7 @@ from flowsteer.rollout.lifting.protocol import Pipeline
 from flowsteer.rollout.lifting.schedules import steppable, with_settings
 from flowsteer.rollout.lifting.several import Prepared, Several, join
 from flowsteer.rollout.lifting.step import Body, LiftedStep, finish, join_states, run_to_step
+from flowsteer.rollout.lifting.waiting import Places
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +49,8 @@ class FlowPipeline:
         scheduler: settings of the scheduler that differ from those that it was saved with.
         cache_size: how many prepared prompts are kept.
         together: how many prompts are encoded at once, where that leaves a row's bits to the row alone, see `Preparer`.
+        offload: what waits on the CPU while it does not work, ``text_encoders`` and ``vae``. Prepared prompts wait there, too.
+        device: where the pipeline is brought to, but for what waits; None leaves it where it is.
 
     Raises:
         LiftError: the pipeline's loop cannot be lifted (a ValueError).
@@ -64,6 +67,8 @@ class FlowPipeline:
         scheduler: Mapping[str, Any] | None = None,
         cache_size: int = 256,
         together: int = 1,
+        offload: Collection[str] = (),
+        device: torch.device | str | None = None,
     ) -> None:
         self.pipe: Any = pipe
         self.lifted = lift(type(pipe))
@@ -93,6 +98,9 @@ class FlowPipeline:
             counts_from_zero=bool(getattr(at_one, "do_classifier_free_guidance", False)),
             has_guider="guider" in vars(pipe),
         )
+        if offload or device is not None:
+            self.loop.places = Places(pipe, self._waiting(offload), torch.device(device or self.loop.device))
+            self.loop.places.settle()
         self.preparer = Preparer(self.loop, arguments, cache_size, together)
 
     @classmethod
@@ -105,7 +113,17 @@ class FlowPipeline:
         """
         if path in SHIPPED:
             arguments["call_kwargs"] = {**SHIPPED[path], **(arguments.get("call_kwargs") or {})}
+        if arguments.get("offload"):  # it is not to be on the device whole, not even at first
+            return cls(load_diffusers(path, dtype=dtype, device="cpu"), device=device, **arguments)
         return cls(load_diffusers(path, dtype=dtype, device=device), **arguments)
+
+    def _waiting(self, kinds: Collection[str]) -> set[str]:
+        """The names of the components of these kinds. Raises ValueError where the pipeline has none of a kind."""
+        found = {"text_encoders": self.loop.encoders, "vae": self.loop.autoencoders}
+        for kind in kinds:
+            if not found[kind]:
+                raise ValueError(f"model.offload.{kind}: {type(self.pipe).__name__} has none; leave it out")
+        return {name for kind in kinds for name in found[kind]}
 
     @property
     def denoisers(self) -> dict[str, nn.Module]:
@@ -160,25 +178,33 @@ class FlowPipeline:
         rows = _rows(prompts, inputs)
         place = {row: number for number, row in enumerate(dict.fromkeys(rows))}
         try:
-            joined = join(self.preparer.rows([*place], settings))
+            joined = join(self._prepared([*place], settings))
         except UnlikeConditioning as error:
             if (several := self._several(place, settings)) is not None:
                 return several.take([place[row] for row in rows])
             raise UnlikeConditioning(f"{error} (prompts: {dict(enumerate(row.text for row in place))})") from None
         return joined if len(place) == len(rows) else joined.take([place[row] for row in rows])
 
+    def _prepared(self, rows: Sequence[Row], settings: Settings) -> list[Conditioning]:
+        """Each row by itself, on the device."""
+        with self.loop.places.visit():
+            prepared = self.preparer.rows(rows, settings)
+        return [row.to(self.loop.places.device) for row in prepared] if self.loop.rows_wait else prepared
+
     def prepare_ahead(self, rows: Sequence[Row], **settings: Any) -> None:
         """Prepare all these rows now, so that `prepare` finds them; ``settings`` are those of `prepare`."""
-        self.preparer.rows(rows, _settings(**settings))
+        with self.loop.places.visit():
+            self.preparer.rows(rows, _settings(**settings))
 
     def one_by_one(self, prompt: str, *, inputs: Mapping[str, Value] | None = None, **settings: Any) -> str:
         """Why a run encodes prompts like this one by one; empty where it encodes several at once."""
         (row,) = _rows([prompt], [inputs or {}])
-        return self.preparer.company(row, _settings(**settings), max(self.preparer.together, TOGETHER)).reason
+        with self.loop.places.visit():
+            return self.preparer.company(row, _settings(**settings), max(self.preparer.together, TOGETHER)).reason
 
     def _several(self, rows: Iterable[Row], settings: Settings) -> Several | None:
         """Rows with pictures that cannot stand in one batch, each by itself; None where their latents or steps differ."""
-        parts = tuple(self.preparer.rows([*rows], settings))
+        parts = tuple(self._prepared([*rows], settings))
         alike = all(
             part.latent_shape == parts[0].latent_shape and part.schedule.equals(parts[0].schedule) for part in parts
         )
@@ -195,7 +221,8 @@ class FlowPipeline:
     ) -> tuple[Tensor, Conditioning]:
         """The latents [1, *X] with which the pipeline itself would start from its argument ``generator``, and that row."""
         (row,) = _rows([prompt], [inputs or {}])
-        return self.preparer.own_start(row, _settings(**settings))
+        with self.loop.places.visit():
+            return self.preparer.own_start(row, _settings(**settings))
 
     def forget(self) -> None:
         """Drop every prepared row: the next `prepare` asks the pipeline's prologue again."""
@@ -250,7 +277,7 @@ class FlowPipeline:
         if isinstance(conditioning, Several):
             return torch.cat([self.decode(own, row) for own, row in conditioning.each(latents)])
         bound = self.loop.bind(conditioning, self.lifted.epilogue_reads) | self.loop.states(latents, conditioning)
-        with torch.no_grad():
+        with torch.no_grad(), self.loop.places.visit():
             if "output_type" in bound:
                 bound["output_type"] = self.preparer.arguments.output_type
             images = as_tensor(self.lifted.epilogue(**bound), type(self.pipe).__name__)

@@ -129,10 +129,10 @@ class Preparer:
         for company, own in kinds.items():
             for batch in company.batches(own, self.together) if not company.reason else ():
                 for row, prepared in zip(batch.values(), self.batched([*batch.values()], settings)):
-                    self.prepared[row, settings] = prepared
+                    self.prepared[row, settings] = self.loop.kept(prepared)
         for row in missing:
             if (row, settings) not in self.prepared:
-                self.prepared[row, settings] = self.alone(row, settings)
+                self.prepared[row, settings] = self.loop.kept(self.alone(row, settings))
         for row in rows:
             self.prepared.move_to_end((row, settings))
         self.cache_size = max(self.cache_size, len({*rows}))

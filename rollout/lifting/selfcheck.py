@@ -305,7 +305,8 @@ def _parity(pipeline: FlowPipeline, prompt: str, inputs: Mapping[str, Value], se
         step = pipeline.begin(current, index, row)
         current = step.finish(_step(step.velocity, current, row.schedule, index))
     drawn = pipeline.decode(current, row)
-    with fixed_randomness(current.device):  # as the prologue had it
+    with fixed_randomness(current.device), pipeline.loop.places.visit():  # as the prologue had it
+        pipeline.loop.places.fetch_all()
         expected = as_tensor(private(**pipeline.call_arguments([prompt], inputs=[inputs], **settings)), owner)
     difference = _difference(drawn, expected)
     note = f", with Euler steps in place of {type(pipe.scheduler).__name__}'s" if own_step else ""

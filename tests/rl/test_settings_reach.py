@@ -126,6 +126,8 @@ CASES: dict[str, list[Case]] = {
     "model.lora.alpha": [direct("lora.scaling", 8, reads=([2.0],))],
     "model.lora.targets": [moves(["to_q"], "lora.layers")],
     "model.gradient_checkpointing": [direct("train.checkpointing", True)],
+    "model.offload.text_encoders": [moves(True, "rollout.moved"), moves(True, "evaluation.moved", **EVALUATED)],
+    "model.offload.vae": [moves(True, "rollout.moved"), moves(True, "evaluation.moved", **EVALUATED)],
     "model.scheduler": [moves({"shift": 1.0}, "rollout.images")],
     "model.call": [
         direct("rollout.pipe.max_sequence_length", {"max_sequence_length": 16}, "rollout.conditioning", reads=(16,))

@@ -1,0 +1,96 @@
+"""Components that wait on the CPU and are on the pipeline's device only while they work: text encoders, autoencoders.
+
+The lifted code gets a stand-in for each of them (`Waiting`). It answers what is asked about a component as if that were on the
+device; the first call of one of its methods moves it there. `Places.visit` sends back what was moved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+KINDS = ("text_encoders", "vae")
+"""What may wait."""
+
+
+class Places:
+    """Where the components of a pipeline are.
+
+    Args:
+        pipe: the pipeline.
+        waiting: names of components that wait.
+        device: of all others, and of these while they work.
+    """
+
+    def __init__(self, pipe: Any, waiting: Collection[str], device: torch.device) -> None:
+        self.pipe, self.waiting, self.device = pipe, frozenset(waiting), device
+        self.moves: list[tuple[str, str]] = []  # (component, type of the device that it was moved to)
+        self._here: set[str] = set()
+        self._visits = 0
+
+    def settle(self) -> None:
+        """Bring every component to the device, but for those that wait."""
+        for name, component in vars(self.pipe).items():
+            if isinstance(component, nn.Module):
+                component.to("cpu" if name in self.waiting else self.device)
+
+    def fetch(self, name: str) -> None:
+        """Bring a component to the device, if it is not there."""
+        if name not in self._here:
+            self._here.add(name)
+            self._move(name, self.device)
+
+    def fetch_all(self, names: Collection[str] | None = None) -> None:
+        """Bring all components that wait to the device, or those of them that are named."""
+        for name in sorted(self.waiting if names is None else self.waiting.intersection(names)):
+            self.fetch(name)
+
+    @contextmanager
+    def visit(self) -> Iterator[None]:
+        """What is moved to the device inside the context goes back at its end, or at that of the outermost one."""
+        self._visits += 1
+        try:
+            yield
+        finally:
+            self._visits -= 1
+            if not self._visits:
+                for name in sorted(self._here):
+                    self._move(name, torch.device("cpu"))
+                self._here.clear()
+
+    def _move(self, name: str, device: torch.device) -> None:
+        getattr(self.pipe, name).to(device)
+        self.moves.append((name, device.type))
+
+
+class Waiting:
+    """Stands for a component that waits; see the module."""
+
+    def __init__(self, places: Places, name: str) -> None:
+        self._places, self._name = places, name
+
+    @property
+    def device(self) -> torch.device:
+        """Where it will be when it works."""
+        return self._places.device
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self._places.fetch(self._name)
+        return getattr(self._places.pipe, self._name)(*args, **kwargs)
+
+    def __getattr__(self, attribute: str) -> Any:
+        found = getattr(getattr(self._places.pipe, self._name), attribute)
+        # a layer of it, or a method such as encode
+        works = callable(found) and (attribute == "forward" or not hasattr(nn.Module, attribute))
+        if works or isinstance(found, torch.Tensor):
+            self._places.fetch(self._name)
+            return getattr(getattr(self._places.pipe, self._name), attribute)
+        return found
+
+    @property
+    def __class__(self) -> type:  # for pipelines that look for networks among their components
+        return type(getattr(self._places.pipe, self._name))
