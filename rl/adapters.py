@@ -39,6 +39,8 @@ def load_pipeline(
     call: Mapping[str, Any] | None = None,
     scheduler: Mapping[str, Any] | None = None,
     offload: Collection[str] = (),
+    vae_dtype: torch.dtype | None = None,
+    vae_modes: Collection[str] = (),
 ) -> Pipeline:
     """The pipeline at ``path``, lifted, or what the adapter makes of the same arguments.
 
@@ -54,11 +56,13 @@ def load_pipeline(
             scheduler=scheduler,
             together=TOGETHER,
             offload=offload,
+            vae_dtype=vae_dtype,
+            vae_modes=vae_modes,
             **size,
         )
-    if offload:
+    if offload or vae_dtype is not None or vae_modes:
         raise ValueError(
-            "model.offload is for pipelines that are lifted; an adapter places its networks itself: leave it out"
+            "model.offload and model.vae are for pipelines that are lifted; an adapter places its own networks: leave them out"
         )
     if scheduler:
         raise ValueError(

@@ -231,6 +231,8 @@ def build_pipeline(config: Config, device: torch.device) -> Pipeline:
         call=model.call,
         scheduler=model.scheduler,
         offload=model.offload.kinds,
+        vae_dtype=None if model.vae.dtype is None else DTYPES[model.vae.dtype],
+        vae_modes=model.vae.modes,
     )
     if model.gradient_checkpointing:
         for name, denoiser in pipeline.denoisers.items():

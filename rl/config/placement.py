@@ -1,6 +1,8 @@
-"""The section that says where the parts of a pipeline are while they do not work."""
+"""The sections that say where the parts of a pipeline are, and how its autoencoder works."""
 
 from __future__ import annotations
+
+from typing import Literal
 
 from flowsteer.rl.config.section import Section
 
@@ -18,3 +20,21 @@ class OffloadConfig(Section):
     def kinds(self) -> tuple[str, ...]:
         """The names of what is offloaded."""
         return tuple(name for name in type(self).model_fields if getattr(self, name))
+
+
+class VAEConfig(Section):
+    """How the autoencoder works, in training and evaluation. An export holds no autoencoder: what diffusers decodes with is the
+    user's own choice there.
+    """
+
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Type of its weights; null is ``model.dtype``. Lossy in pictures only: the last bits of pixels, and so of scores."""
+    slicing: bool = False
+    """Decode one sample of a batch after the other: less memory. Lossless up to rounding."""
+    tiling: bool = False
+    """Decode large pictures in overlapping tiles: far less memory. Lossy in pictures only: tiles are blended at their edges."""
+
+    @property
+    def modes(self) -> tuple[str, ...]:
+        """The modes that are on."""
+        return tuple(name for name in ("slicing", "tiling") if getattr(self, name))

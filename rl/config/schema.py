@@ -21,7 +21,7 @@ from pydantic import (
 
 from flowsteer.rl.algorithms import AnyAlgorithm
 from flowsteer.rl.config.data import Inputs, PromptsConfig, SourceConfig, Sources
-from flowsteer.rl.config.placement import OffloadConfig
+from flowsteer.rl.config.placement import OffloadConfig, VAEConfig
 from flowsteer.rl.config.section import Section, auto_or_names, by_name
 
 logger = logging.getLogger(__name__)
@@ -73,6 +73,8 @@ class ModelConfig(Section):
     """Compute activations again in the backward pass: less memory, more time."""
     offload: OffloadConfig = OffloadConfig()
     """Parts of the pipeline that are on the CPU while they do not work."""
+    vae: VAEConfig = VAEConfig()
+    """How the autoencoder works."""
     scheduler: dict[str, Any] = {}
     """Settings of the scheduler that differ from those that it was saved with, such as ``{timestep_spacing: leading}``."""
     call: dict[str, Any] = {}

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from flowsteer.rollout.lifting.conditioning import Attribute, Conditioning
 from flowsteer.rollout.lifting.lift import Lifted
 from flowsteer.rollout.lifting.step import Body, split_state
-from flowsteer.rollout.lifting.waiting import Places, Waiting
+from flowsteer.rollout.lifting.waiting import Places
 
 Call = Callable[..., Any]
 GUIDES = ("controlnet", "adapter")  # beginnings of the names of components that are never trained
@@ -117,13 +117,18 @@ class Loop:
             return row
         return row.pinned() if self.places.device.type == "cuda" else row.to("cpu")
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the first denoiser's first weight."""
+        return next(parameter.dtype for denoiser in self.denoisers.values() for parameter in denoiser.parameters())
+
     def view(self, attributes: Mapping[str, Any]) -> Any:
         """A shallow private copy of the pipeline, whose networks answer through the route."""
         view = object.__new__(type(self.pipe))
         public = {name: value for name, value in vars(self.pipe).items() if not name.startswith("_")}
         proxies = {name: _Denoiser(self, name) for name in self.denoisers}
         proxies |= {name: _Guide(self, name) for name in public if self._is_guide(name)}
-        proxies |= {name: Waiting(self.places, name) for name in self.places.waiting}
+        proxies |= self.places.stand_ins()
         view.__dict__.update({**self._private, **public, **proxies, **self.unchecked, **attributes})
         return view
 

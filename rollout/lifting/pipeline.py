@@ -51,6 +51,7 @@ class FlowPipeline:
         together: how many prompts are encoded at once, where that leaves a row's bits to the row alone, see `Preparer`.
         offload: what waits on the CPU while it does not work, ``text_encoders`` and ``vae``. Prepared prompts wait there, too.
         device: where the pipeline is brought to, but for what waits; None leaves it where it is.
+        vae_modes: of its autoencoders, ``slicing`` and ``tiling``.
 
     Raises:
         LiftError: the pipeline's loop cannot be lifted (a ValueError).
@@ -69,6 +70,7 @@ class FlowPipeline:
         together: int = 1,
         offload: Collection[str] = (),
         device: torch.device | str | None = None,
+        vae_modes: Collection[str] = (),
     ) -> None:
         self.pipe: Any = pipe
         self.lifted = lift(type(pipe))
@@ -98,14 +100,23 @@ class FlowPipeline:
             counts_from_zero=bool(getattr(at_one, "do_classifier_free_guidance", False)),
             has_guider="guider" in vars(pipe),
         )
+        for mode in vae_modes:
+            self._enable(mode)
+        typed = {name for name, own in self.loop.autoencoders.items() if _dtype_of(own) != self.loop.dtype}
+        self.loop.places = Places(pipe, self._waiting(offload), torch.device(device or self.loop.device), typed)
         if offload or device is not None:
-            self.loop.places = Places(pipe, self._waiting(offload), torch.device(device or self.loop.device))
             self.loop.places.settle()
         self.preparer = Preparer(self.loop, arguments, cache_size, together)
 
     @classmethod
     def load(
-        cls, path: str, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", **arguments: Any
+        cls,
+        path: str,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        vae_dtype: torch.dtype | None = None,
+        **arguments: Any,
     ) -> FlowPipeline:
         """From a folder, a hub id, or a name of `SHIPPED`; further arguments are the constructor's. See ``load_diffusers``.
 
@@ -113,9 +124,23 @@ class FlowPipeline:
         """
         if path in SHIPPED:
             arguments["call_kwargs"] = {**SHIPPED[path], **(arguments.get("call_kwargs") or {})}
+        own = {} if vae_dtype is None else {"vae_dtype": vae_dtype}
         if arguments.get("offload"):  # it is not to be on the device whole, not even at first
-            return cls(load_diffusers(path, dtype=dtype, device="cpu"), device=device, **arguments)
-        return cls(load_diffusers(path, dtype=dtype, device=device), **arguments)
+            return cls(load_diffusers(path, dtype=dtype, device="cpu", **own), device=device, **arguments)
+        return cls(load_diffusers(path, dtype=dtype, device=device, **own), **arguments)
+
+    def _enable(self, mode: str) -> None:
+        """Switch a mode of the autoencoders on. Raises ValueError where they do not have it."""
+        name = type(self.pipe).__name__
+        if not self.loop.autoencoders:
+            raise ValueError(f"model.vae.{mode}: {name} has no autoencoder; leave it out")
+        for component, own in self.loop.autoencoders.items():
+            try:
+                getattr(own, f"enable_{mode}")()
+            except (AttributeError, NotImplementedError) as error:
+                raise ValueError(
+                    f"model.vae.{mode}: {component} of {name}, a {type(own).__name__}, cannot do that; leave it out"
+                ) from error
 
     def _waiting(self, kinds: Collection[str]) -> set[str]:
         """The names of the components of these kinds. Raises ValueError where the pipeline has none of a kind."""
@@ -290,6 +315,10 @@ class FlowPipeline:
                 f"{type(self.pipe).__name__} draws {len(images)} results for {len(latents)} samples; {ADAPTER_ADVICE}"
             )
         return images
+
+
+def _dtype_of(network: nn.Module) -> torch.dtype | None:
+    return next((parameter.dtype for parameter in network.parameters()), None)
 
 
 def beyond_range(images: Tensor) -> bool:

@@ -128,6 +128,9 @@ CASES: dict[str, list[Case]] = {
     "model.gradient_checkpointing": [direct("train.checkpointing", True)],
     "model.offload.text_encoders": [moves(True, "rollout.moved"), moves(True, "evaluation.moved", **EVALUATED)],
     "model.offload.vae": [moves(True, "rollout.moved"), moves(True, "evaluation.moved", **EVALUATED)],
+    "model.vae.dtype": [direct("rollout.vae.dtype", "bfloat16", "rollout.images", reads=("torch.bfloat16",))],
+    "model.vae.slicing": [moves(True, "rollout.vae.modes"), moves(True, "evaluation.vae.modes", **EVALUATED)],
+    "model.vae.tiling": [moves(True, "rollout.vae.modes"), moves(True, "evaluation.vae.modes", **EVALUATED)],
     "model.scheduler": [moves({"shift": 1.0}, "rollout.images")],
     "model.call": [
         direct("rollout.pipe.max_sequence_length", {"max_sequence_length": 16}, "rollout.conditioning", reads=(16,))

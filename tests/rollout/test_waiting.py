@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,7 @@ from flowsteer.rl.adapters import load_pipeline
 from flowsteer.rl.config import Config
 from flowsteer.rl.start import start
 from flowsteer.rollout.lifting.conditioning import Conditioning
-from flowsteer.rollout.lifting.loading import EMBEDDED
+from flowsteer.rollout.lifting.loading import EMBEDDED, in_turn
 from flowsteer.rollout.lifting.pipeline import FlowPipeline
 from flowsteer.rollout.lifting.selfcheck import check
 from flowsteer.rollout.sample import sample
@@ -91,5 +94,57 @@ def test_what_cannot_wait_is_refused(tmp_path: Path):
     pipeline.pipe.vae = Bare()
     with pytest.raises(ValueError, match=r"model\.offload\.vae: StableDiffusion3Pipeline has none; leave it out"):
         FlowPipeline(pipeline.pipe, offload=("vae",))
-    with pytest.raises(ValueError, match=r"model\.offload is for pipelines that are lifted"):
+    with pytest.raises(ValueError, match=r"model\.offload and model\.vae are for pipelines that are lifted"):
         load_pipeline("x", adapter="y:Z", dtype=torch.float32, device="cpu", offload=("vae",))
+
+
+@pytest.mark.parametrize("offload", [(), ("vae",)])
+def test_an_autoencoder_of_its_own_type_is_given_what_it_takes(offload: tuple[str, ...]):
+    coarse = FlowPipeline.load(EMBEDDED, dtype=torch.bfloat16, offload=offload)
+    mixed = FlowPipeline.load(EMBEDDED, dtype=torch.bfloat16, vae_dtype=torch.float32, offload=offload)
+    fine = FlowPipeline.load(EMBEDDED)
+    assert torch.equal(mixed.pipe.vae.decoder.conv_in.weight, fine.pipe.vae.decoder.conv_in.weight), "read in its type"
+    assert mixed.pipe.transformer.dtype == torch.bfloat16
+    conditioning = mixed.prepare(PROMPTS, **SETTINGS)
+    latents = torch.randn((3, *conditioning.latent_shape), generator=torch.Generator().manual_seed(0)).bfloat16()
+    exact = fine.decode(latents.float(), fine.prepare(PROMPTS, **SETTINGS))
+    # the pipeline itself rounds the scaled latents to bfloat16; the autoencoder adds nothing to that
+    rough = (coarse.decode(latents, coarse.prepare(PROMPTS, **SETTINGS)) - exact).abs().mean()
+    assert (mixed.decode(latents, conditioning) - exact).abs().mean() < rough / 2
+    assert check(mixed).ok
+
+
+def test_an_encoding_comes_back_in_the_type_of_the_picture():
+    mixed = FlowPipeline.load(EMBEDDED, vae_dtype=torch.bfloat16)
+    encoded = mixed.loop.view({}).vae.encode(torch.zeros(1, 3, 32, 32))
+    assert encoded.latent_dist.mean.dtype == encoded.latent_dist.mode().dtype == torch.float32
+    assert mixed.loop.view({}).vae.dtype == torch.bfloat16, "which pipelines ask for"
+
+
+def test_slices_draw_the_same_up_to_rounding():
+    plain, sliced = FlowPipeline.load(EMBEDDED), FlowPipeline.load(EMBEDDED, vae_modes=("slicing", "tiling"))
+    assert sliced.pipe.vae.use_slicing
+    assert sliced.pipe.vae.use_tiling
+    torch.testing.assert_close(drawn(plain), drawn(sliced), rtol=0, atol=1e-4)
+
+
+def test_processes_of_a_machine_load_one_after_the_other(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+    def most_at_once(local_processes: int, device: str) -> int:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local_processes))
+        inside, most = [], [0]
+
+        def load(number: int) -> None:
+            with in_turn(torch.device(device)):
+                inside.append(number)
+                most[0] = max(most[0], len(inside))
+                time.sleep(0.05)
+                inside.remove(number)
+
+        with ThreadPoolExecutor(3) as pool:
+            list(pool.map(load, range(3)))
+        return most[0]
+
+    assert most_at_once(3, "cuda") == 1
+    assert most_at_once(3, "cpu") > 1, "nothing moves there, so nothing is freed either"
