@@ -72,9 +72,7 @@ class ModelConfig(Section):
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass: less memory, more time."""
     offload: OffloadConfig = OffloadConfig()
-    """Parts of the pipeline that are on the CPU while they do not work."""
     vae: VAEConfig = VAEConfig()
-    """How the autoencoder works."""
     scheduler: dict[str, Any] = {}
     """Settings of the scheduler that differ from those that it was saved with, such as ``{timestep_spacing: leading}``."""
     call: dict[str, Any] = {}

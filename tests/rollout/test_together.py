@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import zoo
 from conftest import Make
 from torch import nn
@@ -123,3 +124,24 @@ def test_a_step_encodes_its_prompts_before_its_first_batch(make_config: Make, tm
     run.close()
     assert set(rows) == {TOGETHER}
     assert passes < 4, "not one for each prompt"
+
+
+def test_the_number_of_processes_does_not_matter(make_config: Make, tmp_path: Path):
+    sizes = {"rollout.prompts_per_step": 4, "rollout.batch_size": 4, "rollout.group_size": 4}
+    run = start(Config.model_validate(make_config(tmp_path / "run", **{"model.path": EMBEDDED}, **sizes)), quiet=True)
+    worker, pipeline = run.worker, run.policy.pipeline
+    assert isinstance(pipeline, FlowPipeline)
+
+    def drawn(num_processes: int) -> dict[int, torch.Tensor]:
+        found = {}
+        for process in range(num_processes):
+            pipeline.forget()
+            worker.num_processes, worker.process_index = num_processes, process
+            for rollout in worker.sample(0):
+                found |= dict(zip(rollout.sample.tolist(), rollout.latents))
+        return found
+
+    whole, shared = drawn(1), drawn(4)
+    run.close()
+    assert whole.keys() == shared.keys()
+    assert all(torch.equal(whole[sample], shared[sample]) for sample in whole)
