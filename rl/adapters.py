@@ -12,7 +12,7 @@ A configuration names it by ``model.adapter``; ``package.module:Name`` and ``pat
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from torch import nn
 
 from flowsteer.rewards.doors import Door, blaming
 from flowsteer.rl.export import SECOND
+from flowsteer.rollout.lifting.company import TOGETHER
 from flowsteer.rollout.lifting.pipeline import FlowPipeline
 from flowsteer.rollout.lifting.protocol import ARGUMENTS, METHODS, Pipeline
 from flowsteer.rollout.lifting.quantize import Quantization, quantize_layers
@@ -39,6 +40,9 @@ def load_pipeline(
     call: Mapping[str, Any] | None = None,
     scheduler: Mapping[str, Any] | None = None,
     quantize: Quantization | None = None,
+    offload: Collection[str] = (),
+    vae_dtype: torch.dtype | None = None,
+    vae_modes: Collection[str] = (),
 ) -> Pipeline:
     """The pipeline at ``path``, lifted, or what the adapter makes of the same arguments; its denoisers may be quantised.
 
@@ -46,8 +50,23 @@ def load_pipeline(
     """
     if adapter is None:
         size = {"height": height, "width": width}
-        about: dict[str, Any] = {"call_kwargs": call, "scheduler": scheduler, **size}
-        return FlowPipeline.load(path, dtype=dtype, device=device, quantize=quantize, **about)
+        return FlowPipeline.load(
+            path,
+            dtype=dtype,
+            device=device,
+            call_kwargs=call,
+            scheduler=scheduler,
+            quantize=quantize,
+            together=TOGETHER,
+            offload=offload,
+            vae_dtype=vae_dtype,
+            vae_modes=vae_modes,
+            **size,
+        )
+    if offload or vae_dtype is not None or vae_modes:
+        raise ValueError(
+            "model.offload and model.vae are for pipelines that are lifted; an adapter places its own networks: leave them out"
+        )
     if scheduler:
         raise ValueError(
             "model.scheduler is for pipelines that are lifted; an adapter has a schedule of its own: leave it out"

@@ -136,6 +136,9 @@ def build_pipeline(config: Config, device: torch.device) -> Pipeline:
         call=model.call,
         scheduler=model.scheduler,
         quantize=model.quantize,
+        offload=model.offload.kinds,
+        vae_dtype=None if model.vae.dtype is None else DTYPES[model.vae.dtype],
+        vae_modes=model.vae.modes,
     )
     checkpointing = model.gradient_checkpointing
     set_passes(

@@ -30,9 +30,11 @@ from flowsteer.rl.thumbnails import RATE, thumbnails
 from flowsteer.rollout.data.prompts import Prompts
 from flowsteer.rollout.lifting.pipeline import Pipeline, UnlikeConditioning
 from flowsteer.rollout.lifting.several import Prepared
-from flowsteer.rollout.sample import prepare_rows, sample
+from flowsteer.rollout.sample import prepare_ahead, prepare_rows, sample
 
 logger = logging.getLogger(__name__)
+
+_AHEAD = 64  # prompts that are encoded together; an evaluation may have too many to hold all of their encodings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +102,12 @@ def evaluate(
     mine = list(range(count))[process_index::num_processes]
     mine += [0] * (math.ceil(count / num_processes) - len(mine))  # equal work, equal collectives
     together = max(batch_size // num_seeds, 1)  # prompts: a reward that compares sees all pictures of each
+    ahead = math.ceil(_AHEAD / together) * together
+    settings: dict[str, Any] = {
+        "num_inference_steps": num_inference_steps,
+        "guidance_scale": guidance_scale,
+        "negative_prompt": negative_prompt,
+    }
 
     drawing = _Drawing(
         pipeline=pipeline,
@@ -107,11 +115,7 @@ def evaluate(
         chosen=chosen,
         num_seeds=num_seeds,
         batch_size=batch_size,
-        prepared={
-            "num_inference_steps": num_inference_steps,
-            "guidance_scale": guidance_scale,
-            "negative_prompt": negative_prompt,
-        },
+        prepared=settings,
         dtype=dtype,
         device=device,
         gather=gather,
@@ -119,6 +123,8 @@ def evaluate(
     pending, thumbs, jobs, step = [], [], [], 1
     with Scorer(rewards) as scorer:
         for start in range(0, len(mine), together):
+            if start % ahead == 0:
+                prepare_ahead(pipeline, [prompts.row(chosen[p]) for p in mine[start : start + ahead]], **settings)
             own = [(p, s) for p in mine[start : start + together] for s in range(num_seeds)]
             images = drawing.draw(own)
             extra, shown = (

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from flowsteer.rollout.data.prompts import Row
+from flowsteer.rollout.lifting.pipeline import FlowPipeline
 from flowsteer.rollout.lifting.protocol import Pipeline
 from flowsteer.rollout.lifting.several import Prepared
 from flowsteer.rollout.steps import kernels
@@ -27,6 +28,12 @@ def prepare_rows(pipeline: Pipeline, rows: Sequence[Row], **settings: Any) -> Pr
         settings["inputs"] = [dict(row.inputs) for row in distinct]
     prepared = pipeline.prepare([row.text for row in distinct], **settings)
     return prepared.take([distinct.index(row) for row in rows])
+
+
+def prepare_ahead(pipeline: Pipeline, rows: Sequence[Row], **settings: Any) -> None:
+    """Let the pipeline encode all these rows together, before batches of them are asked for; an adapter does as it likes."""
+    if isinstance(pipeline, FlowPipeline):
+        pipeline.prepare_ahead(rows, **settings)
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import NotRequired, TypedDict
 
@@ -11,7 +11,7 @@ from flowsteer.rollout.data.batches import Batch, step_batches
 from flowsteer.rollout.data.prompts import Prompts
 from flowsteer.rollout.lifting.protocol import Pipeline
 from flowsteer.rollout.lifting.several import Prepared
-from flowsteer.rollout.sample import prepare_rows
+from flowsteer.rollout.sample import prepare_ahead, prepare_rows
 from flowsteer.rollout.types import Rollout
 
 Done = Callable[[Rollout], object]
@@ -46,6 +46,7 @@ class Worker(ABC):
         self.prompts = prompts
         self.num_inference_steps = share["num_inference_steps"]
         self.guidance_scale = share["guidance_scale"]
+        self.guidance_scales = {self.guidance_scale}  # all that a step's rows are prepared with
         self.negative_prompt = share.get("negative_prompt")
         self.prompts_per_step = share["prompts_per_step"]
         self.group_size = share["group_size"]
@@ -77,13 +78,27 @@ class Worker(ABC):
     def sample(self, step: int, *, policy_version: int = 0, done: Done | None = None) -> list[Rollout]:
         """The step's rollouts; ``done`` gets each one while the next is made."""
         made = []
+        batches = self.batches(step)
+        self.prepare_ahead(batches)
         with self.drawing():
-            for batch in self.batches(step):
+            for batch in batches:
                 for rollout in self.rollouts(batch, step, policy_version):
                     made.append(rollout)
                     if done is not None:
                         done(rollout)
         return made
+
+    def prepare_ahead(self, batches: Sequence[Batch]) -> None:
+        """Encode the distinct prompts of a step together."""
+        rows = [self.prompts.row(row) for row in dict.fromkeys(row for batch in batches for row in batch.rows)]
+        for guidance_scale in sorted(self.guidance_scales):
+            prepare_ahead(
+                self.pipeline,
+                rows,
+                num_inference_steps=self.num_inference_steps,
+                guidance_scale=guidance_scale,
+                negative_prompt=self.negative_prompt,
+            )
 
     def prepare(self, batch: Batch, guidance_scale: float) -> Prepared:
         """The batch's prompts, a row for each sample."""

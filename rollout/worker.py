@@ -71,6 +71,7 @@ class RolloutWorker(Worker):
         self.branching = branching
         self.tail_fraction = tail_fraction
         self.train_guidance_scale = self.guidance_scale if train_guidance_scale is None else train_guidance_scale
+        self.guidance_scales |= {self.train_guidance_scale}
         self.shared_noise = shared_noise
 
     @torch.no_grad()

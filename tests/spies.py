@@ -32,11 +32,12 @@ from flowsteer.rl.policy import Policy
 from flowsteer.rl.train import train
 from flowsteer.rollout import branches, sample
 from flowsteer.rollout.lifting import pipeline, selfcheck
+from flowsteer.rollout.lifting.waiting import Places
 from flowsteer.rollout.offline import PictureWorker
 from flowsteer.rollout.steps import kernels
 from flowsteer.rollout.worker import RolloutWorker
 
-_LOADED: dict[tuple[str, torch.dtype], Any] = {}
+_LOADED: dict[tuple[Any, ...], Any] = {}
 _CHECKED: dict[str, Any] = {}
 
 
@@ -102,12 +103,12 @@ def _wrap(patch: pytest.MonkeyPatch, owner: Any, name: str, around: Callable[...
 
 
 def _watch_models(trace: Trace, patch: pytest.MonkeyPatch) -> None:
-    def load(original: Any, path: str, *, dtype: torch.dtype, device: Any) -> Any:
+    def load(original: Any, path: str, *, dtype: torch.dtype, device: Any, **more: Any) -> Any:
         trace.note("load.path", path)
         trace.note("load.dtype", dtype)
-        if (path, dtype) not in _LOADED:
-            _LOADED[path, dtype] = original(path, dtype=dtype, device=device)
-        return copy.deepcopy(_LOADED[path, dtype])
+        if (key := (path, dtype, *more.values())) not in _LOADED:
+            _LOADED[key] = original(path, dtype=dtype, device=device, **more)
+        return copy.deepcopy(_LOADED[key])
 
     def quantized(original: Any, denoiser: Any, kind: str, *, device: Any) -> None:
         trace.note("quantize.kind", kind)
@@ -126,6 +127,16 @@ def _watch_models(trace: Trace, patch: pytest.MonkeyPatch) -> None:
             if name != "generator":  # an object of its own each time
                 trace.here(f"pipe.{name}", value)
         return original(self, prompts, **settings)
+
+    def move(original: Any, self: Places, name: str, device: torch.device) -> None:
+        trace.here("moved", name)
+        original(self, name, device)
+
+    def decode(original: Any, self: Any, latents: Tensor, conditioning: Any) -> Tensor:
+        vae = self.pipe.vae
+        trace.here("vae.dtype", str(vae.dtype))
+        trace.here("vae.modes", (vae.use_slicing, vae.use_tiling))
+        return original(self, latents, conditioning)
 
     def begin(original: Any, self: Any, latents: Tensor, index: int, conditioning: Any) -> Any:
         trace.here("latents", (str(latents.dtype), tuple(latents.shape)))
@@ -160,6 +171,8 @@ def _watch_models(trace: Trace, patch: pytest.MonkeyPatch) -> None:
     _wrap(patch, selfcheck, "check", check)
     _wrap(patch, pipeline.FlowPipeline, "prepare", prepare)
     _wrap(patch, pipeline.FlowPipeline, "begin", begin)
+    _wrap(patch, Places, "_move", move)
+    _wrap(patch, pipeline.FlowPipeline, "decode", decode)
     _wrap(patch, Policy, "__init__", made)
     _wrap(patch, Policy, "follow", follow)
 

@@ -14,6 +14,7 @@ from flowsteer.rl.policy import Policy
 from flowsteer.rl.targets import automatic_targets, summary
 from flowsteer.rollout.data.inputs import Value
 from flowsteer.rollout.data.prompts import Row, read_prompts
+from flowsteer.rollout.lifting.company import TOGETHER
 from flowsteer.rollout.lifting.pipeline import FlowPipeline, Pipeline
 from flowsteer.rollout.lifting.selfcheck import PROMPTS, Finding
 from flowsteer.rollout.sample import prepare_rows
@@ -40,6 +41,20 @@ def input_findings(config: Config, pipeline: Pipeline) -> list[Finding]:
         return []
     detail = ", ".join(mapped) or "the configuration maps none"
     return [Finding(name="inputs", ok=True, detail=detail + (f"; not mapped: {', '.join(left)}" if left else ""))]
+
+
+def encoding_findings(
+    pipeline: Pipeline, *, inputs: Mapping[str, Value] | None = None, **settings: Any
+) -> list[Finding]:
+    """Whether a run encodes several prompts in one pass; none for an adapter, which encodes as it likes.
+
+    Either way is fine. ``settings`` are those of `FlowPipeline.prepare`.
+    """
+    if not isinstance(pipeline, FlowPipeline):
+        return []
+    reason = pipeline.one_by_one(PROMPTS[0], inputs=inputs, **settings)
+    detail = f"one by one: {reason}" if reason else f"{TOGETHER} prompts at once, with the same bits in any company"
+    return [Finding(name="encoding", ok=True, detail=detail)]
 
 
 def trainable_findings(

@@ -61,7 +61,13 @@ def check_model(
     **Example**: `flowsteer check-model stabilityai/stable-diffusion-3.5-medium --height 256 --width 256`, or
     `flowsteer check-model --config embedded_edit_nft_edit_composition`
     """
-    from flowsteer.rl.command.check_model import RANK, first_inputs, input_findings, trainable_findings
+    from flowsteer.rl.command.check_model import (
+        RANK,
+        encoding_findings,
+        first_inputs,
+        input_findings,
+        trainable_findings,
+    )
     from flowsteer.rl.config import load_config
     from flowsteer.rollout.lifting.selfcheck import PROMPTS, check
 
@@ -90,6 +96,9 @@ def check_model(
     if config is not None:
         report = report.with_findings(input_findings(config, pipeline))
     if report.ok:
+        report = report.with_findings(
+            encoding_findings(pipeline, inputs=inputs, **{"num_inference_steps": 3} | settings)
+        )
         rank = RANK if lora is None else lora.rank
         found = trainable_findings(pipeline, targets, rank=rank, inputs=inputs, **settings)
         report = report.with_findings(found)

@@ -22,6 +22,7 @@ from pydantic import (
 from flowsteer.rl.algorithms import AnyAlgorithm
 from flowsteer.rl.config.data import Inputs, PromptsConfig, SourceConfig, Sources
 from flowsteer.rl.config.optimizer import OptimizerConfig
+from flowsteer.rl.config.placement import OffloadConfig, VAEConfig
 from flowsteer.rl.config.rewards import RewardConfig
 from flowsteer.rl.config.section import Section, auto_or_names, by_name
 
@@ -94,6 +95,8 @@ class ModelConfig(Section):
     """Compile the network's repeated blocks with ``torch.compile``: the first passes take a minute or more, all others less
     time. What is compiled rounds differently with and without gradients, so the steps whose ratio is trained are drawn by the
     compiled graph of training."""
+    offload: OffloadConfig = OffloadConfig()
+    vae: VAEConfig = VAEConfig()
     scheduler: dict[str, Any] = {}
     """Settings of the scheduler that differ from those that it was saved with, such as ``{timestep_spacing: leading}``."""
     selfcheck: Literal["cached", "always", "never"] = "cached"

@@ -310,16 +310,33 @@ class Conditioning:
 
     def to(self, device: torch.device | str) -> Conditioning:
         """The same with every tensor on ``device`` (the schedule stays on the CPU)."""
+        return self._changed(lambda tensor: tensor.to(device))
+
+    def pinned(self) -> Conditioning:
+        """The same with every tensor in pinned memory of the CPU."""
+        return self._changed(lambda tensor: tensor.cpu().pin_memory())
+
+    def _changed(self, change: Callable[[Tensor], Tensor]) -> Conditioning:
+        """The same with every tensor changed."""
         return replace(
             self,
-            values={name: _to(value, device) for name, value in self.values.items()},
-            items=tuple(_to(item, device) for item in self.items),
-            **{name: value.to(device) for name, value in self._by_row().items()},
+            values={name: _each(value, change) for name, value in self.values.items()},
+            items=tuple(_each(item, change) for item in self.items),
+            **{name: change(value) for name, value in self._by_row().items()},
         )
 
     def _by_row(self) -> dict[str, Tensor]:
         """The fields that have a row for each sample, by name."""
         return {name: value for name, value in (("rest", self.rest), ("base", self.base)) if value is not None}
+
+
+def find_layouts(two: Conditioning, three: Conditioning) -> dict[Key, Layout]:
+    """Which values carry rows. Raises ValueError where two batches have nothing to do with each other."""
+    some_only = sorted(map(str, two.values.keys() ^ three.values.keys()))
+    if some_only:
+        raise ValueError(f"{', '.join(some_only)} are there for some batch sizes only")
+    found = {key: find_layout(two.values[key], three.values[key], str(key)) for key in two.values}
+    return {name: rows for name, rows in found.items() if rows is not None}
 
 
 def difference(a: Conditioning, b: Conditioning) -> str | None:
@@ -357,9 +374,10 @@ def same(a: Any, b: Any) -> bool:
     return type(a) is type(b)
 
 
-def _to(value: Any, device: torch.device | str) -> Any:
+def _each(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """A value with every tensor in it changed."""
     if isinstance(value, Tensor):
-        return value.to(device)
+        return change(value)
     if isinstance(value, dict):
-        return {key: _to(entry, device) for key, entry in value.items()}
-    return _like(value, [_to(entry, device) for entry in value]) if isinstance(value, (list, tuple)) else value
+        return {key: _each(entry, change) for key, entry in value.items()}
+    return _like(value, [_each(entry, change) for entry in value]) if isinstance(value, (list, tuple)) else value

@@ -84,6 +84,10 @@ class Encoder:
         Raises:
             ValueError: a video of another length; a pipeline whose latents cannot be told from what it decodes.
         """
+        with self.pipeline.loop.places.visit():
+            return self._encode(picture, row)
+
+    def _encode(self, picture: Media, row: Conditioning) -> Encoded:
         key = row.latent_shape
         known = self._frames.get(key)
         if known is not None and (encoded := self._through(known, picture, row)) is not None:
@@ -142,9 +146,10 @@ class Encoder:
         autoencoder, shape = frame.autoencoder, frame.map.encoded_shape
 
         def encode() -> Tensor:
-            weight = next(autoencoder.parameters())
-            given = pixels.to(weight.device, weight.dtype)
-            with torch.no_grad():
+            with torch.no_grad(), self.pipeline.loop.places.visit():
+                self.pipeline.loop.places.fetch_all(self.pipeline.loop.autoencoders)
+                weight = next(autoencoder.parameters())
+                given = pixels.to(weight.device, weight.dtype)
                 mode = mode_of(autoencoder.encode(_arranged(given, shape)))  # type: ignore[operator]
             if tuple(mode.shape) != shape:
                 raise ValueError(
@@ -153,7 +158,7 @@ class Encoder:
                 )
             return mode
 
-        said = f"{self._hash(autoencoder)} {_platform(autoencoder)} {tuple(pixels.shape)} {shape}".encode()
+        said = f"{self._hash(autoencoder)} {_platform(self.pipeline.device)} {tuple(pixels.shape)} {shape}".encode()
         digest = hashlib.sha256(said + pixels.numpy().tobytes()).hexdigest()
         return self.kept.get(digest, encode, shape)
 
@@ -180,9 +185,8 @@ def hash_of(network: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _platform(network: nn.Module) -> str:
+def _platform(device: torch.device) -> str:
     """What the last bits of an encoding depend on besides weights and pixels."""
-    device = next(network.parameters()).device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
     return f"torch {torch.__version__} diffusers {diffusers_version} {device.type} {name}"
 

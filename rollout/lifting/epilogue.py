@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from flowsteer.rollout.lifting.conditioning import Conditioning
-from flowsteer.rollout.lifting.loop import fixed_randomness
+from flowsteer.rollout.lifting.loop import fixed_randomness, is_autoencoder
 from flowsteer.rollout.lifting.pipeline import FlowPipeline
 
 ADVICE = "pictures cannot be encoded for it; let the pipeline draw its samples (leave prompts.pictures out)"
@@ -62,7 +62,7 @@ def _stopping(pipe: Any) -> Iterator[None]:
 
         return decode
 
-    found = [component for component in vars(pipe).values() if _is_autoencoder(component)]
+    found = [component for component in vars(pipe).values() if is_autoencoder(component)]
     before = [vars(component).get("decode") for component in found]
     for component in found:
         vars(component)["decode"] = stopped(component)
@@ -73,11 +73,6 @@ def _stopping(pipe: Any) -> Iterator[None]:
             del vars(component)["decode"]
             if own is not None:
                 vars(component)["decode"] = own
-
-
-def _is_autoencoder(component: Any) -> bool:
-    both = all(callable(getattr(type(component), name, None)) for name in ("encode", "decode"))
-    return isinstance(component, nn.Module) and both
 
 
 def decode_call(pipeline: FlowPipeline, latents: Tensor, row: Conditioning) -> DecodeCall:

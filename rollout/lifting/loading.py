@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,12 +30,17 @@ SHIPPED: dict[str, dict[str, Any]] = {
 
 
 def load_diffusers(
-    path: str, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    path: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    vae_dtype: torch.dtype | None = None,
 ) -> DiffusionPipeline:
     """A diffusers pipeline from a folder, a hub id, or one of the tiny ones that come with this package (`SHIPPED`).
 
     Components that ``model_index.json`` leaves out or lists as [null, null] are None, so that Stable Diffusion 3
-    without T5 loads. Raises ValueError where there is no such pipeline.
+    without T5 loads. ``vae_dtype`` is the type of its autoencoders, None for that of all. Processes that share a machine read
+    the weights one after the other (`in_turn`). Raises ValueError where there is no such pipeline.
     """
     folder = str(Path(__file__).parents[1] / path) if path in SHIPPED else path
     try:
@@ -52,8 +60,36 @@ def load_diffusers(
                 getattr({"diffusers": diffusers, "transformers": transformers}[part[0]], part[1], None)
     expected = cls._get_signature_keys(cls)[0] if cls is not None else ()
     absent = {name: None for name in expected if (index.get(name) or [None])[0] is None}
-    with _without_progress_bars():
-        return DiffusionPipeline.from_pretrained(folder, dtype=dtype, **absent).to(device)
+    types: Any = (
+        dtype  # autoencoders are read in their own type: float32 weights would lose their last digits in another
+    )
+    if vae_dtype is not None:
+        types = {"default": dtype, **{name: vae_dtype for name in _autoencoders(index)}}
+    with _without_progress_bars(), in_turn(torch.device(device)):
+        return DiffusionPipeline.from_pretrained(folder, dtype=types, **absent).to(device)
+
+
+@contextmanager
+def in_turn(device: torch.device) -> Iterator[None]:
+    """Only one of the processes on this machine is inside the context, where they bring weights to accelerators.
+
+    A pipeline goes through the memory of the host on its way. Eight processes at once would need room for eight of it.
+    """
+    if device.type == "cpu" or int(os.environ.get("LOCAL_WORLD_SIZE", "1")) == 1:
+        yield
+        return
+    with (Path(tempfile.gettempdir()) / f"flowsteer-loading-{os.getuid()}.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # released when the file is closed, also by a process that dies
+        yield
+
+
+def _autoencoders(index: dict[str, Any]) -> list[str]:
+    """The names of the autoencoders in a ``model_index.json``. Raises ValueError where there is none."""
+    classes = {name: getattr(diffusers, str(own[1]), None) for name, own in index.items() if isinstance(own, list)}
+    found = [name for name, cls in classes.items() if callable(getattr(cls, "encode", None)) and hasattr(cls, "decode")]
+    if not found:
+        raise ValueError(f"model.vae.dtype: {index['_class_name']} has no autoencoder; leave it out")
+    return found
 
 
 @contextmanager

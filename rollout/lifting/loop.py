@@ -12,10 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from flowsteer.rollout.lifting.conditioning import Attribute, Conditioning
 from flowsteer.rollout.lifting.lift import Lifted
 from flowsteer.rollout.lifting.step import Body, split_state
+from flowsteer.rollout.lifting.waiting import Places
 
 Call = Callable[..., Any]
 GUIDES = ("controlnet", "adapter")  # beginnings of the names of components that are never trained
@@ -53,6 +55,8 @@ class Loop:
         pipe: the pipeline.
         lifted: its parts.
         unchecked: attributes that the pipeline has otherwise while it samples here, such as no safety checker.
+
+    ``places`` may be set to what keeps some components on the CPU while they do not work.
     """
 
     def __init__(self, pipe: Any, lifted: Lifted, unchecked: Mapping[str, Any]) -> None:
@@ -60,6 +64,7 @@ class Loop:
         # What an earlier call of the pipeline left on it (pipe._guidance_scale) must not move under prepared rows.
         self._private = {name: value for name, value in vars(pipe).items() if name.startswith("_")}
         self.call: Call = self._call_inner
+        self.places = Places(pipe, (), torch.device("cpu"))
 
     def _call_inner(self, name: str, *args: Any, **kwargs: Any) -> Any:
         return getattr(self.pipe, name)(*args, **kwargs)
@@ -76,6 +81,23 @@ class Loop:
             if name in self.lifted.attributes and isinstance(component, nn.Module) and not self._is_guide(name)
         }
 
+    @property
+    def encoders(self) -> dict[str, nn.Module]:
+        """The networks that make embeddings of prompts and pictures, by component name."""
+        return {
+            name: own
+            for name, own in vars(self.pipe).items()
+            if isinstance(own, PreTrainedModel) and self._only_prepares(name)
+        }
+
+    @property
+    def autoencoders(self) -> dict[str, nn.Module]:
+        """The networks that encode and decode, by component name."""
+        return {name: own for name, own in vars(self.pipe).items() if is_autoencoder(own)}
+
+    def _only_prepares(self, name: str) -> bool:
+        return name not in self.denoisers and not name.startswith((*GUIDES, "safety_checker"))
+
     def _is_guide(self, name: str) -> bool:
         return name.startswith(GUIDES) and isinstance(getattr(self.pipe, name), nn.Module)
 
@@ -84,12 +106,29 @@ class Loop:
         """Where the first denoiser is."""
         return next(parameter.device for denoiser in self.denoisers.values() for parameter in denoiser.parameters())
 
+    @property
+    def rows_wait(self) -> bool:
+        """Whether prepared rows are kept on the CPU: they are, as the networks that made them."""
+        return not self.places.waiting.isdisjoint(self.encoders)
+
+    def kept(self, row: Conditioning) -> Conditioning:
+        """A prepared row where it is kept; from pinned memory it comes back to an accelerator faster."""
+        if not self.rows_wait:
+            return row
+        return row.pinned() if self.places.device.type == "cuda" else row.to("cpu")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the first denoiser's first weight."""
+        return next(parameter.dtype for denoiser in self.denoisers.values() for parameter in denoiser.parameters())
+
     def view(self, attributes: Mapping[str, Any]) -> Any:
         """A shallow private copy of the pipeline, whose networks answer through the route."""
         view = object.__new__(type(self.pipe))
         public = {name: value for name, value in vars(self.pipe).items() if not name.startswith("_")}
         proxies = {name: _Denoiser(self, name) for name in self.denoisers}
         proxies |= {name: _Guide(self, name) for name in public if self._is_guide(name)}
+        proxies |= self.places.stand_ins()
         view.__dict__.update({**self._private, **public, **proxies, **self.unchecked, **attributes})
         return view
 
@@ -140,6 +179,12 @@ def _counting(body: Body, scheduler: Any) -> Body:
             handed = body.send(answer)
     except StopIteration as stop:
         return stop.value
+
+
+def is_autoencoder(component: Any) -> bool:
+    """Whether it is a network that encodes and decodes."""
+    both = all(callable(getattr(type(component), name, None)) for name in ("encode", "decode"))
+    return isinstance(component, nn.Module) and both
 
 
 @contextmanager

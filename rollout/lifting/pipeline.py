@@ -10,7 +10,7 @@ Letters: B samples, T denoising steps, X latent shape of one sample.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from flowsteer.rollout.data.inputs import Value
 from flowsteer.rollout.data.prompts import Row
 from flowsteer.rollout.lifting.arguments import CallArguments, Settings
+from flowsteer.rollout.lifting.company import TOGETHER
 from flowsteer.rollout.lifting.conditioning import Conditioning, UnlikeConditioning
 from flowsteer.rollout.lifting.lift import ADAPTER_ADVICE, LiftError, lift
 from flowsteer.rollout.lifting.loading import SHIPPED, load_diffusers
@@ -31,6 +32,7 @@ from flowsteer.rollout.lifting.quantize import Quantization, quantize_layers
 from flowsteer.rollout.lifting.schedules import steppable, with_settings
 from flowsteer.rollout.lifting.several import Prepared, Several, join
 from flowsteer.rollout.lifting.step import Body, LiftedStep, finish, join_states, run_to_step
+from flowsteer.rollout.lifting.waiting import Places
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +49,11 @@ class FlowPipeline:
         call_kwargs: further arguments of the pipeline's ``__call__``, which win over what is derived here.
         scheduler: settings of the scheduler that differ from those that it was saved with.
         cache_size: how many prepared prompts are kept.
+        together: how many prompts are encoded at once, where that leaves a row's bits to the row alone, see `Preparer`.
+        offload: what waits on the CPU while it does not work, ``text_encoders`` and ``vae``. Prepared prompts wait there, too.
+        device: where the pipeline is brought to, but for what waits; None leaves it where it is.
+        quantize: how the linear layers of the denoisers are stored, see `quantize_layers`; None leaves them as they are.
+        vae_modes: of its autoencoders, ``slicing`` and ``tiling``.
 
     Raises:
         LiftError: the pipeline's loop cannot be lifted (a ValueError).
@@ -62,6 +69,11 @@ class FlowPipeline:
         call_kwargs: Mapping[str, Any] | None = None,
         scheduler: Mapping[str, Any] | None = None,
         cache_size: int = 256,
+        together: int = 1,
+        offload: Collection[str] = (),
+        device: torch.device | str | None = None,
+        quantize: Quantization | None = None,
+        vae_modes: Collection[str] = (),
     ) -> None:
         self.pipe: Any = pipe
         self.lifted = lift(type(pipe))
@@ -91,7 +103,16 @@ class FlowPipeline:
             counts_from_zero=bool(getattr(at_one, "do_classifier_free_guidance", False)),
             has_guider="guider" in vars(pipe),
         )
-        self.preparer = Preparer(self.loop, arguments, cache_size)
+        if quantize is not None:
+            for denoiser in self.denoisers.values():
+                quantize_layers(denoiser, quantize, device=device or self.loop.device)
+        for mode in vae_modes:
+            self._enable(mode)
+        typed = {name for name, own in self.loop.autoencoders.items() if _dtype_of(own) != self.loop.dtype}
+        self.loop.places = Places(pipe, self._waiting(offload), torch.device(device or self.loop.device), typed)
+        if offload or device is not None:
+            self.loop.places.settle()
+        self.preparer = Preparer(self.loop, arguments, cache_size, together)
 
     @classmethod
     def load(
@@ -101,6 +122,7 @@ class FlowPipeline:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         quantize: Quantization | None = None,
+        vae_dtype: torch.dtype | None = None,
         **arguments: Any,
     ) -> FlowPipeline:
         """From a folder, a hub id, or a name of `SHIPPED`; further arguments are the constructor's. See ``load_diffusers``.
@@ -110,13 +132,32 @@ class FlowPipeline:
         """
         if path in SHIPPED:
             arguments["call_kwargs"] = {**SHIPPED[path], **(arguments.get("call_kwargs") or {})}
-        if quantize is None:
-            return cls(load_diffusers(path, dtype=dtype, device=device), **arguments)
-        made = cls(load_diffusers(path, dtype=dtype, device="cpu"), **arguments)
-        for denoiser in made.denoisers.values():
-            quantize_layers(denoiser, quantize, device=device)
-        made.pipe.to(device)
-        return made
+        own = {} if vae_dtype is None else {"vae_dtype": vae_dtype}
+        if arguments.get("offload") or quantize is not None:  # it is not to be on the device whole, not even at first
+            on_cpu = load_diffusers(path, dtype=dtype, device="cpu", **own)
+            return cls(on_cpu, device=device, quantize=quantize, **arguments)
+        return cls(load_diffusers(path, dtype=dtype, device=device, **own), **arguments)
+
+    def _enable(self, mode: str) -> None:
+        """Switch a mode of the autoencoders on. Raises ValueError where they do not have it."""
+        name = type(self.pipe).__name__
+        if not self.loop.autoencoders:
+            raise ValueError(f"model.vae.{mode}: {name} has no autoencoder; leave it out")
+        for component, own in self.loop.autoencoders.items():
+            try:
+                getattr(own, f"enable_{mode}")()
+            except (AttributeError, NotImplementedError) as error:
+                raise ValueError(
+                    f"model.vae.{mode}: {component} of {name}, a {type(own).__name__}, cannot do that; leave it out"
+                ) from error
+
+    def _waiting(self, kinds: Collection[str]) -> set[str]:
+        """The names of the components of these kinds. Raises ValueError where the pipeline has none of a kind."""
+        found = {"text_encoders": self.loop.encoders, "vae": self.loop.autoencoders}
+        for kind in kinds:
+            if not found[kind]:
+                raise ValueError(f"model.offload.{kind}: {type(self.pipe).__name__} has none; leave it out")
+        return {name for kind in kinds for name in found[kind]}
 
     @property
     def denoisers(self) -> dict[str, nn.Module]:
@@ -151,7 +192,7 @@ class FlowPipeline:
         negative_prompt: str | None = None,
         inputs: Sequence[Mapping[str, Value]] | None = None,
     ) -> Prepared:
-        """One row per prompt, by the pipeline's prologue at batch 1; what was prepared before comes from memory.
+        """One row per prompt, by the pipeline's prologue; what was prepared before comes from memory.
 
         Args:
             prompts: of the rows.
@@ -171,16 +212,33 @@ class FlowPipeline:
         rows = _rows(prompts, inputs)
         place = {row: number for number, row in enumerate(dict.fromkeys(rows))}
         try:
-            joined = join([self.preparer.row(row, settings) for row in place])
+            joined = join(self._prepared([*place], settings))
         except UnlikeConditioning as error:
             if (several := self._several(place, settings)) is not None:
                 return several.take([place[row] for row in rows])
             raise UnlikeConditioning(f"{error} (prompts: {dict(enumerate(row.text for row in place))})") from None
         return joined if len(place) == len(rows) else joined.take([place[row] for row in rows])
 
+    def _prepared(self, rows: Sequence[Row], settings: Settings) -> list[Conditioning]:
+        """Each row by itself, on the device."""
+        with self.loop.places.visit():
+            prepared = self.preparer.rows(rows, settings)
+        return [row.to(self.loop.places.device) for row in prepared] if self.loop.rows_wait else prepared
+
+    def prepare_ahead(self, rows: Sequence[Row], **settings: Any) -> None:
+        """Prepare all these rows now, so that `prepare` finds them; ``settings`` are those of `prepare`."""
+        with self.loop.places.visit():
+            self.preparer.rows(rows, _settings(**settings))
+
+    def one_by_one(self, prompt: str, *, inputs: Mapping[str, Value] | None = None, **settings: Any) -> str:
+        """Why a run encodes prompts like this one by one; empty where it encodes several at once."""
+        (row,) = _rows([prompt], [inputs or {}])
+        with self.loop.places.visit():
+            return self.preparer.company(row, _settings(**settings), max(self.preparer.together, TOGETHER)).reason
+
     def _several(self, rows: Iterable[Row], settings: Settings) -> Several | None:
         """Rows with pictures that cannot stand in one batch, each by itself; None where their latents or steps differ."""
-        parts = tuple(self.preparer.row(row, settings) for row in rows)
+        parts = tuple(self._prepared([*rows], settings))
         alike = all(
             part.latent_shape == parts[0].latent_shape and part.schedule.equals(parts[0].schedule) for part in parts
         )
@@ -197,7 +255,8 @@ class FlowPipeline:
     ) -> tuple[Tensor, Conditioning]:
         """The latents [1, *X] with which the pipeline itself would start from its argument ``generator``, and that row."""
         (row,) = _rows([prompt], [inputs or {}])
-        return self.preparer.own_start(row, _settings(**settings))
+        with self.loop.places.visit():
+            return self.preparer.own_start(row, _settings(**settings))
 
     def forget(self) -> None:
         """Drop every prepared row: the next `prepare` asks the pipeline's prologue again."""
@@ -252,7 +311,7 @@ class FlowPipeline:
         if isinstance(conditioning, Several):
             return torch.cat([self.decode(own, row) for own, row in conditioning.each(latents)])
         bound = self.loop.bind(conditioning, self.lifted.epilogue_reads) | self.loop.states(latents, conditioning)
-        with torch.no_grad():
+        with torch.no_grad(), self.loop.places.visit():
             if "output_type" in bound:
                 bound["output_type"] = self.preparer.arguments.output_type
             images = as_tensor(self.lifted.epilogue(**bound), type(self.pipe).__name__)
@@ -265,6 +324,10 @@ class FlowPipeline:
                 f"{type(self.pipe).__name__} draws {len(images)} results for {len(latents)} samples; {ADAPTER_ADVICE}"
             )
         return images
+
+
+def _dtype_of(network: nn.Module) -> torch.dtype | None:
+    return next((parameter.dtype for parameter in network.parameters()), None)
 
 
 def beyond_range(images: Tensor) -> bool:

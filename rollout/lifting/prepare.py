@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,7 +19,15 @@ from flowsteer.rollout.data.inputs import kind_of, load
 from flowsteer.rollout.data.prompts import Row
 from flowsteer.rollout.lifting.arguments import CallArguments, Settings
 from flowsteer.rollout.lifting.beginning import Beginning, Draws, Prologue, beginning_of, find_beginning
-from flowsteer.rollout.lifting.conditioning import Attribute, Conditioning, Key, Layout, Rows, find_layout
+from flowsteer.rollout.lifting.company import Company, find_company
+from flowsteer.rollout.lifting.conditioning import (
+    Attribute,
+    Conditioning,
+    Key,
+    Layout,
+    Rows,
+    find_layouts,
+)
 from flowsteer.rollout.lifting.lift import ADAPTER_ADVICE, LiftError
 from flowsteer.rollout.lifting.loop import Loop, fixed_randomness
 from flowsteer.rollout.lifting.schedules import read_schedule
@@ -80,51 +89,98 @@ class _Probed:
 
 
 class Preparer:
-    """Prepares rows one by one, and remembers them.
+    """Prepares rows, and remembers them.
+
+    The last bits of an encoding may depend on how many prompts a network pass has, so a row must always be prepared the same
+    way. With ``together`` above 1 the prologue always runs for that many rows, some of them repeated, where the pipeline gives
+    a row the same bits in any company; else it runs for one row at a time.
 
     Args:
         loop: the pipeline's lifted parts.
         arguments: what its ``__call__`` is called with.
-        cache_size: how many prepared rows are kept.
+        cache_size: how many prepared rows are kept, or as many as were asked for at once.
+        together: rows of a run of the prologue.
     """
 
-    def __init__(self, loop: Loop, arguments: CallArguments, cache_size: int) -> None:
-        self.loop, self.arguments, self.cache_size = loop, arguments, cache_size
+    def __init__(self, loop: Loop, arguments: CallArguments, cache_size: int, together: int = 1) -> None:
+        self.loop, self.arguments, self.cache_size, self.together = loop, arguments, cache_size, together
         self.name = type(loop.pipe).__name__
         arguments.place = self._placed
         self.prepared: OrderedDict[tuple[Row, Settings], Conditioning] = OrderedDict()
         self._probed: dict[Any, _Probed] = {}
+        self._companies: dict[Any, Company] = {}
 
     def _placed(self, tensor: Tensor) -> Tensor:
         """A tensor of a file as the pipeline's own: numpy has no bfloat16, and its own floats have 64 bits."""
         return tensor.to(self.loop.device, self.loop.pipe.dtype if tensor.is_floating_point() else tensor.dtype)
 
-    def row(self, row: Row, settings: Settings) -> Conditioning:
-        """One row.
+    def rows(self, rows: Sequence[Row], settings: Settings) -> list[Conditioning]:
+        """A conditioning of one row for each.
 
         Raises:
-            ValueError: the pipeline refuses the prompt or its inputs, or lacks one that it needs.
+            ValueError: the pipeline refuses a prompt or its inputs, or lacks one that it needs.
         """
-        key = (row, settings)
-        if key not in self.prepared:
+        missing = [row for row in dict.fromkeys(rows) if (row, settings) not in self.prepared]
+        for row in missing:
             self.arguments.check_inputs(name for name, _ in row.inputs)
-            probed = self._probe(row, settings)
-            if probed.beginning.plain:
-                prepared = probed.complete(self.run([row], settings), probed.beginning)
-                self.prepared[key] = replace(prepared, base=None)
-            else:  # the gain may follow a mask of the row's own
-                draws = probed.beginning.draws
-                zeros, ones = (self.run([row], settings, draws=draws, value=value) for value in (0.0, 1.0))
-                own = beginning_of(draws, zeros.prologue(), ones.prologue(), self.name)
-                self.prepared[key] = probed.complete(zeros, own)
-        self.prepared.move_to_end(key)
+        kinds: dict[Company, list[Row]] = {}
+        for row in missing if self.together > 1 else ():
+            kinds.setdefault(self.company(row, settings, self.together), []).append(row)
+        for company, own in kinds.items():
+            for batch in company.batches(own, self.together) if not company.reason else ():
+                for row, prepared in zip(batch.values(), self.batched([*batch.values()], settings)):
+                    self.prepared[row, settings] = self.loop.kept(prepared)
+        for row in missing:
+            if (row, settings) not in self.prepared:
+                self.prepared[row, settings] = self.loop.kept(self.alone(row, settings))
+        for row in rows:
+            self.prepared.move_to_end((row, settings))
+        self.cache_size = max(self.cache_size, len({*rows}))
         while len(self.prepared) > self.cache_size:
             self.prepared.popitem(last=False)
-        return self.prepared[key]
+        return [self.prepared[row, settings] for row in rows]
+
+    def alone(self, row: Row, settings: Settings) -> Conditioning:
+        """The row by a run of its own."""
+        probed = self.probe(row, settings)
+        if probed.beginning.plain:
+            return replace(probed.complete(self.run([row], settings), probed.beginning), base=None)
+        # the gain may follow a mask of the row's own
+        draws = probed.beginning.draws
+        zeros, ones = (self.run([row], settings, draws=draws, value=value) for value in (0.0, 1.0))
+        own = beginning_of(draws, zeros.prologue(), ones.prologue(), self.name)
+        return probed.complete(zeros, own)
+
+    def batched(self, rows: Sequence[Row], settings: Settings) -> list[Conditioning]:
+        """The rows by one run for all of them."""
+        probed = self.probe(rows[0], settings)
+        whole = replace(probed.complete(self.run([*rows], settings), probed.beginning), base=None)
+        return [whole.take([place]) for place in range(len(rows))]
+
+    def company(self, row: Row, settings: Settings, size: int) -> Company:
+        """Whether rows of this signature are prepared ``size`` at a time, see `find_company`."""
+        if row.inputs:
+            return Company(reason="rows have inputs of their own")
+        key = (settings, row.signature, size)
+        if key not in self._companies:
+            probed = self.probe(row, settings)
+            if probed.alone or probed.stepped is not None or not probed.beginning.plain:
+                how = "takes one row at a time" if probed.alone else "starts from more than noise"
+                self._companies[key] = Company(reason=f"the pipeline {how}")
+            else:
+                self._companies[key] = find_company(
+                    lambda rows: self.batched(rows, settings),
+                    lambda row: self.alone(row, settings),
+                    row,
+                    size,
+                    ours=probed.beginning.noise_names | probed.beginning.start_names,
+                    encoders=self.loop.encoders.values(),
+                )
+        return self._companies[key]
 
     def own_start(self, row: Row, settings: Settings) -> tuple[Tensor, Conditioning]:
         """The latents [1, *X] with which the pipeline itself would start from its argument ``generator``, and that row."""
-        probed = self._probe(row, settings)
+        probed = self.probe(row, settings)
         own = probed.complete(self.run([row], settings), probed.beginning)
         assert own.base is not None
         return own.base, own
@@ -145,7 +201,7 @@ class Preparer:
             self.arguments.bare = False
             return None
 
-    def _probe(self, row: Row, settings: Settings) -> _Probed:
+    def probe(self, row: Row, settings: Settings) -> _Probed:
         """What is known of the pipeline for rows of this signature."""
         key = (settings, row.signature)
         if key not in self._probed:
@@ -176,7 +232,7 @@ class Preparer:
         for once in (False, True) if row.inputs else (False,):
             try:
                 two, three = (self.run([row] * size, settings, once=once) for size in (2, 3))
-                layout = _layout(two.conditioning, three.conditioning)
+                layout = find_layouts(two.conditioning, three.conditioning)
                 replace(one.conditioning, layout=layout)  # it checks that the row fits
             except (LiftError, torch.OutOfMemoryError):
                 raise
@@ -340,12 +396,3 @@ class Preparer:
             shapes=tuple(tuple(own.shape[1:]) for own in states) if len(states) > 1 else (),
         )
         return _Run(conditioning=conditioning, state=state, drawn=tuple(recorded.drawn))
-
-
-def _layout(two: Conditioning, three: Conditioning) -> dict[Key, Layout]:
-    """Which values carry rows. Raises ValueError where two batches have nothing to do with each other."""
-    some_only = sorted(map(str, two.values.keys() ^ three.values.keys()))
-    if some_only:
-        raise ValueError(f"{', '.join(some_only)} are there for some batch sizes only")
-    found = {key: find_layout(two.values[key], three.values[key], str(key)) for key in two.values}
-    return {name: rows for name, rows in found.items() if rows is not None}

@@ -300,12 +300,13 @@ def _parity(pipeline: FlowPipeline, prompt: str, inputs: Mapping[str, Value], se
     if getattr(pipe, "guider", None) is not None:
         private.__dict__["guider"] = copy.deepcopy(pipe.guider)
         private.guider.guidance_scale = settings["guidance_scale"]
+    private.__dict__.update(pipeline.loop.places.stand_ins())
     private.__dict__.update({"_progress_bar_config": {"disable": True}, **pipeline.loop.unchecked})
     for index in range(row.schedule.num_steps):
         step = pipeline.begin(current, index, row)
         current = step.finish(_step(step.velocity, current, row.schedule, index))
     drawn = pipeline.decode(current, row)
-    with fixed_randomness(current.device):  # as the prologue had it
+    with fixed_randomness(current.device), pipeline.loop.places.visit():  # as the prologue had it
         expected = as_tensor(private(**pipeline.call_arguments([prompt], inputs=[inputs], **settings)), owner)
     difference = _difference(drawn, expected)
     note = f", with Euler steps in place of {type(pipe.scheduler).__name__}'s" if own_step else ""

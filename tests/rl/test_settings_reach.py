@@ -127,6 +127,11 @@ CASES: dict[str, list[Case]] = {
     "model.lora.targets": [moves(["to_q"], "lora.layers")],
     "model.quantize": [direct("quantize.kind", "int8", "rollout.images", "loss")],
     "model.gradient_checkpointing": [direct("train.checkpointing", True)],
+    "model.offload.text_encoders": [moves(True, "rollout.moved"), moves(True, "evaluation.moved", **EVALUATED)],
+    "model.offload.vae": [moves(True, "rollout.moved"), moves(True, "evaluation.moved", **EVALUATED)],
+    "model.vae.dtype": [direct("rollout.vae.dtype", "bfloat16", "rollout.images", reads=("torch.bfloat16",))],
+    "model.vae.slicing": [moves(True, "rollout.vae.modes"), moves(True, "evaluation.vae.modes", **EVALUATED)],
+    "model.vae.tiling": [moves(True, "rollout.vae.modes"), moves(True, "evaluation.vae.modes", **EVALUATED)],
     "model.scheduler": [moves({"shift": 1.0}, "rollout.images")],
     "model.selfcheck": [moves("never", "check.guidance_scale")],
     "model.call": [
