@@ -204,11 +204,9 @@ def _steps(config: Config) -> Iterator[str]:
 
 def _precision(config: Config) -> Iterator[str]:
     """Weights that would be trained without float32 master copies."""
-    model, stage = config.model, config.engine.zero_stage
-    if model.lora is None and model.dtype != "float32" and stage is None:
+    model = config.model
+    if model.lora is None and model.dtype != "float32" and config.engine.strategy == "plain":
         yield (
-            f"training all weights in {model.dtype} needs float32 master copies, which DeepSpeed keeps; "
-            "set engine.zero_stage, or model.dtype=float32, or train a LoRA"
+            f"training all weights in {model.dtype} needs float32 master copies, which engine.strategy=plain does not keep; "
+            "set engine.strategy to zero1, zero2, zero3 or fsdp2, or model.dtype=float32, or train a LoRA"
         )
-    if model.dtype != "float32" and stage == 0:
-        yield "engine.zero_stage=0 keeps no float32 master weights; use stage 1 to 3, or model.dtype=float32"

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from flowsteer.rl.engine.zero import whole_size
+from flowsteer.rl.engine.shares import whole_size
 
 MAX_ELEMENTS = 1 << 24  # of the gradient that are compared: enough for a cosine, and no burden beside a large model
 

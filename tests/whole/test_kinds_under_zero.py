@@ -122,7 +122,7 @@ def test_it_is_trained_exported_and_redrawn(kind: str, make_config: Make, tmp_pa
         "rollout": rollout,
         "rewards": {f"zoo.training:{'loudness' if kind == 'audio' else 'brightness'}": {}},
         "algorithm.updates_per_rollout": 1,
-        "engine.zero_stage": 2,
+        "engine.strategy": "zero2",
         "optimizer.epsilon": 1e-12,
         "optimizer.learning_rate": 1e-2,
         **({"inputs": inputs} if inputs else {}),
