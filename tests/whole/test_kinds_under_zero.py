@@ -1,4 +1,4 @@
-"""One pipeline of each kind: two steps under ZeRO-2 on two processes, exported, and redrawn by plain diffusers bit for bit."""
+"""One pipeline of each kind: two steps under ZeRO-2 and FSDP2 on two processes, exported, redrawn by diffusers bit for bit."""
 
 from __future__ import annotations
 
@@ -95,8 +95,10 @@ def settings(config: dict[str, Any]) -> dict[str, Any]:
     return {name: rollout[name] for name in ("num_inference_steps", "guidance_scale", "negative_prompt")}
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_it_is_trained_exported_and_redrawn(kind: str, make_config: Make, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "strategy"), [(kind, "zero2") for kind in KINDS] + [(kind, "fsdp2") for kind in KINDS]
+)
+def test_it_is_trained_exported_and_redrawn(kind: str, strategy: str, make_config: Make, tmp_path: Path) -> None:
     entry = ENTRIES[KINDS[kind]]
     model: dict[str, Any] = {"path": str(tmp_path / "model"), "lora": {"rank": 4, "alpha": 8}, **entry.size}
     if kind in NEED_TORCHVISION:
@@ -122,7 +124,7 @@ def test_it_is_trained_exported_and_redrawn(kind: str, make_config: Make, tmp_pa
         "rollout": rollout,
         "rewards": {f"zoo.training:{'loudness' if kind == 'audio' else 'brightness'}": {}},
         "algorithm.updates_per_rollout": 1,
-        "engine.strategy": "zero2",
+        "engine.strategy": strategy,
         "optimizer.epsilon": 1e-12,
         "optimizer.learning_rate": 1e-2,
         **({"inputs": inputs} if inputs else {}),

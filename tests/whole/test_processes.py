@@ -182,8 +182,11 @@ def test_two_processes_under_zero_2_are_one_and_resume_bit_for_bit(
     assert_equal_runs(launch.run(config, processes=2, resume=True), two)
 
 
+@pytest.mark.parametrize("strategy", ["zero2", "zero3", pytest.param("fsdp2", marks=pytest.mark.slow)])
 @over_seeds
-def test_denoisers_that_share_the_steps_are_asked_alike_by_all_processes(runs: Runs, tmp_path: Path) -> None:
+def test_denoisers_that_share_the_steps_are_asked_alike_by_all_processes(
+    runs: Runs, tmp_path: Path, strategy: str
+) -> None:
     """Wan 2.2 has a transformer for high noise levels and one for low ones; ZeRO's processes meet in every pass."""
     zoo.build("wan").save_pretrained(tmp_path / "wan")  # again for every seed
     overrides = {
@@ -202,9 +205,8 @@ def test_denoisers_that_share_the_steps_are_asked_alike_by_all_processes(runs: R
     levels = NoiseLevels(4, count=2, seed=0, common=True)
     assert [set(levels.spread(step)) for step in (0, 1)] == [{0, 2}, {0, 1}]  # both transformers, then only the first
     one = runs("wan on one", **overrides)
-    for strategy in ("zero2", "zero3", "fsdp2"):
-        two = runs(f"wan under {strategy}", processes=2, **overrides, **{"engine.strategy": strategy})
-        assert_close_runs(one, two)
+    two = runs(f"wan under {strategy}", processes=2, **overrides, **{"engine.strategy": strategy})
+    assert_close_runs(one, two)
 
 
 @over_seeds
@@ -223,7 +225,7 @@ def test_a_group_of_dgpo_may_lie_on_two_processes(runs: Runs) -> None:
     assert max(float(value.abs().max()) for key, value in left.items() if "lora_B" in key) > 1e-3
 
 
-@pytest.mark.parametrize("strategy", ["zero3", "fsdp2"])
+@pytest.mark.parametrize("strategy", ["zero3", pytest.param("fsdp2", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", ["lora", "full"])
 @over_seeds
 def test_three_policies_are_plain(runs: Runs, kind: str, strategy: str) -> None:
@@ -338,7 +340,13 @@ def poisoned(config: dict[str, Any], log: Path) -> None:
 
 @pytest.mark.parametrize(
     ("strategy", "dtype"),
-    [("zero2", "float32"), ("zero1", "bfloat16"), ("zero2", "bfloat16"), ("zero3", "bfloat16"), ("fsdp2", "bfloat16")],
+    [
+        ("zero2", "float32"),
+        ("zero3", "bfloat16"),
+        ("fsdp2", "bfloat16"),
+        pytest.param("zero1", "bfloat16", marks=pytest.mark.slow),
+        pytest.param("zero2", "bfloat16", marks=pytest.mark.slow),
+    ],
 )
 def test_a_gradient_that_is_not_finite_ends_the_run_before_the_weights_change(
     make_config: Make, tmp_path: Path, strategy: str, dtype: str
@@ -352,7 +360,9 @@ def test_a_gradient_that_is_not_finite_ends_the_run_before_the_weights_change(
     assert "the gradient of update 1 is not finite" in message
 
 
-@pytest.mark.parametrize("strategy", ["zero1", "zero2", "zero3", "fsdp2"])
+@pytest.mark.parametrize(
+    "strategy", ["zero3", "fsdp2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("zero1", "zero2"))]
+)
 def test_half_precision_starts_at_the_reference_with_ratio_one(runs: Runs, strategy: str) -> None:
     """The proofs of test_proofs.py over the whole path: exchanged shares, DeepSpeed's own linear layers, bfloat16."""
     algorithm = {"name": "flow_grpo", "updates_per_rollout": 1, "kl_coef": 0.1}

@@ -111,7 +111,7 @@ def test_checkpoints_by_time(make_config: Make, tmp_path: Path) -> None:
     assert saved_steps(resumed) == [1, 2, 3]
 
 
-@pytest.mark.parametrize("strategy", ["zero3", "fsdp2"])
+@pytest.mark.parametrize("strategy", ["zero3", pytest.param("fsdp2", marks=pytest.mark.slow)])
 def test_shares_of_the_weights_resume(make_config: Make, tmp_path: Path, strategy: str) -> None:
     stage = {"engine.strategy": strategy, "ema_decay": 0.5}
     unbroken = launch.run(make_config(tmp_path / "unbroken", num_steps=2, **stage))

@@ -57,7 +57,7 @@ def state(folder: Path) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]
 
 
 @pytest.mark.parametrize(
-    "strategy", ["zero2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("zero1", "zero3", "fsdp2"))]
+    "strategy", ["zero2", "fsdp2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("zero1", "zero3"))]
 )
 def test_each_process_keeps_and_writes_its_share(make_config: Make, tmp_path: Path, strategy: str) -> None:
     """DiffusionNFT with an average: old, ema and reference beside the current weights."""
