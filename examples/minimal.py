@@ -79,7 +79,7 @@ def load(processes: Processes) -> tuple[FlowGRPO, Policy, Engine, RolloutWorker]
         processes,
         policy,
         optimizer,
-        zero_stage=None,
+        strategy="plain",
         dtype=torch.float32,
         batch_size=BATCH,
         batches=BATCHES // processes.num_processes,

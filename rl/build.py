@@ -108,7 +108,7 @@ def build_engine(config: Config, processes: Processes, policy: Policy, algorithm
         processes,
         policy,
         build_optimizer_settings(config),
-        zero_stage=config.engine.zero_stage,
+        strategy=config.engine.strategy,
         dtype=DTYPES[config.model.dtype],
         batch_size=config.rollout.batch_size,
         batches=batches_per_update(config, processes.num_processes),

@@ -19,10 +19,11 @@ from typing import Any
 from torch import nn
 
 from flowsteer.rl.config import Config, parse_config
+from flowsteer.rl.config.messages import renamed_stage
 from flowsteer.rl.engine.base import Engine
 from flowsteer.rollout.lifting.quantize import stored
 
-FORMAT = 2
+FORMAT = 3
 
 _FREE_TO_CHANGE = {
     "output", "num_steps", "save_every", "save_every_s", "keep", "trackers", "evaluation", "engine.timeout_s",
@@ -32,7 +33,7 @@ _FREE_TO_CHANGE = {
 }  # fmt: skip
 _WHAT_IT_IS = {  # of what a checkpoint belongs to, in a user's words
     "num_processes": "the number of processes",
-    "zero_stage": "engine.zero_stage",
+    "strategy": "engine.strategy",
     "model": "the model of model.path",
     "prompts": "the content of prompts.train",
 }
@@ -71,7 +72,7 @@ class Checkpoints:
         self._belongs_to = {
             "format": FORMAT,
             "num_processes": engine.processes.num_processes,
-            "zero_stage": engine.backend.zero_stage,
+            "strategy": engine.backend.strategy,
             "model": model,
             "prompts": prompts,
             "rewards": dict(rewards),
@@ -110,7 +111,7 @@ class Checkpoints:
         """Load the newest checkpoint, if there is one; returns the training step to go on with.
 
         Raises ValueError for a checkpoint of another model, other prompts, rewards whose scores may differ, another number of
-        processes or another ZeRO stage.
+        processes or another engine.strategy.
         """
         steps = self.steps()
         if not steps:
@@ -147,6 +148,12 @@ def open_run(folder: Path, config: Config, *, resume: bool) -> None:
         then = json.loads(saved.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{saved} is damaged ({error}); start a new run with output=FOLDER") from None
+    if "zero_stage" in (earlier := then.get("engine", {})):
+        raise ValueError(
+            f"the run in {folder} was started by an earlier version and cannot go on with this one, whose checkpoints are laid "
+            f"out in another way (engine.zero_stage: {renamed_stage(earlier['zero_stage'])}); finish it with the version that "
+            "began it, or start a new one with output=FOLDER"
+        )
     with suppress(ValueError):  # keys that came into being since then have their defaults
         then = json.loads(parse_config(then).model_dump_json())
     before = _flat(then)

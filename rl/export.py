@@ -12,17 +12,19 @@ be equal to the rank. So alpha / rank is multiplied into ``lora_B``, and every f
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
+from accelerate import init_empty_weights
 from diffusers import ModelMixin
 from peft import LoraConfig, get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from flowsteer.rl.engine.base import Engine
 from flowsteer.rl.policy import Policy
@@ -75,11 +77,12 @@ def folded(lora: LoRA) -> LoRA:
     return replace(lora, tensors=tensors, settings={**lora.settings, "lora_alpha": rank})
 
 
-def lora_state(policy: Policy, component: str) -> LoRA:
-    """The best policy's adapter of one denoiser, in float32."""
+def lora_state(policy: Policy, component: str, full: Callable[[Tensor], Tensor] = Tensor.detach) -> LoRA:
+    """The best policy's adapter of one denoiser, in float32; ``full`` gives all values of a parameter."""
     denoiser = policy.denoisers[component]
-    state = get_peft_model_state_dict(denoiser, adapter_name=policy.best)
-    tensors = {key: value.detach().float().cpu().contiguous() for key, value in state.items()}
+    adapters = {key: value for key, value in denoiser.named_parameters() if ".lora_" in key}
+    state = get_peft_model_state_dict(denoiser, adapters, adapter_name=policy.best)
+    tensors = {key: full(value).float().cpu().contiguous() for key, value in state.items()}
     config = denoiser.peft_config[policy.best].to_dict()  # type: ignore[union-attr, index]
     kept = ("r", "lora_alpha", "target_modules", "lora_dropout", "bias", "use_rslora", "use_dora", "peft_type")
     settings = {key: sorted(config[key]) if isinstance(config[key], set) else config[key] for key in kept}
@@ -144,8 +147,7 @@ def _write_whole(file: Path, tensors: Mapping[str, Tensor], header: Mapping[str,
 def export_lora(policy: Policy, engine: Engine, folder: Path) -> Path:
     """Write the best policy's LoRA into ``folder``. Every process calls it; the main one writes."""
     for component in policy.denoisers:
-        with engine.whole(policy.exported()):
-            lora = lora_state(policy, component)
+        lora = lora_state(policy, component, engine.full)
         if engine.is_main:
             write_lora(lora, folder_of(component, policy.denoisers, folder))
     engine.wait()
@@ -222,18 +224,35 @@ def folder_of(component: str, denoisers: Mapping[str, Any], folder: Path) -> Pat
 
 @torch.no_grad()
 def export_weights(policy: Policy, engine: Engine, folder: Path) -> Path:
-    """Write the best policy's full weights, one diffusers folder per denoiser. For runs without a LoRA."""
-    with policy.using(policy.best), engine.whole(policy.exported()):
-        if engine.is_main:
-            for component, denoiser in policy.denoisers.items():
-                if isinstance(denoiser, ModelMixin):
-                    denoiser.save_pretrained(folder / component)
-                else:  # of an adapter
-                    (folder / component).mkdir(parents=True, exist_ok=True)
-                    state = {key: value.detach().cpu().contiguous() for key, value in denoiser.state_dict().items()}
-                    _write_whole(folder / component / WEIGHTS_FILE, state, {})
+    """Write the best policy's full weights, one diffusers folder per denoiser. For runs without a LoRA.
+
+    Where each process keeps a share, one parameter after the other is gathered and goes to the main process's memory.
+    """
+    with policy.using(policy.best):
+        for component, denoiser in policy.denoisers.items():
+            state = {}
+            for key, value in denoiser.state_dict(keep_vars=True).items():
+                whole = engine.full(value)
+                if engine.is_main:
+                    state[key] = whole.cpu().contiguous()
+            if not engine.is_main:
+                continue
+            if isinstance(denoiser, ModelMixin):
+                _with_weights(denoiser, state).save_pretrained(folder / component)
+            else:  # of an adapter
+                (folder / component).mkdir(parents=True, exist_ok=True)
+                _write_whole(folder / component / WEIGHTS_FILE, state, {})
     engine.wait()
     return folder
+
+
+def _with_weights(denoiser: ModelMixin, state: Mapping[str, Tensor]) -> ModelMixin:
+    """Another network with these weights, which are not copied; of diffusers' class, not of the one that FSDP made of it."""
+    cls: Any = type(denoiser).__bases__[-1] if isinstance(denoiser, FSDPModule) else type(denoiser)
+    with init_empty_weights():
+        network = cls.from_config(denoiser.config)
+    network.load_state_dict(state, assign=True)
+    return network
 
 
 def convert_lora(weights: Path, folder: Path, *, layout: Layout, dtype: torch.dtype = torch.float32) -> Path:

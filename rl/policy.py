@@ -17,7 +17,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from flowsteer.rl.engine.zero import kept
+from flowsteer.rl.engine.shares import Shares, kept
 from flowsteer.rl.targets import endings, linear_layers
 from flowsteer.rollout.lifting.protocol import Pipeline
 from flowsteer.rollout.lifting.several import Prepared
@@ -78,10 +78,6 @@ class Policy:
         """The trained parameters by name, in a fixed order."""
         return self._variants.parameters(CURRENT)
 
-    def exported(self) -> list[nn.Parameter]:
-        """The parameters that hold the best policy while it is active."""
-        return list(self._variants.parameters(self.best).values())
-
     def velocity(self, latents: Tensor, index: int, conditioning: ConditioningRows) -> Tensor:
         """The active policy's prediction at a denoising index, [B, *X] -> [B, *X]."""
         prepared = cast(Prepared, conditioning)  # the rows of a rollout are those that its pipeline prepared
@@ -113,12 +109,17 @@ class Policy:
         with self._variants.merged(self.active):
             yield
 
-    def ready(self) -> None:
+    def ready(self, shares: Shares | None = None) -> None:
         """Take the copies of the starting weights, once the engine has laid the parameters out.
+
+        With ``shares`` and all weights in training, policies are kept by float32 share, and a policy's weights are made from
+        the shares of all processes each time that it becomes active.
 
         Averages are kept in float32, even where the engine made the policies themselves bfloat16: in bfloat16 a step of
         1 % towards the current policy is rounded away, and the average would stand still.
         """
+        if isinstance(self._variants, _Copies):
+            self._variants.shares = shares
         self._variants.ready()
         moving = self._variants.names - {"reference"}
         # .float() of a float32 tensor is the tensor itself: then the policy is its own average
@@ -148,15 +149,28 @@ class Policy:
         return "ema" if "ema" in self.names else CURRENT
 
     def state(self) -> dict[str, Tensor]:
-        """Every policy that moves, as far as this process keeps it, for a checkpoint."""
+        """Every policy that moves, as far as this process keeps it, for a checkpoint.
+
+        Where policies are kept by share, the current one is left out: the optimiser's masters are its shares.
+        """
+        if self._by_share:
+            return {
+                f"{name}/share_{number}": value
+                for name in sorted(self._averages)
+                for number, value in enumerate(self._averages[name])
+            }
         moving = {CURRENT: self._variants.parts(CURRENT), **self._averages}
         return {
             f"{name}/{key}": value for name in sorted(moving) for key, value in zip(self.parameters(), moving[name])
         }
 
+    @property
+    def _by_share(self) -> bool:
+        return isinstance(self._variants, _Copies) and self._variants.shares is not None
+
     @torch.no_grad()
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Take back what `state` gave. Raises ValueError where names or shapes differ."""
+        """Take back what `state` gave, after the optimiser's masters. Raises ValueError where names or shapes differ."""
         mine = self.state()
         if mine.keys() != state.keys() or any(mine[key].shape != state[key].shape for key in mine):
             raise ValueError("the checkpoint's weights belong to another model or other LoRA settings than this run's")
@@ -165,6 +179,8 @@ class Policy:
         for name, averages in self._averages.items():
             for policy, average in zip(self._variants.parts(name), averages):
                 policy.copy_(average)
+        if isinstance(self._variants, _Copies) and self._variants.shares is not None:
+            self._variants.publish(self.active)
 
 
 class _Variants(Protocol):
@@ -285,12 +301,17 @@ class _Adapters:
 
 
 class _Copies:
-    """Policies as copies of all weights, which change places with the live ones."""
+    """Policies as copies of all weights, which change places with the live ones; or as shares, which the live ones are made of.
+
+    Attributes:
+        shares: of the current policy on this process, where the live weights can be made from such; else None.
+    """
 
     def __init__(self, denoisers: dict[str, nn.Module], variants: frozenset[str]) -> None:
         self.names = variants
         self._denoisers = denoisers
         self._copies: dict[str, list[Tensor]] = {}
+        self.shares: Shares | None = None
         for denoiser in denoisers.values():
             denoiser.requires_grad_(True)
 
@@ -305,13 +326,31 @@ class _Copies:
         return nullcontext()
 
     def ready(self) -> None:
-        self._copies = {name: [value.clone() for value in self._live()] for name in self.names}
+        if self.shares is None:
+            self._copies = {name: [value.clone() for value in self._live()] for name in self.names}
+            return
+        for name in self.names:  # the reference is as the model was loaded, so that its type holds it exactly
+            dtypes = self.shares.dtypes if name == "reference" else [torch.float32] * len(self.shares.dtypes)
+            self._copies[name] = [
+                value.detach().to(dtype, copy=True) for value, dtype in zip(self.shares.values, dtypes)
+            ]
 
     def parts(self, name: str) -> list[Tensor]:
-        return self._live() if name == CURRENT else self._copies[name]
+        if name != CURRENT:
+            return self._copies[name]
+        return self._live() if self.shares is None else list(self.shares.values)
+
+    def publish(self, name: str) -> None:
+        """Make the live weights those of a policy that is kept by share."""
+        assert self.shares is not None
+        self.shares.publish(self.parts(name))
 
     @torch.no_grad()
     def switch(self, before: str, after: str) -> None:
+        if self.shares is not None:
+            if before != after:
+                self.publish(after)
+            return
         for name in (before, after):  # put what is live back in its place, then bring the other one in
             if name != CURRENT and before != after:
                 for live, copy in zip(self._live(), self._copies[name]):

@@ -256,8 +256,8 @@ FAULTS = (
     ),
     Fault(
         name="an update that is not finite is made",
-        file="rl/engine/zero.py",
-        right="        check(before)\n",
+        file="rl/engine/fsdp.py",
+        right="        check(float(norm))\n",
         wrong="",
         tests="tests/whole/test_processes.py -k not_finite",
     ),
@@ -274,6 +274,20 @@ FAULTS = (
         right="            self._uncleared.zero_()",
         wrong="            pass",
         tests="tests/whole/test_processes.py -k asked_alike",
+    ),
+    Fault(
+        name="the live weights stay those of another policy",
+        file="rl/policy.py",
+        right="                self.publish(after)",
+        wrong="                self.publish(before)",
+        tests="tests/whole/test_shares.py",
+    ),
+    Fault(
+        name="gradients of processes are added under FSDP2, not averaged",
+        file="rl/engine/fsdp.py",
+        right=".to_local() / self._processes.num_processes",
+        wrong=".to_local()",
+        tests="tests/whole/test_processes.py -k all_weights",
     ),
     Fault(
         name="unreached: the run's seed, windows of the plan",

@@ -231,7 +231,7 @@ def configurations() -> Iterator[str]:
         alone, before = Settings.of(config, 1), []
         if alone.rank is None:
             alone = replace(alone, rank=32, targets="auto", strategy="plain")
-            before = ["model.lora={rank: 32}", "engine.zero_stage=null"]
+            before = ["model.lora={rank: 32}", "engine.strategy=plain"]
         most = max(config.rollout.batch_size, config.rollout.group_size)
         small = fitted(alone, 24, batches_that_divide(config, 1, most))
         one = (f"{small[0]:.1f}", code([*before, *small[1]])) if small else ("does not fit", "")

@@ -28,7 +28,7 @@ from safetensors.torch import load_file
 SMALL = ["num_steps=2", "rollout.prompts_per_step=8", "rollout.group_size=4", "rollout.batch_size=4"]
 SMALL += ["trackers=[]", "evaluation=null", "optimizer.warmup_updates=0", "engine.device=cpu"]
 SMALL += ["rewards={composition: {options: {score: strict}}, jpeg_compressibility: {weight: 0.1}}"]
-ENGINES = {"plain": (1, "null"), "zero2": (2, "2"), "zero3": (2, "3")}  # name: processes, engine.zero_stage
+ENGINES = {"plain": 1, "zero2": 2, "zero3": 2, "fsdp2": 2}  # engine.strategy: processes
 
 
 def main() -> int:
@@ -64,8 +64,8 @@ def main() -> int:
 
 def trained(context: Any, name: str, engine: str, output: Path) -> dict[str, Any]:
     """The record of one configuration under one engine."""
-    processes, stage = ENGINES[engine]
-    overrides = [*SMALL, f"output={output}", f"engine.zero_stage={stage}"]
+    processes = ENGINES[engine]
+    overrides = [*SMALL, f"output={output}", f"engine.strategy={engine}"]
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])

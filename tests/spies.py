@@ -27,7 +27,7 @@ from flowsteer.rl.algorithms import forward, transitions
 from flowsteer.rl.config import parse_config
 from flowsteer.rl.engine import processes as engine
 from flowsteer.rl.engine.optimizer import OptimizerSettings
-from flowsteer.rl.engine.zero import deepspeed_config
+from flowsteer.rl.engine.zero import STAGES, deepspeed_config
 from flowsteer.rl.policy import Policy
 from flowsteer.rl.train import train
 from flowsteer.rollout import branches, sample
@@ -291,8 +291,10 @@ def _watch_parts(trace: Trace, patch: pytest.MonkeyPatch) -> None:
     def without_deepspeed(original: Any, processes: Any, policy: Any, settings: Any, **more: Any) -> Any:
         accumulation = more["batches"] * more["passes_per_batch"]
         told = {key: more[key] for key in ("dtype", "batch_size")}
-        trace.note("deepspeed", deepspeed_config(settings, stage=more["zero_stage"], accumulation=accumulation, **told))
-        return original(processes, policy, settings, **more | {"zero_stage": None})
+        trace.note("strategy", more["strategy"])
+        under_zero = more["strategy"] if more["strategy"] in STAGES else "zero1"
+        trace.note("deepspeed", deepspeed_config(settings, strategy=under_zero, accumulation=accumulation, **told))
+        return original(processes, policy, settings, **more | {"strategy": "plain"})
 
     def processes(original: Any, **settings: Any) -> Any:
         trace.note("Processes.cpu", settings["cpu"])

@@ -124,7 +124,7 @@ class ToyRun:
             self.processes,
             self.policy,
             settings,
-            zero_stage=None,
+            strategy="plain",
             dtype=torch.float32,
             batch_size=config.rollout.batch_size,
             batches=batches_per_update(config, 1),

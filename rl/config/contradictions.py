@@ -124,7 +124,7 @@ def _drawing(config: Config) -> Iterator[str]:
 def _passes(config: Config) -> Iterator[str]:
     """Ways to make passes cheaper that do not fit the run."""
     model, engine, algorithm = config.model, config.engine, config.algorithm
-    shares_weights = engine.zero_stage == 3
+    shares_weights = engine.strategy in ("zero3", "fsdp2")
     if config.rollout.merge_lora:
         if model.lora is None:
             yield "rollout.merge_lora=true has no LoRA to merge: model.lora=null trains all weights; leave merge_lora out"
@@ -228,40 +228,40 @@ def _steps(config: Config) -> Iterator[str]:
 
 def _precision(config: Config) -> Iterator[str]:
     """Weights that would be trained without float32 master copies."""
-    model, stage = config.model, config.engine.zero_stage
-    if model.lora is None and model.dtype != "float32" and stage is None:
+    model = config.model
+    if model.lora is None and model.dtype != "float32" and config.engine.strategy == "plain":
         yield (
-            f"training all weights in {model.dtype} needs float32 master copies, which DeepSpeed keeps; "
-            "set engine.zero_stage, or model.dtype=float32, or train a LoRA"
+            f"training all weights in {model.dtype} needs float32 master copies, which engine.strategy=plain does not keep; "
+            "set engine.strategy to zero1, zero2, zero3 or fsdp2, or model.dtype=float32, or train a LoRA"
         )
-    if model.dtype != "float32" and stage == 0:
-        yield "engine.zero_stage=0 keeps no float32 master weights; use stage 1 to 3, or model.dtype=float32"
 
 
 def _optimizing(config: Config) -> Iterator[str]:
     """Optimisers that do not use a setting, or cannot do what they are for."""
-    name, stage = config.optimizer.name, config.engine.zero_stage
+    name, strategy = config.optimizer.name, config.engine.strategy
+    if strategy == "fsdp2" and name != "adamw":
+        yield f"optimizer.name={name} is not tried with engine.strategy=fsdp2; use adamw, or zero1, zero2 or zero3"
     if name != "adafactor":
         return
     if idle := sorted(changed(config.optimizer) & {"betas", "epsilon"}):
         keys = " and ".join(f"optimizer.{key}" for key in idle)
         yield f"optimizer.name=adafactor has no {' and no '.join(idle)}; leave {keys} out"
-    if stage:
+    if strategy.startswith("zero"):
         yield (
-            f"optimizer.name=adafactor needs the rows and columns of each weight, and engine.zero_stage={stage} puts all "
-            "weights into one row; use optimizer.name=adamw8bit, or leave engine.zero_stage out"
+            f"optimizer.name=adafactor needs the rows and columns of each weight, and engine.strategy={strategy} puts all "
+            "weights into one row; use optimizer.name=adamw8bit, or engine.strategy=plain"
         )
 
 
 def _quantizing(config: Config) -> Iterator[str]:
-    """Quantised weights that would be trained, or that DeepSpeed cannot hold."""
-    kind, stage = config.model.quantize, config.engine.zero_stage
+    """Quantised weights that would be trained, or that an engine cannot hold."""
+    kind, strategy = config.model.quantize, config.engine.strategy
     if kind is None:
         return
     if config.model.lora is None:
         yield f"model.quantize={kind} freezes the weights, and model.lora=null trains them; give model.lora, or leave one out"
-    if kind != "nf4" and stage is not None:
+    if strategy == "fsdp2" or (kind != "nf4" and strategy != "plain"):
         yield (
-            f"model.quantize={kind} makes weights that DeepSpeed cannot hold; leave engine.zero_stage out (the optimiser of a "
-            "LoRA is small), or use model.quantize=nf4"
+            f"model.quantize={kind} makes weights that engine.strategy={strategy} cannot hold; use engine.strategy=plain (the "
+            "optimiser of a LoRA is small), or model.quantize=nf4 with zero1, zero2 or zero3"
         )

@@ -9,11 +9,20 @@ from flowsteer.rl.config.schema import Config
 from flowsteer.rl.plugins import DOOR, installed_names
 
 
+def renamed_stage(stage: Any) -> str:
+    """What a configuration of an earlier version says now, from its ``engine.zero_stage``."""
+    strategy = {1: "zero1", 2: "zero2", 3: "zero3"}.get(stage, "plain")  # stage 0 spread nothing, as plain does
+    given = "null" if stage is None else stage
+    return f"this key is engine.strategy now; set engine.strategy={strategy} for zero_stage={given}"
+
+
 def explain(fault: Any, config: type[Config] = Config) -> str:
     """One line about a fault that pydantic found in ``config``."""
     schema = config.model_json_schema()
     location = [str(part) for part in fault["loc"]]
     key, tag, allowed = _place(location, schema)
+    if fault["type"] == "extra_forbidden" and key == "engine.zero_stage":
+        return f"{key}: {renamed_stage(fault['input'])}"
     if fault["type"] == "extra_forbidden":
         near = difflib.get_close_matches(location[-1], allowed, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else f"allowed here: {', '.join(allowed)}"

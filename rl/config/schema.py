@@ -248,8 +248,10 @@ class AdvantageConfig(Section):
 class EngineConfig(Section):
     """Where and how it runs."""
 
-    zero_stage: Literal[0, 1, 2, 3] | None = None
-    """DeepSpeed's ZeRO stage; ``null`` leaves DeepSpeed out."""
+    strategy: Literal["plain", "zero1", "zero2", "zero3", "fsdp2"] = "plain"
+    """What each process keeps a share of. ``plain``: of nothing. DeepSpeed's ZeRO: the optimiser (``zero1``), gradients too
+    (``zero2``), weights too (``zero3``). torch's ``fsdp2``: optimiser and weights; it adds gradients up before it exchanges
+    them once per update."""
     device: Literal["auto", "cpu"] = "auto"
     """``auto``: an accelerator if there is one."""
     timeout_s: PositiveInt = 1800

@@ -10,12 +10,13 @@ DiffusionNFT's towards its old policy once they are apart, is common to both hal
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from flowsteer.rl.engine.zero import whole_size
+from flowsteer.rl.engine.shares import whole_size
 
 MAX_ELEMENTS = 1 << 24  # of the gradient that are compared: enough for a cosine, and no burden beside a large model
 
@@ -24,17 +25,22 @@ class GradientAgreement:
     """Watches the gradients of each pass through tensor hooks, which fire alike under every engine.
 
     Args:
-        parameters: the trained parameters; of a large model an even choice is watched.
+        parameters: the trained parameters, every one of which is watched.
         batches: rollout batches of one update on this process; the first half of them makes one gradient, the rest the other.
         passes_per_batch: consecutive backward passes that share a rollout batch.
+        most: elements that are compared; of a larger model every k-th element of every parameter.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], *, batches: int, passes_per_batch: int) -> None:
+    def __init__(
+        self, parameters: Sequence[nn.Parameter], *, batches: int, passes_per_batch: int, most: int = MAX_ELEMENTS
+    ) -> None:
         self._half = batches // 2 * passes_per_batch
         self._sums: list[dict[int, Tensor]] = [{}, {}]
         self._pass = 0
-        watched = self._half and evenly_chosen(parameters, MAX_ELEMENTS)  # a single batch has no halves
-        for number, parameter in enumerate(watched or ()):
+        self._stride = max(math.ceil(sum(map(whole_size, parameters)) / most), 1)
+        if self._half == 0:  # a single batch has no halves
+            return
+        for number, parameter in enumerate(parameters):
             parameter.register_hook(lambda gradient, number=number: self._add(number, gradient))
 
     def next_pass(self) -> None:
@@ -54,17 +60,8 @@ class GradientAgreement:
 
     def _add(self, number: int, gradient: Tensor) -> None:
         half = self._sums[0 if self._pass <= self._half else 1]
-        gradient = gradient.detach().float()
+        gradient = gradient.detach().flatten()[:: self._stride]  # the hook sees all of it, also under ZeRO-3
         if number in half:
             half[number] += gradient
         else:
-            half[number] = gradient.clone()
-
-
-def evenly_chosen(parameters: Sequence[nn.Parameter], most: int) -> list[nn.Parameter]:
-    """Every n-th parameter, n the least that leaves at most ``most`` elements (or a single parameter)."""
-    sizes = [whole_size(parameter) for parameter in parameters]
-    stride = 1
-    while sum(sizes[::stride]) > most and stride < len(sizes):
-        stride += 1
-    return list(parameters[::stride])
+            half[number] = gradient.to(torch.float32, copy=True)

@@ -1,14 +1,13 @@
 """The engine: one policy under an optimiser on all processes. Its verbs are prepare, backward, gather, save and restore.
 
-The rest of the project does not know on how many processes it runs, nor under which ZeRO stage. What differs between them is
-behind `Backend` (plain.py, zero.py); processes.py has the process group.
+The rest of the project does not know on how many processes it runs, nor under which strategy. What differs between them is
+behind `Backend` (plain.py, zero.py, fsdp.py); processes.py has the process group.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -21,15 +20,18 @@ from flowsteer.rl.engine.agreement import GradientAgreement
 from flowsteer.rl.engine.optimizer import NotFinite, OptimizerSettings, UpdateInfo, restored_state, saved_state
 from flowsteer.rl.engine.plain import PlainBackend
 from flowsteer.rl.engine.processes import Processes
+from flowsteer.rl.engine.shares import Shares
 from flowsteer.rl.engine.zero import ZeroBackend
+
+Strategy = Literal["plain", "zero1", "zero2", "zero3", "fsdp2"]
 
 
 class Backend(Protocol):
     """How gradients, the optimiser and the weights are laid out over processes."""
 
     @property
-    def zero_stage(self) -> int | None:
-        """DeepSpeed's stage; None without DeepSpeed, where every process keeps everything."""
+    def strategy(self) -> str:
+        """The value of engine.strategy; under ``plain`` every process keeps everything."""
         ...
 
     @property
@@ -45,8 +47,12 @@ class Backend(Protocol):
         """The tensors that the optimiser really updates on this process, each with its state."""
         ...
 
-    def whole(self, parameters: list[nn.Parameter]) -> AbstractContextManager[None]:
-        """Inside the context every parameter holds all its values on every process."""
+    def shares(self) -> Shares | None:
+        """The float32 masters by share, where the weights of the passes can be made from them; None where they cannot."""
+        ...
+
+    def full(self, parameter: Tensor) -> Tensor:
+        """All values of a parameter. All processes call it at the same time."""
         ...
 
 
@@ -58,7 +64,7 @@ class Trained(Protocol):
 
     def parameters(self) -> dict[str, nn.Parameter]: ...
 
-    def ready(self) -> None: ...
+    def ready(self, shares: Shares | None) -> None: ...
 
     def updated(self) -> None: ...
 
@@ -72,7 +78,7 @@ def prepare(
     policy: Trained,
     settings: OptimizerSettings,
     *,
-    zero_stage: Literal[0, 1, 2, 3] | None,
+    strategy: Strategy,
     dtype: torch.dtype,
     batch_size: int,
     batches: int,
@@ -84,31 +90,38 @@ def prepare(
         processes: that share the run.
         policy: what is trained.
         settings: of the optimiser.
-        zero_stage: DeepSpeed's ZeRO stage, None for plain data parallelism.
+        strategy: what each process keeps a share of; see engine.strategy in docs/configuration.md.
         dtype: of the denoiser's frozen weights.
         batch_size: samples of one backward pass on this process.
         batches: rollout batches of one update on this process.
         passes_per_batch: backward passes that each of them gives.
     """
-    parameters = list(policy.parameters().values())
+    parameters = watched = list(policy.parameters().values())
     accumulation = batches * passes_per_batch
     backend: Backend
-    if zero_stage is None:
+    if strategy == "plain":
         backend = PlainBackend(processes, parameters, settings, accumulation=accumulation)
+    elif strategy == "fsdp2":
+        from flowsteer.rl.engine.fsdp import FsdpBackend
+
+        backend = fsdp = FsdpBackend(
+            processes, policy.denoisers, policy.parameters, settings, dtype=dtype, accumulation=accumulation
+        )
+        watched = list(fsdp.leaves.values())
     else:
         backend = zero = ZeroBackend(
             processes,
             policy.denoisers,
             parameters,
             settings,
-            stage=zero_stage,
+            strategy=strategy,
             dtype=dtype,
             batch_size=batch_size,
             accumulation=accumulation,
         )
         policy.pipeline.route(zero.module)
-    agreement = GradientAgreement(parameters, batches=batches, passes_per_batch=passes_per_batch)
-    policy.ready()
+    agreement = GradientAgreement(watched, batches=batches, passes_per_batch=passes_per_batch)
+    policy.ready(backend.shares())
     return Engine(processes, policy, backend, settings, agreement, accumulation=accumulation)
 
 
@@ -156,9 +169,9 @@ class Engine:
         """A barrier."""
         self.processes.wait()
 
-    def whole(self, parameters: list[nn.Parameter]) -> AbstractContextManager[None]:
-        """Inside the context every parameter holds all its values on every process, also under ZeRO-3."""
-        return self.backend.whole(parameters)
+    def full(self, parameter: Tensor) -> Tensor:
+        """All values of a parameter, also where each process keeps a share. All processes call it at the same time."""
+        return self.backend.full(parameter)
 
     def backward(self, loss: Tensor) -> UpdateInfo | None:
         """Accumulate one loss; at the boundary make the update and say what it was like, else None.
@@ -195,7 +208,7 @@ class Engine:
         assert self._micro_step == 0, (
             "half an update is under way: an algorithm gives more or fewer batches than it says"
         )
-        if self.backend.zero_stage is None and not self.is_main:
+        if self.backend.strategy == "plain" and not self.is_main:
             return
         tensors = {f"policy/{key}": value for key, value in self._policy.state().items()}
         for number, (master, state) in enumerate(self.backend.masters()):
@@ -209,17 +222,17 @@ class Engine:
         with safe_open(self._file(folder), framework="pt") as file:
             saved: Mapping[str, Tensor] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
             self.num_updates = int(file.metadata()["num_updates"])
-        prefix = "policy/"
-        self._policy.load_state({key[len(prefix) :]: value for key, value in saved.items() if key.startswith(prefix)})
         for number, (master, state) in enumerate(self.backend.masters()):
             start = f"optimizer/{number}/"
             entries = {key[len(start) :]: value for key, value in saved.items() if key.startswith(start)}
             master.data.copy_(entries.pop("master"))
             state.clear()
             state.update(restored_state(entries, master, fused=bool(self.backend.param_groups[0].get("fused"))))
+        prefix = "policy/"  # after the masters, of which the current policy may be made
+        self._policy.load_state({key[len(prefix) :]: value for key, value in saved.items() if key.startswith(prefix)})
 
     def _file(self, folder: Path) -> Path:
-        index = 0 if self.backend.zero_stage is None else self.processes.process_index
+        index = 0 if self.backend.strategy == "plain" else self.processes.process_index
         return folder / f"process_{index:05d}.safetensors"
 
     def close(self) -> None:

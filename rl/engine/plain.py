@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ class PlainBackend:
         accumulation: backward passes of an update.
     """
 
-    zero_stage = None
+    strategy = "plain"
 
     def __init__(
         self,
@@ -72,6 +71,9 @@ class PlainBackend:
         """See `Backend`."""
         return [(master, self._optimizer.state[master]) for master in self._parameters]
 
-    def whole(self, parameters: list[nn.Parameter]) -> AbstractContextManager[None]:
+    def shares(self) -> None:
         """See `Backend`; every process has them all."""
-        return nullcontext()
+
+    def full(self, parameter: Tensor) -> Tensor:
+        """See `Backend`."""
+        return parameter.detach()

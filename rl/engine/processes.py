@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from datetime import timedelta
 from typing import Any
 
@@ -64,6 +65,14 @@ class Processes:
         """The mean over processes of a tensor of one shape."""
         reduced: Any = self._accelerator.reduce(values, reduction="mean")
         return reduced
+
+    def join(self) -> None:
+        """Make one process that no launcher has started a group of itself: DeepSpeed and FSDP want one."""
+        if torch.distributed.is_initialized():
+            return
+        backend = "nccl" if self.device.type == "cuda" else "gloo"
+        torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
+        os.environ.setdefault("LOCAL_RANK", "0")
 
     def wait(self) -> None:
         """A barrier."""

@@ -168,7 +168,7 @@ def strategy_names() -> tuple[str, ...]:
 
 def strategy_key(strategy: str) -> str:
     """The setting that asks for a strategy."""
-    return f"engine.strategy={strategy}" if strategy_names() else f"engine.zero_stage={strategy[-1]}"
+    return f"engine.strategy={strategy}"
 
 
 def _of(section: Any, name: str, default: Any) -> Any:
@@ -184,7 +184,4 @@ def _every(given: Any) -> int:
 
 
 def _strategy(engine: Any) -> str:
-    named = getattr(engine, "strategy", None)
-    if named is not None:
-        return named
-    return "plain" if engine.zero_stage is None else f"zero{engine.zero_stage}"
+    return engine.strategy

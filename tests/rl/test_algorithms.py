@@ -17,7 +17,7 @@ from flowsteer.rl.advantage import combined_advantage, group_advantage
 from flowsteer.rl.algorithms.diffusion_nft import nft_loss
 from flowsteer.rl.algorithms.losses import clipped_objective
 from flowsteer.rl.compare import TooFewScores, compare, missing_bias
-from flowsteer.rl.engine.agreement import GradientAgreement, evenly_chosen
+from flowsteer.rl.engine.agreement import GradientAgreement
 from flowsteer.rollout.steps.kernels import denoised
 from flowsteer.rollout.types import Rollout, Schedule
 
@@ -444,11 +444,18 @@ def test_agreement_compares_batches_and_never_two_passes_of_one() -> None:
     assert math.isnan(agreement_of([g, g], passes_per_batch=2))
 
 
-def test_of_a_large_model_some_parameters_are_watched() -> None:
-    parameters = [nn.Parameter(torch.zeros(size)) for size in (4, 5, 6, 7, 8)]
-    assert evenly_chosen(parameters, 30) == parameters
-    assert [len(p) for p in evenly_chosen(parameters, 20)] == [4, 6, 8]
-    assert [len(p) for p in evenly_chosen(parameters, 1)] == [4]
+def test_of_a_large_model_every_parameter_is_watched() -> None:
+    """A LoRA's tensors alternate: every second tensor would be lora_A, whose gradient is 0 at the first update."""
+    down, up = nn.Parameter(torch.zeros(6)), nn.Parameter(torch.zeros(6))
+    meter = GradientAgreement([down, up], batches=2, passes_per_batch=1, most=5)  # every third element
+    for ups in ([1.0, 9.0, 9.0, 2.0, 9.0, 9.0], [2.0, -9.0, 9.0, 4.0, -9.0, 9.0]):
+        meter.next_pass()
+        (0.0 * down + torch.tensor(ups) * up).sum().backward()
+    assert float(meter.finish()) == pytest.approx(1.0, abs=1e-6)  # of elements 0 and 3
+    for downs in ([1.0, 9.0, 9.0, 0.0, 9.0, 9.0], [0.0, 9.0, 9.0, 1.0, 9.0, 9.0]):
+        meter.next_pass()
+        (torch.tensor(downs) * down + torch.tensor(downs) * up).sum().backward()
+    assert float(meter.finish()) == pytest.approx(0.0, abs=1e-6)
 
 
 def test_agreement_of_noise_is_about_zero_and_of_signal_what_theory_says() -> None:

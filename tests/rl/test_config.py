@@ -175,6 +175,10 @@ NAMES = ", ".join(config.model_fields["name"].default for config in ALGORITHMS)
             {"rollout": {"kernel": {"name": "sde"}}},
             "rollout.kernel.name: Input should be 'flow_sde', 'dance_sde', 'cps' or 'ddim', got 'sde'",
         ),
+        (
+            {"engine": {"zero_stage": 0}},
+            "engine.zero_stage: this key is engine.strategy now; set engine.strategy=plain for zero_stage=0",
+        ),
         ({"trackers": ["mlflow"]}, "trackers.0: Input should be 'tensorboard' or 'wandb', got 'mlflow'"),
     ],
 )
@@ -200,7 +204,7 @@ def test_an_unknown_name_lists_the_right_ones(sections, message):
         ({"model": {"lora": {"targets": []}}}, "model.lora.targets: auto, or a list of names", "[]"),
         ({"model": {"lora": {"targets": "to_q"}}}, "model.lora.targets: auto, or a list of names", "'to_q'"),
         ({"output": 5}, "output: Input should be a valid string", "5"),
-        ({"engine": {"zero_stage": 4}}, "engine.zero_stage: Input should be 0, 1, 2 or 3", "4"),
+        ({"engine": {"strategy": "zero4"}}, "engine.strategy: Input should be 'plain', 'zero1', 'zero2'", "'zero4'"),
         ({"num_steps": None}, "num_steps: Input should be a valid integer", "None"),
         ({"optimizer": {"betas": [0.9, 2.0]}}, "optimizer.betas.1: Input should be less than 1", "2.0"),
     ],
@@ -334,9 +338,9 @@ def test_combinations_that_contradict():
         ValueError, match=r"diffusion_nft noises the final latents again.*set 'rollout.plan=\{name: none\}"
     ):
         check(algorithm=nft)
-    with pytest.raises(ValueError, match=r"all weights in bfloat16 needs float32 master copies.*engine.zero_stage"):
+    with pytest.raises(ValueError, match=r"all weights in bfloat16 needs float32 master copies.*set engine.strategy"):
         check(model={"lora": None, "dtype": "bfloat16"})
-    check(model={"lora": None, "dtype": "bfloat16"}, engine={"zero_stage": 2})
+    check(model={"lora": None, "dtype": "bfloat16"}, engine={"strategy": "zero2"})
     check(algorithm=nft, rollout={"plan": {"name": "none"}})
 
 

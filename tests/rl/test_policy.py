@@ -319,7 +319,7 @@ def test_the_optimiser_sees_exactly_the_current_policy(subject: Subject) -> None
         Processes(cpu=True, timeout_s=60),
         subject.policy,
         settings,
-        zero_stage=None,
+        strategy="plain",
         dtype=torch.float32,
         batch_size=2,
         batches=1,

@@ -281,7 +281,7 @@ CASES: dict[str, list[Case]] = {
     "optimizer.weight_decay": [direct("optimizer.weight_decay", 0.03)],
     "optimizer.epsilon": [direct("optimizer.eps", 1e-5)],
     "optimizer.max_grad_norm": [direct("clip", 0.3, "deepspeed")],
-    "engine.zero_stage": [moves(2, "deepspeed")],
+    "engine.strategy": [direct("strategy", "zero2", "deepspeed")],
     "engine.device": [direct("Processes.cpu", "auto", reads=(False,))],
     "engine.timeout_s": [moves(77, "InitProcessGroupKwargs.timeout", "StepScorer.timeout_s")],
     "evaluation.prompts": [evaluated("TRAIN", "evaluation.prompts")],

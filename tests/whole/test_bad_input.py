@@ -187,7 +187,10 @@ def test_rewards_that_are_not_there(tmp_path, make_config):
             {"algorithm": {"name": "grpo_guard"}, "rollout.kernel": {"name": "ddim", "log_prob_weight": "gaussian"}},
             "which rollout.kernel.name=ddim has not",
         ),
-        ({"engine": {"device": "cpu", "zero_stage": 0}, "model.dtype": "bfloat16"}, "use stage 1 to 3"),
+        (
+            {"engine": {"device": "cpu", "zero_stage": 2}},
+            "engine.zero_stage: this key is engine.strategy now; set engine.strategy=zero2 for zero_stage=2",
+        ),
     ],
 )
 def test_settings_that_contradict(tmp_path, make_config, changes, message):
@@ -232,8 +235,17 @@ def test_other_settings_are_named(again, tmp_path, make_config):
         "  rollout.group_size: 4 then, 8 now",
         "  seed: 0 then, 3 now",
     ]
-    message = refused(tmp_path, make_config(again, engine={"device": "cpu", "zero_stage": 2}), resume=True)
-    assert "engine.zero_stage: None then, 2 now" in message
+    message = refused(tmp_path, make_config(again, engine={"device": "cpu", "strategy": "zero2"}), resume=True)
+    assert "engine.strategy: 'plain' then, 'zero2' now" in message
+
+
+def test_a_run_of_an_earlier_version_says_why_it_cannot_go_on(again, tmp_path, make_config):
+    saved = json.loads((again / "config.json").read_text())
+    del saved["engine"]["strategy"]
+    (again / "config.json").write_text(json.dumps(saved | {"engine": saved["engine"] | {"zero_stage": None}}))
+    message = refused(tmp_path, make_config(again, num_steps=5), resume=True)
+    assert "was started by an earlier version and cannot go on with this one" in message
+    assert "set engine.strategy=plain for zero_stage=null" in message
 
 
 def test_a_reward_s_own_option_called_host_is_no_address_that_may_change():
@@ -260,7 +272,7 @@ def test_a_damaged_configuration_is_named(again, tmp_path, make_config):
     ("key", "value", "message"),
     [
         ("num_processes", 2, "the number of processes has changed since"),
-        ("zero_stage", 2, "(2 then, None now)"),
+        ("strategy", "zero2", "(zero2 then, plain now)"),
         ("model", "feedc0ffee", "(feedc0ffee then, "),
         ("format", 99, "format has changed since"),
     ],

@@ -1,4 +1,4 @@
-"""One pipeline of each kind: two steps under ZeRO-2 on two processes, exported, and redrawn by plain diffusers bit for bit."""
+"""One pipeline of each kind: two steps under ZeRO-2 and FSDP2 on two processes, exported, redrawn by diffusers bit for bit."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def test_prompts_of_unlike_length_are_evaluated_under_zero_3(make_config: Make, 
         "rollout": sizes,
         "rewards": {"zoo.training:brightness": {}},
         "algorithm.updates_per_rollout": 1,
-        "engine": {"device": "cpu", "zero_stage": 3, "timeout_s": 60},
+        "engine": {"device": "cpu", "strategy": "zero3", "timeout_s": 60},
         "evaluation": {"prompts": str(uneven), "num_prompts": 6, "num_inference_steps": 2},
     }
     run = launch.run(make_config(tmp_path / "run", num_steps=1, **overrides), processes=2)
@@ -124,8 +124,10 @@ def test_prompts_of_unlike_length_are_evaluated_under_zero_3(make_config: Make, 
         assert (run / "evaluations" / f"step_{step:06d}.png").exists()
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_it_is_trained_exported_and_redrawn(kind: str, make_config: Make, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "strategy"), [(kind, "zero2") for kind in KINDS] + [(kind, "fsdp2") for kind in KINDS]
+)
+def test_it_is_trained_exported_and_redrawn(kind: str, strategy: str, make_config: Make, tmp_path: Path) -> None:
     entry = ENTRIES[KINDS[kind]]
     model: dict[str, Any] = {"path": str(tmp_path / "model"), "lora": {"rank": 4, "alpha": 8}, **entry.size}
     if kind in NEED_TORCHVISION:
@@ -151,7 +153,7 @@ def test_it_is_trained_exported_and_redrawn(kind: str, make_config: Make, tmp_pa
         "rollout": rollout,
         "rewards": {f"zoo.training:{'loudness' if kind == 'audio' else 'brightness'}": {}},
         "algorithm.updates_per_rollout": 1,
-        "engine.zero_stage": 2,
+        "engine.strategy": strategy,
         "optimizer.epsilon": 1e-12,
         "optimizer.learning_rate": 1e-2,
         **({"inputs": inputs} if inputs else {}),

@@ -1,6 +1,6 @@
 """Neither the number of processes nor the engine under it changes what is learned.
 
-The same configuration runs on one process and on two, plain and under each ZeRO stage, from torchrun and from accelerate.
+The same configuration runs on one process and on two, under each strategy, from torchrun and from accelerate.
 Samples are the same bits everywhere; what is added up over processes or partitions may be added in another order.
 """
 
@@ -170,7 +170,7 @@ def test_two_processes_under_zero_2_are_one_and_resume_bit_for_bit(
     )  # the policy that draws has been renewed before the stop
     overrides = {"num_steps": steps, "ema_decay": 0.9, **VARIANTS[name]}
     one = runs(f"{name} on one", **overrides)
-    zero = {**overrides, "engine.zero_stage": 2, "save_every": 1, "keep": 2}
+    zero = {**overrides, "engine.strategy": "zero2", "save_every": 1, "keep": 2}
     two = runs(f"{name} on two", processes=2, **zero)
     assert_close_runs(one, two)
     assert all(line["grad_norm"] > 0 for line in lines(one))
@@ -182,8 +182,11 @@ def test_two_processes_under_zero_2_are_one_and_resume_bit_for_bit(
     assert_equal_runs(launch.run(config, processes=2, resume=True), two)
 
 
+@pytest.mark.parametrize("strategy", ["zero2", "zero3", pytest.param("fsdp2", marks=pytest.mark.slow)])
 @over_seeds
-def test_denoisers_that_share_the_steps_are_asked_alike_by_all_processes(runs: Runs, tmp_path: Path) -> None:
+def test_denoisers_that_share_the_steps_are_asked_alike_by_all_processes(
+    runs: Runs, tmp_path: Path, strategy: str
+) -> None:
     """Wan 2.2 has a transformer for high noise levels and one for low ones; ZeRO's processes meet in every pass."""
     zoo.build("wan").save_pretrained(tmp_path / "wan")  # again for every seed
     overrides = {
@@ -202,9 +205,8 @@ def test_denoisers_that_share_the_steps_are_asked_alike_by_all_processes(runs: R
     levels = NoiseLevels(4, count=2, seed=0, common=True)
     assert [set(levels.spread(step)) for step in (0, 1)] == [{0, 2}, {0, 1}]  # both transformers, then only the first
     one = runs("wan on one", **overrides)
-    for stage in (2, 3):
-        two = runs(f"wan under {stage}", processes=2, **overrides, **{"engine.zero_stage": stage})
-        assert_close_runs(one, two)
+    two = runs(f"wan under {strategy}", processes=2, **overrides, **{"engine.strategy": strategy})
+    assert_close_runs(one, two)
 
 
 @over_seeds
@@ -223,13 +225,15 @@ def test_a_group_of_dgpo_may_lie_on_two_processes(runs: Runs) -> None:
     assert max(float(value.abs().max()) for key, value in left.items() if "lora_B" in key) > 1e-3
 
 
+@pytest.mark.parametrize("strategy", ["zero3", pytest.param("fsdp2", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", ["lora", "full"])
 @over_seeds
-def test_three_policies_under_zero_3_are_plain(runs: Runs, kind: str) -> None:
+def test_three_policies_are_plain(runs: Runs, kind: str, strategy: str) -> None:
     """DGPO with its KL asks the current, the old and the reference policy in every pass."""
     overrides = {"num_steps": 2, **VARIANTS["dgpo old"]} | ({"model.lora": None} if kind == "full" else {})
     assert_close_runs(
-        runs(f"three {kind}", **overrides), runs(f"three {kind} 3", **overrides, **{"engine.zero_stage": 3})
+        runs(f"three {kind}", **overrides),
+        runs(f"three {kind} {strategy}", **overrides, **{"engine.strategy": strategy}),
     )
 
 
@@ -243,13 +247,13 @@ def test_two_processes_are_one_over_several_updates(runs: Runs) -> None:
     assert curve[-1]["kl"] > curve[0]["kl"] > 0  # something was learned
 
 
-@pytest.mark.parametrize("stage", [0, 1, 3])
+@pytest.mark.parametrize("strategy", ["zero1", "zero3", "fsdp2"])
 @over_seeds
-def test_zero_is_plain(runs: Runs, stage: int) -> None:
+def test_every_strategy_is_plain(runs: Runs, strategy: str) -> None:
     plain = runs("flow_grpo")
-    zero = runs(f"zero_{stage}", **{"engine.zero_stage": stage})
-    assert_close_runs(plain, zero)
-    ours, theirs = ([line[AGREEMENT] for line in lines(folder)] for folder in (plain, zero))
+    other = runs(strategy, **{"engine.strategy": strategy})
+    assert_close_runs(plain, other)
+    ours, theirs = ([line[AGREEMENT] for line in lines(folder)] for folder in (plain, other))
     assert ours == pytest.approx(theirs, abs=1e-4)  # a cosine of the same gradients; the hooks fire alike
 
 
@@ -260,18 +264,20 @@ LAUNCHERS = {"torchrun": launch.torchrun, "accelerate": launch.accelerate_launch
 @over_seeds
 def test_two_processes_of_a_launcher_are_those_of_the_tests(runs: Runs, name: str) -> None:
     """And so all that holds for the others here holds under the launchers that users start runs with."""
-    stage = {"engine.zero_stage": 2}
+    stage = {"engine.strategy": "zero2"}
     launched = runs(name, launcher=LAUNCHERS[name](2), **stage)
     assert_equal_runs(runs("zero_2 on two", processes=2, **stage), launched)
     assert_close_runs(runs("flow_grpo"), launched)
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("strategy", ["zero2", "zero3", "fsdp2"])
 @over_seeds
-def test_zero_on_two_processes_with_all_weights_is_plain(runs: Runs, stage: int) -> None:
-    """Policies are copies of all weights here; under ZeRO-3 each process keeps and exchanges its share of them."""
+def test_all_weights_on_two_processes_are_plain(runs: Runs, strategy: str) -> None:
+    """Policies are copies of all weights here; each process keeps and exchanges its share of them."""
     full = {"model.lora": None, "ema_decay": 0.5, "num_steps": 2}
-    assert_close_runs(runs("full", **full), runs(f"full_{stage}", processes=2, **full, **{"engine.zero_stage": stage}))
+    assert_close_runs(
+        runs("full", **full), runs(f"full_{strategy}", processes=2, **full, **{"engine.strategy": strategy})
+    )
 
 
 PICTURES = {
@@ -318,11 +324,11 @@ def poisoned(config: dict[str, Any], log: Path) -> None:
     parameters = list(run.policy.parameters().values())
 
     def values() -> list[torch.Tensor]:
-        with run.engine.whole(parameters):
-            return [parameter.detach().clone() for parameter in parameters]
+        return [run.engine.full(parameter).clone() for parameter in parameters]
 
     before = values()
-    parameters[0].register_hook(lambda gradient: gradient * float("nan"))
+    watched = run.engine.backend.leaves.values() if run.engine.backend.strategy == "fsdp2" else parameters
+    next(iter(watched)).register_hook(lambda gradient: gradient * float("nan"))
     message = "the run went on"
     try:
         train(run)
@@ -332,11 +338,20 @@ def poisoned(config: dict[str, Any], log: Path) -> None:
     run.close()
 
 
-@pytest.mark.parametrize(("stage", "dtype"), [(0, "float32"), (2, "float32"), (2, "bfloat16"), (3, "bfloat16")])
+@pytest.mark.parametrize(
+    ("strategy", "dtype"),
+    [
+        ("zero2", "float32"),
+        ("zero3", "bfloat16"),
+        ("fsdp2", "bfloat16"),
+        pytest.param("zero1", "bfloat16", marks=pytest.mark.slow),
+        pytest.param("zero2", "bfloat16", marks=pytest.mark.slow),
+    ],
+)
 def test_a_gradient_that_is_not_finite_ends_the_run_before_the_weights_change(
-    make_config: Make, tmp_path: Path, stage: int, dtype: str
+    make_config: Make, tmp_path: Path, strategy: str, dtype: str
 ) -> None:
-    settings = {"engine.zero_stage": stage, "model.dtype": dtype, "model.lora": None}
+    settings = {"engine.strategy": strategy, "model.dtype": dtype, "model.lora": None}
     process = launch.process(poisoned, make_config(tmp_path / "run", **settings), tmp_path / "log")
     process.start()
     assert launch.wait([process]) == [0]
@@ -345,11 +360,14 @@ def test_a_gradient_that_is_not_finite_ends_the_run_before_the_weights_change(
     assert "the gradient of update 1 is not finite" in message
 
 
-def test_half_precision_under_zero_3_starts_at_the_reference_with_ratio_one(runs: Runs) -> None:
+@pytest.mark.parametrize(
+    "strategy", ["zero3", "fsdp2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("zero1", "zero2"))]
+)
+def test_half_precision_starts_at_the_reference_with_ratio_one(runs: Runs, strategy: str) -> None:
     """The proofs of test_proofs.py over the whole path: exchanged shares, DeepSpeed's own linear layers, bfloat16."""
     algorithm = {"name": "flow_grpo", "updates_per_rollout": 1, "kl_coef": 0.1}
-    settings = {"model.lora": None, "model.dtype": "bfloat16", "engine.zero_stage": 3}
-    first, second = lines(runs("half", algorithm=algorithm, num_steps=2, **settings))
+    settings = {"model.lora": None, "model.dtype": "bfloat16", "engine.strategy": strategy}
+    first, second = lines(runs(f"half {strategy}", algorithm=algorithm, num_steps=2, **settings))
     for line in (first, second):  # one update per rollout: every rollout is the current policy's
         assert (line["ratio"], line["ratio_deviation"], line["clip_fraction"]) == (1, 0, 0)
     assert first["kl"] == 0

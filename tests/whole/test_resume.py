@@ -31,7 +31,7 @@ CASES: dict[str, tuple[dict[str, Any], int]] = {  # overrides, processes
         launch.nft(updates_per_rollout=2, old_decay_slope=0.1),
         1,
     ),  # an old policy unlike the current one
-    "flow_grpo under ZeRO-2": ({"engine.zero_stage": 2}, 2),
+    "flow_grpo under ZeRO-2": ({"engine.strategy": "zero2"}, 2),
 }
 
 
@@ -111,8 +111,9 @@ def test_checkpoints_by_time(make_config: Make, tmp_path: Path) -> None:
     assert saved_steps(resumed) == [1, 2, 3]
 
 
-def test_zero_3_resumes(make_config: Make, tmp_path: Path) -> None:
-    stage = {"engine.zero_stage": 3, "ema_decay": 0.5}
+@pytest.mark.parametrize("strategy", ["zero3", pytest.param("fsdp2", marks=pytest.mark.slow)])
+def test_shares_of_the_weights_resume(make_config: Make, tmp_path: Path, strategy: str) -> None:
+    stage = {"engine.strategy": strategy, "ema_decay": 0.5}
     unbroken = launch.run(make_config(tmp_path / "unbroken", num_steps=2, **stage))
     config = make_config(tmp_path / "run", num_steps=1, **stage)
     launch.run(config)

@@ -140,7 +140,7 @@ def _engine(processes: Processes, policy: Policy, algorithm: FlowGRPO | Diffusio
         epsilon=1e-12,  # networks this small have gradients this small
         max_grad_norm=1.0,
     )
-    layout = {"zero_stage": None, "dtype": torch.float32, "batch_size": batch_size, "batches": GROUP // batch_size}
+    layout = {"strategy": "plain", "dtype": torch.float32, "batch_size": batch_size, "batches": GROUP // batch_size}
     return prepare(processes, policy, optimizer, **layout, passes_per_batch=algorithm.passes_per_batch)
 
 
