@@ -10,7 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -281,7 +281,8 @@ class _Adapters:
         if name == "reference":
             yield
             return
-        for layer in self._layers:
+        layers: list[Any] = self._layers
+        for layer in layers:
             weight = layer.get_base_layer().weight
             if layer not in self._bases:  # the base is never trained: one copy is enough, where it is in nobody's way
                 self._bases[layer] = weight.detach().to("cpu", copy=True)
@@ -292,7 +293,7 @@ class _Adapters:
         try:
             yield
         finally:
-            for layer in self._layers:
+            for layer in layers:
                 layer.get_base_layer().weight.data.copy_(self._bases[layer])
                 layer._disable_adapters = False
 

@@ -51,7 +51,7 @@ from gpu_models import MODELS
 from gpu_trial import JPEG, Trial, held
 from safetensors import safe_open
 
-from flowsteer.rl.engine.zero import whole_size
+from flowsteer.rl.engine.shares import whole_size
 from flowsteer.rollout.lifting import selfcheck
 
 PARTS = ("selfcheck", "exact", "seeds", "resume", "memory", "speed", "quickstart")

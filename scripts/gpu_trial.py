@@ -114,7 +114,7 @@ class Trial:
             config, self.pipeline, self.algorithm, lora_targets(config, self.pipeline, PROMPTS.row(0))
         )
         self.engine = build_engine(config, self.processes, self.policy, self.algorithm)
-        self.worker = build_worker(config, self.pipeline, PROMPTS, plan, self.processes)
+        self.worker = build_worker(config, self.pipeline, PROMPTS, plan, self.processes, self.policy)
         self.scorer = StepScorer(build_rewards(config, self.processes.device))
         self.checkpoints = Checkpoints(folder, self.engine, model=self.model, prompts="", rewards={}, keep=9)
         self.seconds: dict[str, float] = {}

@@ -10,7 +10,13 @@ types=$(mktemp)
 trap 'rm -f "$types"' EXIT
 pyright >"$types" & # a minute of one core, in which the tests' first processes start
 failed=0
-python -m pytest -n "${FLOWSTEER_TEST_PROCESSES:-2}" --dist loadfile --no-loadscope-reorder "$@" || failed=$?
+run_tests() { python -m pytest -n "${FLOWSTEER_TEST_PROCESSES:-2}" --dist loadfile --no-loadscope-reorder "$@"; }
+run_tests "$@" || failed=$?
+if [[ "$*" != *tests/* ]]; then # packages that all other tests do without, see tests/quantization/conftest.py
+  [ -d .venv/quantization ] || python -m pip install --quiet --disable-pip-version-check --no-deps \
+    --constraint constraints.txt --target .venv/quantization torchao bitsandbytes
+  PYTHONPATH="$PWD/.venv/quantization:${PYTHONPATH:-}" run_tests tests/quantization "$@" || [ $? = 5 ] || failed=1 # 5: none was chosen
+fi
 wait $! || failed=1
 cat "$types"
 exit "$failed"

@@ -33,6 +33,8 @@ _SOURCES = "the class of prompts.train, read by the same function; prompts.train
 NOTHING_OBSERVED: dict[str, str] = {
     **{f"evaluation.prompts.*.{name}": _SOURCES for name in SourceConfig.model_fields},
     "prompts.train.*.made_by": "said only where the file is not there; tests/rollout/test_pictures.py reads the message",
+    "model.compile": "takes minutes; tests/whole/test_passes.py trains with it",
+    "model.quantize": "needs packages of its own; tests/quantization/test_quantized.py draws and trains with it",
     "prompts.pictures.kind": "this pipeline draws pictures; videos are in tests/rollout/test_pictures.py",
     "inputs.*.kind": "no argument of this pipeline takes values of two kinds; tests/rollout/test_inputs.py reads each kind",
 }
@@ -125,8 +127,11 @@ CASES: dict[str, list[Case]] = {
     "model.lora.rank": [direct("lora.rank", 2, reads=([2],))],
     "model.lora.alpha": [direct("lora.scaling", 8, reads=([2.0],))],
     "model.lora.targets": [moves(["to_q"], "lora.layers")],
-    "model.quantize": [direct("quantize.kind", "int8", "rollout.images", "loss")],
     "model.gradient_checkpointing": [direct("train.checkpointing", True)],
+    "model.attention": [
+        direct("rollout.attention", "_native_math", "train.attention", reads=({"AttentionBackendName._NATIVE_MATH"},))
+    ],
+    "rollout.merge_lora": [Case(True, ("rollout.merged",), NFT, (True,))],
     "model.offload.text_encoders": [moves(True, "rollout.moved"), moves(True, "evaluation.moved", **EVALUATED)],
     "model.offload.vae": [moves(True, "rollout.moved"), moves(True, "evaluation.moved", **EVALUATED)],
     "model.vae.dtype": [direct("rollout.vae.dtype", "bfloat16", "rollout.images", reads=("torch.bfloat16",))],
@@ -273,7 +278,9 @@ CASES: dict[str, list[Case]] = {
     "advantage.combine": [moves("gdpo", "advantages", rewards=BOTH)],
     "advantage.best_and_worst": [moves(2, "weights")],
     "advantage.min_scored": [direct("compare.min_scored", 0.5)],
-    "optimizer.name": [direct("optimizer.class", "adamw8bit", "exported", reads=("AdamW8bit",))],
+    "optimizer.name": [
+        Case("adafactor", ("optimizer.class", "exported"), {"optimizer": {"learning_rate": 3e-2}}, ("Adafactor",))
+    ],
     "optimizer.learning_rate": [direct("optimizer.lr", 0.01)],
     "optimizer.schedule": [moves("cosine", "optimizer.lr")],
     "optimizer.warmup_updates": [moves(2, "optimizer.lr")],
