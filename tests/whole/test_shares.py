@@ -90,9 +90,9 @@ def test_each_process_keeps_and_writes_its_share(make_config: Make, tmp_path: Pa
         assert share * written <= file.stat().st_size < share * written * PADDING + 100_000
 
     unbroken = state(run)
-    assert torch.equal(
-        sorted_values(unbroken[1].values()), sorted_values(saved_averages(run))
-    )  # the export is the average
+    trained = [value for key, value in unbroken[1].items() if key != "pos_embed.pos_embed"]  # a buffer
+    # the export is the average
+    assert torch.equal(sorted_values(trained), sorted_values(saved_averages(run)))
     stopped = shutil.copytree(run, tmp_path / "resumed")
     shutil.rmtree(stopped / "export")
     shutil.rmtree(stopped / "checkpoints" / f"step_{STEPS:06d}")
