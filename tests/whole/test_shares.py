@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,18 @@ def state(folder: Path) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]
     )
 
 
+def saved_averages(folder: Path) -> list[torch.Tensor]:
+    """The averaged policy in the last checkpoint, in the order and shape of the shares."""
+    files = (folder / "checkpoints" / f"step_{STEPS:06d}").glob("*.safetensors")
+    return [value for file in files for key, value in load_file(file).items() if key.startswith("policy/ema/")]
+
+
+def sorted_values(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
+    """All elements in bfloat16, without zeros, which also fill shares up."""
+    values = torch.cat([value.flatten() for value in tensors]).bfloat16().float()
+    return values[values != 0].sort().values
+
+
 @pytest.mark.parametrize(
     "strategy", ["zero2", "fsdp2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("zero1", "zero3"))]
 )
@@ -77,6 +90,9 @@ def test_each_process_keeps_and_writes_its_share(make_config: Make, tmp_path: Pa
         assert share * written <= file.stat().st_size < share * written * PADDING + 100_000
 
     unbroken = state(run)
+    trained = [value for key, value in unbroken[1].items() if key != "pos_embed.pos_embed"]  # a buffer
+    # the export is the average
+    assert torch.equal(sorted_values(trained), sorted_values(saved_averages(run)))
     stopped = shutil.copytree(run, tmp_path / "resumed")
     shutil.rmtree(stopped / "export")
     shutil.rmtree(stopped / "checkpoints" / f"step_{STEPS:06d}")
