@@ -213,11 +213,11 @@ def fitted(
     settings: Settings, card: int, sizes: Sequence[int], *, least: bool = False
 ) -> tuple[float, list[str], int] | None:
     """GB and settings with which a run fits a card, None if none do."""
-    peak, chosen = estimate(settings).peak, []
+    peak, chosen = estimate(settings).peak, {}
     for step in proposals(settings, card * GB, sizes):
-        chosen.append(step.setting)
+        chosen[step.setting.split("=")[0]] = step.setting  # a later value takes the place of an earlier one
         peak = step.peak
-    return (peak / GB, chosen, card) if least or peak <= card * GB else None
+    return (peak / GB, [*chosen.values()], card) if least or peak <= card * GB else None
 
 
 def configurations() -> Iterator[str]:

@@ -83,6 +83,7 @@ def estimate(settings: Settings) -> Estimate:
     sampling = _pass(settings, shapes, settings.batch_size, guided=settings.guided).sampling
     decode = _decoding(settings, shapes) + (vae if settings.offload_vae else 0)
     encode = encoders if settings.offload_text_encoders else 0.0
+    parked = encode + (vae if settings.offload_vae else 0.0)
     gathers = _gathers(settings, denoisers)
     train = _pass(settings, shapes, settings.trained_rows, guided=settings.train_guided)
     work = train.kept + train.beside + _dequantised(settings, denoisers)
@@ -94,15 +95,18 @@ def estimate(settings: Settings) -> Estimate:
         "activations": work,
         "the optimiser's step, where it is more": max(step - work, 0.0),
     }
+    stored = always["stored rollouts"]  # prompts are encoded before the step's samples are there
+    encode = max(encode - stored, 0.0)
     moment = {"sampling": sampling + _dequantised(settings, denoisers), "decoding": decode, "encoding": encode}
     name = max(moment, key=lambda each: moment[each])
-    rollout = {**always, "gathers and reductions": gathers, name: moment[name]}
+    before = {"stored rollouts": 2 * stored}  # the page drops those of the step before once the new ones are complete
+    rollout = {**always, **before, "gathers and reductions": gathers, name: moment[name]}
     loaded = width * sum(size.weights for size in sizes.values())
     return Estimate(
         rollout=rollout,
         update=update,
         moments=moment,
-        host=_host(settings, shapes, loaded, encode + (vae if settings.offload_vae else 0)),
+        host=_host(settings, shapes, loaded, parked),
         disk=_disk(settings, trained),
         trained=trained,
     )

@@ -168,6 +168,7 @@ def test_stored_rollouts_follow_from_shapes(embedded):
     row = (1 + embedded.guided) * shapes.row
     each = 2 * (math.prod(shapes.latent) * (1 + 2 * embedded.transitions) + row)
     assert estimate(embedded).update["stored rollouts"] == embedded.samples * each
+    assert estimate(embedded).rollout["stored rollouts"] == 2 * embedded.samples * each  # those of the step before, too
 
 
 @pytest.mark.parametrize(
