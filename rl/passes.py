@@ -87,6 +87,11 @@ def _attend(name: str, denoiser: Any, attention: str) -> None:
         raise ValueError(
             f"model.attention={attention} is not known to diffusers; it has {', '.join(attention_names())}"
         )
+    if not any(hasattr(getattr(layer, "processor", None), "_attention_backend") for layer in denoiser.modules()):
+        raise ValueError(
+            f"model.attention={attention}: the attention of {name}, a {type(denoiser).__name__}, takes no back-end of diffusers; "
+            "leave it out"
+        )
     try:
         denoiser.set_attention_backend(attention)
     except (RuntimeError, ValueError, ImportError, OSError) as error:  # OSError: a kernel that cannot be fetched

@@ -86,7 +86,7 @@ class Option:
 
 
 def _attention(name: str, package: str | None = None, **more: Any) -> Option:
-    return Option(overrides=(f"model.attention={name}",), package=package, **more)
+    return Option(overrides=(f"model.attention={name}",), package=package, model="flux1dev", **more)
 
 
 OPTIONS = {

@@ -146,14 +146,6 @@ def _watch_models(trace: Trace, patch: pytest.MonkeyPatch) -> None:
         trace.here("policy", trace.policy.active if trace.policy else None)
         modules = [module for network in self.denoisers.values() for module in network.modules()]
         trace.here("checkpointing", any(getattr(module, "gradient_checkpointing", False) for module in modules))
-        trace.here(
-            "attention",
-            {
-                str(getattr(module.processor, "_attention_backend", None))
-                for module in modules
-                if hasattr(module, "processor")
-            },
-        )
         trace.here("merged", any(module.disable_adapters for module in modules if isinstance(module, LoraLayer)))
         return original(self, latents, index, conditioning)
 

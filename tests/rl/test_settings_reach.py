@@ -33,7 +33,8 @@ _SOURCES = "the class of prompts.train, read by the same function; prompts.train
 NOTHING_OBSERVED: dict[str, str] = {
     **{f"evaluation.prompts.*.{name}": _SOURCES for name in SourceConfig.model_fields},
     "prompts.train.*.made_by": "said only where the file is not there; tests/rollout/test_pictures.py reads the message",
-    "model.compile": "takes minutes; tests/whole/test_passes.py trains with it",
+    "model.attention": "this network's attention takes no back-end; tests/rl/test_passes.py has one that does",
+    "model.compile": "takes minutes; tests/rl/test_passes.py trains with it",
     "model.quantize": "needs packages of its own; tests/quantization/test_quantized.py draws and trains with it",
     "prompts.pictures.kind": "this pipeline draws pictures; videos are in tests/rollout/test_pictures.py",
     "inputs.*.kind": "no argument of this pipeline takes values of two kinds; tests/rollout/test_inputs.py reads each kind",
@@ -128,9 +129,6 @@ CASES: dict[str, list[Case]] = {
     "model.lora.alpha": [direct("lora.scaling", 8, reads=([2.0],))],
     "model.lora.targets": [moves(["to_q"], "lora.layers")],
     "model.gradient_checkpointing": [direct("train.checkpointing", True)],
-    "model.attention": [
-        direct("rollout.attention", "_native_math", "train.attention", reads=({"AttentionBackendName._NATIVE_MATH"},))
-    ],
     "rollout.merge_lora": [Case(True, ("rollout.merged",), NFT, (True,))],
     "model.offload.text_encoders": [moves(True, "rollout.moved"), moves(True, "evaluation.moved", **EVALUATED)],
     "model.offload.vae": [moves(True, "rollout.moved"), moves(True, "evaluation.moved", **EVALUATED)],
