@@ -89,8 +89,8 @@ def _attend(name: str, denoiser: Any, attention: str) -> None:
         )
     if not any(hasattr(getattr(layer, "processor", None), "_attention_backend") for layer in denoiser.modules()):
         raise ValueError(
-            f"model.attention={attention}: the attention of {name}, a {type(denoiser).__name__}, takes no back-end of diffusers; "
-            "leave it out"
+            f"model.attention={attention}: the attention of {name}, a {type(denoiser).__name__}, takes no back-end of "
+            "diffusers; leave it out"
         )
     try:
         denoiser.set_attention_backend(attention)
