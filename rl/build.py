@@ -199,9 +199,14 @@ def build_encoder(config: Config, pipeline: Pipeline) -> Encoder:
 
 
 def build_worker(
-    config: Config, pipeline: Pipeline, prompts: Prompts, plan: Plan, processes: Processes, policy: Policy
+    config: Config,
+    pipeline: Pipeline,
+    prompts: Prompts,
+    plan: Plan,
+    processes: Processes,
+    policy: Policy | None = None,
 ) -> RolloutWorker | PictureWorker:
-    """What draws the samples of this process, or takes its pictures."""
+    """What draws the samples of this process, or takes its pictures; the policy is asked where its LoRA is to be merged."""
     rollout = config.rollout
     share = Share(
         num_inference_steps=rollout.num_inference_steps,
@@ -235,6 +240,7 @@ def build_worker(
         training_graph=config.model.compile and config.algorithm.learns_from == "transitions",
     )
     if rollout.merge_lora:
+        assert policy is not None, "its LoRA is merged while samples are drawn"
         worker.drawing = policy.merged
     return worker
 

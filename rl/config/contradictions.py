@@ -53,6 +53,11 @@ def check_config(config: Config, num_processes: int) -> None:
         logger.warning("rollout.kernel has no effect: with rollout.plan.name=none no step is stochastic")
     if config.training_asks_no_reward and config.evaluation is None:
         logger.warning("rewards have no effect: training asks none of these pictures, and there is no evaluation")
+    if config.rollout.merge_lora and config.model.dtype == "bfloat16":
+        logger.warning(
+            "rollout.merge_lora rounds base and LoRA to bfloat16 together: what the LoRA adds is lost where it is less than "
+            "1/256 of a weight, so samples are drawn by another policy than is trained"
+        )
     optimizer = config.optimizer
     if optimizer.warmup_updates > config.num_updates:
         logger.warning(

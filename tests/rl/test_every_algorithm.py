@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import inspect
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
+from torch import Tensor
 from variants import VARIANTS
 
+from flowsteer.rewards.types import Scores
 from flowsteer.rl.algorithms import ALGORITHMS, AnyAlgorithm
 from flowsteer.rl.check.checks import CHECKS, NotApplicable, Trial, equal_scores_teach_nothing, pulls_back
 from flowsteer.rl.types import Algorithm
+from flowsteer.rollout.types import flat_mean
 
 BY_NAME = {config.model_fields["name"].default: config for config in ALGORITHMS}
 ANCHORS = [  # every weight of a distance to another policy
@@ -62,6 +65,24 @@ def test_the_weights_of_distances_are_found(name: str) -> None:
     """By what they do to `anchors`, whatever they are called."""
     known = {(coefficient, anchor) for own, coefficient, anchor in ANCHORS if own == name}
     assert set(Trial(overrides=VARIANTS[name]).coefficients()) == known
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_passes_of_other_policies_come_before_the_trained_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between forward and backward they throw away what ZeRO-3 has learned of the order of the layers."""
+    run, rollouts = Trial(overrides=VARIANTS[name]).moved()
+    comparisons, _ = run.compare(rollouts, [Scores(total=flat_mean(r.images)) for r in rollouts])
+    passes: list[str] = []
+    velocity = run.policy.velocity
+
+    def noted(*arguments: Any) -> Tensor:
+        passes.append(run.policy.active)
+        return velocity(*arguments)
+
+    monkeypatch.setattr(run.policy, "velocity", noted)
+    run.algorithm.loss(run.policy, next(iter(run.algorithm.batches(rollouts, comparisons, 0))))
+    assert passes[-1] == "current"
+    assert set(passes) == {"current"} | run.algorithm.compares_with | {n for n, w in run.algorithm.anchors.items() if w}
 
 
 @pytest.mark.parametrize("name", VARIANTS)

@@ -14,8 +14,9 @@ import zoo
 from torch import Tensor, nn
 
 from flowsteer.rl.config import check_config, parse_config
+from flowsteer.rl.lora import CURRENT
 from flowsteer.rl.passes import repeated_blocks, set_passes
-from flowsteer.rl.policy import CURRENT, Policy
+from flowsteer.rl.policy import Policy
 from flowsteer.rl.run import Run
 from flowsteer.rl.start import start
 from flowsteer.rollout.lifting.pipeline import FlowPipeline

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from flowsteer.rl.engine.base import prepare
 from flowsteer.rl.engine.optimizer import OptimizerSettings
 from flowsteer.rl.engine.processes import Processes
-from flowsteer.rl.policy import CURRENT, Policy
+from flowsteer.rl.lora import CURRENT
+from flowsteer.rl.policy import Policy
 from flowsteer.rollout.lifting.pipeline import Conditioning, FlowPipeline
 
 RANK, ALPHA, TARGETS = 4, 12, ("to_q", "to_k", "to_v", "to_out.0")
