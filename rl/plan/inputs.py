@@ -48,8 +48,8 @@ def shapes_of(model: ModelFiles, *, height: int | None, width: int | None, call:
     scale = _vae_scale(model)
     default = denoiser.config.get("sample_size") or 128
     side = (default if isinstance(default, int) else default[0]) * scale
-    height, width = (given or asked.get(name) or side for given, name in ((height, "height"), (width, "width")))
-    size = (int(asked.get("num_frames") or 1), int(height), int(width))
+    rows, columns = height or asked.get("height") or side, width or asked.get("width") or side
+    size = (int(asked.get("num_frames") or 1), int(rows), int(columns))
     return make(denoiser, model, size, scale, asked)
 
 

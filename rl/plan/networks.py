@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from flowsteer.rl.plan.files import Component
@@ -137,12 +135,6 @@ def with_lora(network: nn.Module, rank: int, targets: tuple[str, ...] | str, *, 
         return 0
     pipeline = cast(Pipeline, SimpleNamespace(denoisers={"denoiser": network}))
     policy = Policy(pipeline, lora=(rank, rank, named), variants=frozenset(), seed=0)
-    for layer in network.modules():  # computed in the base's dtype, with float32 weights that are cast when used
-        if isinstance(layer, LoraLayer):
-            layer.cast_input_dtype_enabled = False
-            for half in (*layer.lora_A.values(), *layer.lora_B.values()):
-                if isinstance(half, nn.Linear):
-                    half.forward = _cast_at_use(half)
     return sum(parameter.numel() for parameter in policy.parameters().values())
 
 
@@ -154,10 +146,6 @@ def lora_size(component: Component, rank: int, targets: tuple[str, ...] | str) -
 @cache
 def _lora_size(cls: str, config: Any, rank: int, targets: tuple[str, ...] | str) -> int:
     return with_lora(build(Component(library="diffusers", cls=cls, config=_thawed(config))), rank, targets)
-
-
-def _cast_at_use(layer: nn.Linear) -> Callable[[Tensor], Tensor]:
-    return lambda x: F.linear(x, layer.weight.to(x.dtype))
 
 
 def make_fake(network: nn.Module) -> None:

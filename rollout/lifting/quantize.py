@@ -52,7 +52,7 @@ def _layers(denoiser: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
 def _quantized(layer: nn.Linear, kind: Quantization, device: torch.device) -> nn.Module:
     layer.requires_grad_(False)
     if kind == "nf4":
-        import bitsandbytes
+        import bitsandbytes  # pyright: ignore[reportMissingImports]
 
         bias, dtype = layer.bias is not None, layer.weight.dtype
         four: Any = bitsandbytes.nn.Linear4bit(
@@ -66,7 +66,11 @@ def _quantized(layer: nn.Linear, kind: Quantization, device: torch.device) -> nn
         # gradients would end there, and sampling and training would round differently.
         four.support_avx512bf16_for_cpu = False
         return four.to(device).train(layer.training)
-    from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
+    from torchao.quantization import (  # pyright: ignore[reportMissingImports]
+        Float8WeightOnlyConfig,
+        Int8WeightOnlyConfig,
+        quantize_,
+    )
 
     # PEFT says for each layer that it cannot merge an adapter into it; nothing here does
     warnings.filterwarnings("ignore", message=".*instantiated without `get_apply_tensor_subclass`")
