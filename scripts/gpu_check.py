@@ -16,6 +16,8 @@ configurations, with fewer samples. Prints one line of JSON for each claim, ``{"
 - seeds: with the same seed, samples, weights and optimiser are equal bit for bit; with another one, samples are not.
 - resume: a checkpoint that is restored into a newly made run goes on bit for bit, weights and optimiser.
 - memory: bytes by part. Peaks are beyond what is held before; null on a CPU.
+- plan: what `flowsteer plan` predicts by part, and the peak of a training step beside it, which is between 0.8 and 1.25 of
+  it; null on a CPU. What CUDA takes for itself is left out on both sides.
 - speed: images per second and model FLOPs utilisation (MFU). `torch.utils.flop_counter` counts the FLOPs of one sample's
   passes and decoding, forward and backward; what checkpointing computes again does not count. MFU is null where the
   device's peak is not known. With an option, ``gain`` is the time without it over the time with it.
@@ -52,9 +54,11 @@ from gpu_trial import JPEG, Trial, held
 from safetensors import safe_open
 
 from flowsteer.rl.engine.shares import whole_size
+from flowsteer.rl.plan.parts import CUDA_CONTEXT, estimate
+from flowsteer.rl.plan.settings import Settings
 from flowsteer.rollout.lifting import selfcheck
 
-PARTS = ("selfcheck", "exact", "seeds", "resume", "memory", "speed", "quickstart")
+PARTS = ("selfcheck", "exact", "seeds", "resume", "memory", "plan", "speed", "quickstart")
 ZERO_AT_START = {  # by algorithm
     "flow_grpo": ("ratio_deviation", "kl"),
     "mixgrpo": ("ratio_deviation", "kl"),
@@ -262,6 +266,22 @@ def checked(model: str, size: str, cpu: bool, root: Path) -> Iterator[Line]:
     trial.close()
 
 
+def planned(model: str, size: str, cpu: bool, root: Path) -> Iterator[Line]:
+    """What a plan says of a training step of Flow-GRPO, and what it takes."""
+    trial = Trial(model, size, "flow_grpo", root / f"{model}_plan", cpu=cpu)
+    expected = estimate(Settings.of(trial.config, 1))
+    if trial.on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    trial.step(0)
+    measured = torch.cuda.max_memory_allocated() if trial.on_gpu else None
+    predicted = expected.peak - CUDA_CONTEXT
+    ratio = predicted / measured if measured else None
+    yield {"claim": "plan", "ok": predicted > 0 and (ratio is None or 0.8 <= ratio <= 1.25), "model": model,
+           "predicted": predicted, "measured": measured, "ratio": ratio, "rollout": dict(expected.rollout),
+           "update": dict(expected.update)}  # fmt: skip
+    trial.close()
+
+
 def quickstart(size: str, cpu: bool, root: Path) -> Iterator[Line]:
     """The embedded quick start's training, two steps of it, as a user runs it."""
     overrides = [JPEG, "evaluation=null", "num_steps=2", "optimizer.warmup_updates=0", f"output={root / 'quickstart'}"]
@@ -299,6 +319,9 @@ def jobs(
     if "selfcheck" in parts:
         for model in models:
             yield f"selfcheck of {model}", partial(checked, model, size, cpu, root)
+    if "plan" in parts:
+        for model in models:
+            yield f"plan of {model}", partial(planned, model, size, cpu, root)
     of_trials = {"exact", "memory", "speed"} & {*parts}
     for model in models:
         for name in MODELS[model].configs if of_trials else ():

@@ -145,10 +145,9 @@ def _optimiser(settings: Settings, trained: int) -> float:
 
 
 def _gradients(settings: Settings, trained: int) -> float:
-    if settings.strategy in ("plain", "zero0"):
-        return trained * (4.0 if settings.rank is not None else BYTES[settings.dtype])
-    each = BYTES[settings.dtype] * trained
-    return each if settings.strategy == "zero1" else each / settings.num_processes
+    """Sums in float32: whole ones where passes are not reduced one by one (plain, ZeRO-1, FSDP2), or this process's share."""
+    shared = settings.num_processes if settings.strategy in ("zero2", "zero3") else 1
+    return 4.0 * trained / shared
 
 
 def _gathers(settings: Settings, denoisers: list[Size]) -> float:

@@ -58,6 +58,7 @@ def test_every_claim_has_its_line_and_holds(lines: list[dict[str, Any]]) -> None
     runs = len(RUNS)
     counts = {
         "selfcheck": 1,
+        "plan": 1,
         "exact": runs,
         "memory": runs,
         "speed": 2 * runs,
