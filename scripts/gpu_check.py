@@ -30,6 +30,7 @@ exact, memory and speed are claimed of Flow-GRPO, MixGRPO and DiffusionNFT, of F
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import importlib.util
 import json
@@ -381,11 +382,12 @@ def main() -> int:
     if cpu and given.size == "full":
         parser.error("--size full needs a CUDA device, and none is used here; use --size tiny")
     failed = 0
-    with tempfile.TemporaryDirectory(dir=given.folder) as folder:
+    lines = sys.stdout  # for nothing else: DeepSpeed logs there, too
+    with tempfile.TemporaryDirectory(dir=given.folder) as folder, contextlib.redirect_stdout(sys.stderr):
         chosen = {"options": given.options, "limit_s": given.limit_s}
         for line in claims(given.size, cpu, given.parts, Path(folder), **chosen):
             failed += line["ok"] is False
-            print(json.dumps(strict(line), allow_nan=False), flush=True)
+            print(json.dumps(strict(line), allow_nan=False), file=lines, flush=True)
     return int(failed > 0)
 
 
