@@ -20,7 +20,7 @@ from pydantic import Field, PositiveInt, PrivateAttr
 from torch import Tensor
 
 from flowsteer.rl.algorithms.losses import Terms, weighted
-from flowsteer.rl.algorithms.pairs import best_and_worst, preference_loss
+from flowsteer.rl.algorithms.pairs import best_and_worst, preference_loss, rows_that_count
 from flowsteer.rl.types import Algorithm, Comparison, Facts, Metrics, PolicyView, Setting, schedule_of
 from flowsteer.rollout.steps.kernels import denoised
 from flowsteer.rollout.steps.noise import mix, stream_noise
@@ -45,6 +45,7 @@ class ForwardTerms:
     sigma: float
     group: Tensor  # [R] int64
     comparison: Comparison  # of the R samples, on the prediction's device
+    share: Tensor  # [R] float32, see `ForwardAlgorithm.shares`
     facts: Facts
 
     @property
@@ -181,6 +182,14 @@ class ForwardAlgorithm(Algorithm[ForwardBatch]):
         """Of algorithms on pairs, [2 P] samples with the winners first: the logit of each preference, [P]."""
         raise NotImplementedError
 
+    def shares(self, group: Tensor, comparison: Comparison) -> Tensor:
+        """How much each sample of a batch counts besides its weight, [B]; the loss of one with 0 must be 0.
+
+        It is made of the whole batch, while `per_sample` sees the samples that pass the network: those that have a weight, and
+        a share or a distance to hold them. None of all others passes.
+        """
+        return torch.ones_like(comparison.weight)
+
     def indices(self, levels: NoiseLevels, step: int, rollout: Rollout) -> list[int]:
         """The denoising indices that a rollout batch is trained at."""
         return levels.spread(step, int(rollout.sample[0]))
@@ -227,17 +236,31 @@ class ForwardAlgorithm(Algorithm[ForwardBatch]):
                 yield ForwardBatch(rollout=rollout, comparison=comparison, index=index, noise_seeds=seeds)
 
     def loss(self, policy: PolicyView, batch: ForwardBatch) -> tuple[Tensor, Metrics]:
-        """The loss of one noise level; with preferences only the pairs' samples pass the network."""
+        """The loss of one noise level; only samples that count pass the network, with preferences those of pairs."""
         if self.on_pairs:
-            pairs = best_and_worst(batch.rollout.group, batch.comparison)
+            of_groups = best_and_worst(batch.rollout.group, batch.comparison)
+            pairs = of_groups.counting()
             chosen = batch.of_rows(pairs.sides(), noise_from=pairs.win.repeat(2))
-            return preference_loss(self.logits(self._terms(policy, chosen)), pairs)
+            logits = self.logits(self._terms(policy, chosen))
+            return preference_loss(logits, pairs, over=len(of_groups.weight))
+        batch = self.counting(batch)
         terms = self._terms(policy, batch)
         held = {name for name, weight in self.anchors.items() if weight}
         distances = {name: matching_loss(terms.prediction, terms.others[name]) for name in held}
-        return weighted(self.per_sample(terms), terms.comparison.weight, distances, self.anchors)
+        over = len(batch.rollout)
+        return weighted(self.per_sample(terms), terms.comparison.weight, distances, self.anchors, over=over)
+
+    def counting(self, batch: ForwardBatch) -> ForwardBatch:
+        """The samples whose loss has a gradient; one where there is none, so that each batch makes its passes."""
+        held = any(self.anchors.values())
+        counts = batch.comparison.weight > 0
+        if not held:
+            counts &= self.shares(batch.rollout.group, batch.comparison) > 0
+        rows = rows_that_count(counts)
+        return batch if rows is None else replace(batch, rows=rows, noise_seeds=batch.noise_seeds[rows])
 
     def _terms(self, policy: PolicyView, batch: ForwardBatch) -> ForwardTerms:
+        share = self.shares(batch.rollout.group, batch.comparison)
         noised, target = batch.noised()
         prediction = policy.velocity(noised, batch.index, batch.conditioning).float()
         read = self.compares_with | {name for name, weight in self.anchors.items() if weight}
@@ -250,6 +273,7 @@ class ForwardAlgorithm(Algorithm[ForwardBatch]):
             sigma=float(batch.schedule.sigma[batch.index]),
             group=batch.group.to(prediction.device),
             comparison=batch.comparison.take(batch.rows).to(prediction.device),
+            share=(share if batch.rows is None else share[batch.rows]).to(prediction.device),
             facts=self.facts,
         )
 

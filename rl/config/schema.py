@@ -182,7 +182,9 @@ class RolloutConfig(Section):
     """Samples of each prompt, which are compared with one another. 1 only where nothing is compared: fine-tuning on pictures
     (``weighted_sft`` with ``weights=all``)."""
     batch_size: PositiveInt = 64
-    """Samples per network pass, the same in sampling and in training. It must hold whole groups, or divide a group."""
+    """The most samples in a network pass, the same in sampling and in training. Used is the largest number up to it that
+    holds whole groups or divides a group, and with which a step's samples can be shared evenly among processes and updates; it
+    is printed at the start."""
     plan: Annotated[PlanConfig, BeforeValidator(by_name)] = NonePlan()
     """Which steps are stochastic; by default ``all`` for algorithms that learn from transitions, ``none`` for others."""
     kernel: Annotated[KernelConfig, BeforeValidator(by_name)] = KernelConfig()
