@@ -19,7 +19,7 @@ Letters: B samples, N samples of all processes, X latent shape of one sample.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
@@ -34,6 +34,8 @@ from flowsteer.rollout.types import Rollout
 
 class DGPO(ForwardAlgorithm):
     """DGPO's hyper-parameters; the defaults are the published ones for Stable Diffusion 3.5 with guided rollouts."""
+
+    over_groups: ClassVar[bool] = True
 
     name: Literal["dgpo"] = "dgpo"
     beta: PositiveFloat = 100.0

@@ -93,6 +93,11 @@ class ForwardBatch:
         """Only these samples [R], each with the noise of the sample ``noise_from`` [R]."""
         return replace(self, rows=rows, noise_seeds=self.rollout.seeds[noise_from])
 
+    def part(self, places: Tensor) -> ForwardBatch:
+        """Only those at these places [R] of the samples that take part, with their noise."""
+        rows = places if self.rows is None else self.rows[places]
+        return replace(self, rows=rows, noise_seeds=self.noise_seeds[places])
+
     def noised(self) -> tuple[Tensor, Tensor]:
         """The final latents noised to the batch's level [R, *X], and the model's target there [R, *X] float32."""
         schedule, clean = self.schedule, self.clean
@@ -222,32 +227,37 @@ class ForwardAlgorithm(Algorithm[ForwardBatch]):
 
     @property
     def passes_per_batch(self) -> int:
-        """One for each noise level."""
-        return self.noise_levels_per_sample
+        """One for each noise level and part of the batch."""
+        return self.noise_levels_per_sample * self.facts.train_parts
 
     def batches(
         self, rollouts: Sequence[Rollout], comparisons: Sequence[Comparison], step: int
     ) -> Iterator[ForwardBatch]:
-        """Every rollout batch at the noise levels that are drawn for it."""
+        """Every rollout batch at the noise levels that are drawn for it, in as many parts as it is trained in."""
         assert self._levels is not None, "an algorithm trains once it is bound to a run"
         for rollout, comparison in zip(rollouts, comparisons):
             seeds = self.noise_seeds(rollout, step)
             for index in self.indices(self._levels, step, rollout):
-                yield ForwardBatch(rollout=rollout, comparison=comparison, index=index, noise_seeds=seeds)
+                whole = ForwardBatch(rollout=rollout, comparison=comparison, index=index, noise_seeds=seeds)
+                if self.facts.train_parts == 1:
+                    yield whole
+                else:
+                    yield from map(whole.part, torch.arange(len(rollout)).chunk(self.facts.train_parts))
 
     def loss(self, policy: PolicyView, batch: ForwardBatch) -> tuple[Tensor, Metrics]:
         """The loss of one noise level; only samples that count pass the network, with preferences those of pairs."""
         if self.on_pairs:
-            of_groups = best_and_worst(batch.rollout.group, batch.comparison)
+            of_groups = best_and_worst(batch.group, batch.comparison.take(batch.rows))
             pairs = of_groups.counting()
-            chosen = batch.of_rows(pairs.sides(), noise_from=pairs.win.repeat(2))
+            win, lose = (side if batch.rows is None else batch.rows[side] for side in (pairs.win, pairs.lose))
+            chosen = batch.of_rows(torch.cat([win, lose]), noise_from=win.repeat(2))
             logits = self.logits(self._terms(policy, chosen))
             return preference_loss(logits, pairs, over=len(of_groups.weight))
+        over = len(batch.group)
         batch = self.counting(batch)
         terms = self._terms(policy, batch)
         held = {name for name, weight in self.anchors.items() if weight}
         distances = {name: matching_loss(terms.prediction, terms.others[name]) for name in held}
-        over = len(batch.rollout)
         return weighted(self.per_sample(terms), terms.comparison.weight, distances, self.anchors, over=over)
 
     def counting(self, batch: ForwardBatch) -> ForwardBatch:
@@ -256,8 +266,8 @@ class ForwardAlgorithm(Algorithm[ForwardBatch]):
         counts = batch.comparison.weight > 0
         if not held:
             counts &= self.shares(batch.rollout.group, batch.comparison) > 0
-        rows = rows_that_count(counts)
-        return batch if rows is None else replace(batch, rows=rows, noise_seeds=batch.noise_seeds[rows])
+        kept = rows_that_count(counts if batch.rows is None else counts[batch.rows])
+        return batch if kept is None else batch.part(kept)
 
     def _terms(self, policy: PolicyView, batch: ForwardBatch) -> ForwardTerms:
         share = self.shares(batch.rollout.group, batch.comparison)

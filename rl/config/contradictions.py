@@ -31,6 +31,7 @@ USED_BY_STRATEGY = {
 
 def check_config(config: Config, num_processes: int) -> None:
     """Refuse what no run can be made of. Raises ValueError that says what would work, with every fault."""
+    most = config.rollout.batch_size
     if sharing := list(_sharing(config, num_processes)):  # one sentence is enough: the others see whole groups
         config = _with_rollout(config, batch_size=config.rollout.prompts_per_step * config.rollout.group_size)
     else:
@@ -42,6 +43,7 @@ def check_config(config: Config, num_processes: int) -> None:
         *sharing,
         *own,
         *_drawing(config),
+        *_training_in_parts(config, most),
         *_pictures(config),
         *_grouping(config),
         *_branching(config),
@@ -165,6 +167,39 @@ def _near(config: Config, num_processes: int, key: str) -> list[int]:
     smaller = next((other for other in range(value - 1, least - 1, -1) if works(other)), None)
     larger = next((other for other in range(value + 1, limit + 1) if works(other)), None)
     return [found for found in (smaller, larger) if found is not None]
+
+
+def train_parts(config: Config) -> int:
+    """In how many equal parts a rollout batch is trained on; 0 where none of them is small enough and of whole groups."""
+    rollout = config.rollout
+    most = rollout.train_batch_size or rollout.batch_size
+    unit = rollout.group_size if within_pass(config) and rollout.batch_size > most else 1
+    fits = (size for size in range(min(most, rollout.batch_size), 0, -1) if rollout.batch_size % size == 0)
+    return next((rollout.batch_size // size for size in fits if size % unit == 0), 0)
+
+
+def within_pass(config: Config) -> bool:
+    """Whether the algorithm compares the samples of a group that pass the network together."""
+    return config.algorithm.on_pairs or config.algorithm.over_groups
+
+
+def _training_in_parts(config: Config, given: int) -> Iterator[str]:
+    """Training batches apart from those of sampling, for which a size is ``given``."""
+    rollout, algorithm = config.rollout, config.algorithm
+    if rollout.train_batch_size is None:
+        return
+    if algorithm.learns_from == "transitions":
+        yield (
+            f"rollout.train_batch_size: algorithm.name={algorithm.label} trains the ratio of the steps that were drawn, which "
+            "is 1 only in the batches of sampling; leave it out, or lower rollout.batch_size"
+        )
+    elif rollout.train_batch_size >= given:
+        yield f"rollout.train_batch_size={rollout.train_batch_size} cuts no batch of rollout.batch_size={given}; leave it out"
+    elif not train_parts(config):
+        yield (
+            f"rollout.train_batch_size={rollout.train_batch_size} cuts groups of rollout.group_size={rollout.group_size} "
+            f"apart, and algorithm.name={algorithm.label} compares them within a pass; set it to {rollout.group_size} or more"
+        )
 
 
 def _drawing(config: Config) -> Iterator[str]:

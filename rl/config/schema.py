@@ -185,6 +185,11 @@ class RolloutConfig(Section):
     """The most samples in a network pass, the same in sampling and in training. Used is the largest number up to it that
     holds whole groups or divides a group, and with which a step's samples can be shared evenly among processes and updates; it
     is printed at the start."""
+    train_batch_size: PositiveInt | None = None
+    """The most samples in a network pass of training, where the algorithm noises final latents again; null is as many as in
+    sampling. A rollout batch is cut into equal parts, of whole groups for algorithms that compare within a pass (dgpo,
+    diffusion_dpo). Lossless: the gradient is the same but for rounding, with less memory. Refused for algorithms that learn
+    from transitions, whose ratio is 1 only in the batches that were drawn."""
     plan: Annotated[PlanConfig, BeforeValidator(by_name)] = NonePlan()
     """Which steps are stochastic; by default ``all`` for algorithms that learn from transitions, ``none`` for others."""
     kernel: Annotated[KernelConfig, BeforeValidator(by_name)] = KernelConfig()
