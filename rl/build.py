@@ -168,6 +168,8 @@ def build_policy(config: Config, pipeline: Pipeline, algorithm: Algorithm, targe
         variants=algorithm.variants | ({"ema"} if config.ema_decay else frozenset()),
         seed=config.seed,
         ema_decay=config.ema_decay,
+        ema_ramp=config.ema_ramp,
+        ema_every=config.ema_every,
     )
 
 

@@ -328,7 +328,9 @@ def _precision(config: Config) -> Iterator[str]:
 
 
 def _optimizing(config: Config) -> Iterator[str]:
-    """Optimisers that do not use a setting, or cannot do what they are for."""
+    """Optimisers that do not use a setting, or cannot do what they are for; averages that are not made."""
+    if not config.ema_decay and (idle := sorted(changed(config) & {"ema_ramp", "ema_every"})):
+        yield f"ema_decay=0 averages nothing; leave {' and '.join(idle)} out, or set ema_decay"
     name, stage = config.optimizer.name, config.engine.zero_stage
     if name != "adafactor":
         return

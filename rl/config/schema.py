@@ -284,6 +284,10 @@ class Config(Section):
     """What is learned from the comparisons (`docs/algorithms.md`)."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Decay of the averaged weights, which are evaluated and exported; 0 takes the current weights."""
+    ema_ramp: bool = False
+    """Average faster at first: after n updates the decay is min((1 + n) / (10 + n), ``ema_decay``)."""
+    ema_every: PositiveInt = 1
+    """The averaged weights move after each so many optimiser updates, counted over the whole run."""
     optimizer: OptimizerConfig = OptimizerConfig()
     engine: EngineConfig = EngineConfig()
     evaluation: EvaluationConfig | None = EvaluationConfig()

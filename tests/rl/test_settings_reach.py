@@ -115,6 +115,8 @@ CASES: dict[str, list[Case]] = {
     "keep": [moves(1, "files", save_every=1, num_steps=2)],
     "trackers": [direct("Log.trackers", ["tensorboard"], "files", reads=(("tensorboard",),))],
     "ema_decay": [direct("follow.ema", 0.9, "evaluation.policy", "evaluation.images", "exported", **EVALUATED)],
+    "ema_ramp": [moves(True, "follow.ema", ema_decay=0.9)],
+    "ema_every": [moves(2, "follow.ema", ema_decay=0.9)],
     "evaluation": [moves(EVALUATED["evaluation"], "files", "evaluation.images")],
     "model.path": [direct("load.path", "OTHER_MODEL")],
     "model.adapter": [moves(f"{Path(__file__).parents[1] / 'negative.py'}:Negative", "rollout.images")],
