@@ -220,6 +220,9 @@ class AdvantageConfig(Section):
     """Several rewards: sum the scores; or compare each on its own scale and sum that; or normalise that sum once more."""
     best_and_worst: Annotated[int, Field(ge=2, multiple_of=2)] | None = None
     """Learn from so many samples of each group only, its best and its worst; null learns from all."""
+    tied: Literal["keep", "drop"] = "keep"
+    """Samples of a group whose scores are all equal: they count, with an advantage of 0, so that they feel a KL; or they are
+    left out of the mean, as in Flow-GRPO's code."""
     min_scored: Annotated[float, Field(ge=0, le=1)] = 0.9
     """The run stops, with everything saved, when less than this part of a step's samples has a score."""
 

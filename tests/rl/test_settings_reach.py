@@ -269,6 +269,7 @@ CASES: dict[str, list[Case]] = {
     "advantage.clip": [moves(0.5, "advantages"), Case(3.0, ("loss",), NFT)],
     "advantage.combine": [moves("gdpo", "advantages", rewards=BOTH)],
     "advantage.best_and_worst": [moves(2, "weights")],
+    "advantage.tied": [direct("compare.tied", "drop")],
     "advantage.min_scored": [direct("compare.min_scored", 0.5)],
     "optimizer.name": [direct("optimizer.class", "adamw8bit", "exported", reads=("AdamW8bit",))],
     "optimizer.learning_rate": [direct("optimizer.lr", 0.01)],
