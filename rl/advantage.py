@@ -126,6 +126,13 @@ def usable(total: Tensor, group: Tensor) -> Tensor:
     return stats.scored & (stats.count[stats.row_group] >= 2)
 
 
+def untied(advantage: Tensor, group: Tensor) -> Tensor:
+    """[N] bool: samples of groups in which some advantage [N] is not 0, so that something is to be learned."""
+    _, row_group = torch.unique(group, return_inverse=True)  # [N]
+    differing = torch.zeros(int(row_group.max()) + 1, dtype=torch.int64, device=group.device)  # [P]
+    return differing.index_add(0, row_group, (advantage != 0).long())[row_group] > 0
+
+
 def reward_statistics(total: Tensor, group: Tensor) -> dict[str, float]:
     """What to report of a training step's scores; numbers that do not exist (no score at all) are left out.
 

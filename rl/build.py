@@ -16,6 +16,7 @@ from flowsteer.rl.adapters import load_pipeline
 from flowsteer.rl.checkpoint import Checkpoints
 from flowsteer.rl.compare import compare, uncompared
 from flowsteer.rl.config import Config
+from flowsteer.rl.config.contradictions import train_parts
 from flowsteer.rl.config.schema import EvaluationConfig, PlanConfig
 from flowsteer.rl.engine.base import Engine, prepare
 from flowsteer.rl.engine.optimizer import OptimizerSettings
@@ -92,6 +93,7 @@ def build_algorithm(config: Config, plan: Plan, processes: Processes, *, common_
         seed=config.seed,
         common_indices=common_indices,
         gather=processes.gather,
+        train_parts=train_parts(config),
     )
     with blaming(f"algorithm {config.algorithm.label!r} cannot be bound to the run"):
         return config.algorithm.bind(facts)
@@ -110,7 +112,7 @@ def build_engine(config: Config, processes: Processes, policy: Policy, algorithm
         build_optimizer_settings(config),
         strategy=config.engine.strategy,
         dtype=DTYPES[config.model.dtype],
-        batch_size=config.rollout.batch_size,
+        batch_size=config.rollout.batch_size // train_parts(config),
         batches=batches_per_update(config, processes.num_processes),
         passes_per_batch=algorithm.passes_per_batch,
     )
@@ -170,6 +172,8 @@ def build_policy(config: Config, pipeline: Pipeline, algorithm: Algorithm, targe
         seed=config.seed,
         ema_decay=config.ema_decay,
         compiled=config.model.compile,
+        ema_ramp=config.ema_ramp,
+        ema_every=config.ema_every,
     )
 
 

@@ -18,6 +18,7 @@ from flowsteer.rl.advantage import (
     extremes,
     group_advantage,
     reward_statistics,
+    untied,
     usable,
 )
 from flowsteer.rl.metrics import all_names
@@ -49,6 +50,7 @@ def compare(
     epsilon: float = 1e-4,
     clip: float | None,
     best_and_worst: int | None = None,
+    tied: Literal["keep", "drop"] = "keep",
     min_scored: float,
 ) -> tuple[list[Comparison], dict[str, float]]:
     """Compare each sample with its group.
@@ -65,6 +67,7 @@ def compare(
         epsilon: added to it.
         clip: of the advantage.
         best_and_worst: of each group only so many count, half of them its best and half its worst; None: all.
+        tied: whether samples of groups with equal scores count.
         min_scored: the part of all samples that must have a score.
 
     Returns:
@@ -89,6 +92,8 @@ def compare(
             over_step=combine == "gdpo",
         )
     counts = usable(total, group)
+    if tied == "drop":
+        counts = counts & untied(advantage, group)
     if best_and_worst is not None:
         counts = counts & extremes(advantage, counts, group, best_and_worst)
     weight = counts.float() * (len(total) / counts.sum().clamp(min=1))

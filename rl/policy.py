@@ -29,7 +29,9 @@ class Policy:
         lora: rank, alpha and targets (the ends of layers' paths), or None to train all weights.
         variants: which of ``old``, ``reference`` and ``ema`` are needed besides the current one.
         seed: of the adapters' initial values.
-        ema_decay: how much of the ema policy stays at each update.
+        ema_decay: how much of the ema policy stays each time that it follows.
+        ema_ramp: after n updates no more of it stays than (1 + n) / (10 + n).
+        ema_every: it follows after each so many updates.
         compiled: the networks are compiled, and what one graph computes another one rounds differently: all policies are then
             evaluated by the graph of the one that is trained.
 
@@ -45,11 +47,13 @@ class Policy:
         variants: frozenset[str],
         seed: int,
         ema_decay: float = 0.0,
+        ema_ramp: bool = False,
+        ema_every: int = 1,
         compiled: bool = False,
     ) -> None:
         self.pipeline = pipeline
         self.compiled = compiled
-        self.ema_decay = ema_decay
+        self.ema_decay, self.ema_ramp, self.ema_every = ema_decay, ema_ramp, ema_every
         self.denoisers: dict[str, nn.Module] = dict(pipeline.denoisers)
         self.active = CURRENT
         self._averages: dict[str, list[Tensor]] = {}  # float32, where the policies themselves are narrower
@@ -128,10 +132,11 @@ class Policy:
             average.copy_(current) if decay == 0 else average.lerp_(current.float(), 1 - decay)
             mine.copy_(average)
 
-    def updated(self) -> None:
-        """An optimiser update has changed the current policy: the averaged one follows."""
-        if "ema" in self.names:
-            self.follow("ema", self.ema_decay)
+    def updated(self, num_updates: int) -> None:
+        """The optimiser update of this number, from 1, has changed the current policy: the averaged one follows when due."""
+        if "ema" in self.names and num_updates % self.ema_every == 0:
+            most = (1 + num_updates) / (10 + num_updates) if self.ema_ramp else 1.0
+            self.follow("ema", min(most, self.ema_decay))
 
     def follow_old(self, decay: float) -> None:
         """A training step is over: the old policy, where there is one, follows the current one."""

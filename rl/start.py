@@ -17,7 +17,7 @@ from flowsteer.rewards.combine import RewardSet
 from flowsteer.rl import build
 from flowsteer.rl.build_rewards import build_rewards, check_alike, without
 from flowsteer.rl.checkpoint import Checkpoints, fingerprint, open_run, write_whole
-from flowsteer.rl.config import Config, check_config, save_config
+from flowsteer.rl.config import Config, check_config, fitted, save_config
 from flowsteer.rl.config.data import inputs_of, pictures_of, sources_of
 from flowsteer.rl.engine.base import Engine
 from flowsteer.rl.engine.processes import Processes
@@ -49,13 +49,14 @@ def start(config: Config, *, resume: bool = False, quiet: bool = False) -> Run:
     folder = Path(config.output).absolute()  # once: a reward may change the current folder later
     open_run(folder, config, resume=resume)
     checked = check(config)
+    used = checked.config
     with ExitStack() as undo:  # a reward may be a process, which must not stay behind when anything below fails
-        rewards = build_rewards(config, checked.processes.device)
+        rewards = build_rewards(used, checked.processes.device)
         undo.callback(rewards.close)
-        prompts, evaluation = add_pictures(config, rewards, checked.prompts, checked.evaluation_prompts)
+        prompts, evaluation = add_pictures(used, rewards, checked.prompts, checked.evaluation_prompts)
         checked = replace(checked, prompts=prompts, evaluation_prompts=evaluation)
-        loaded = load(config, checked, rewards)
-        run = open_folder(config, folder, checked, loaded, resume=resume, quiet=quiet)
+        loaded = load(used, checked, rewards)
+        run = open_folder(used, folder, checked, loaded, given=config, resume=resume, quiet=quiet)
         undo.pop_all()
     return run
 
@@ -64,6 +65,7 @@ def start(config: Config, *, resume: bool = False, quiet: bool = False) -> Run:
 class Checked:
     """What stands before anything heavy is loaded."""
 
+    config: Config  # with the batch size that this number of processes uses
     plan: Plan
     processes: Processes
     prompts: Prompts
@@ -74,7 +76,9 @@ def check(config: Config) -> Checked:
     """The configuration's contradictions, the plan, the algorithm's demands and the prompt files."""
     plan = build.build_plan(config.rollout.plan, config)
     build.build_branching(config)  # its faults, like all others, before anything is loaded or written
-    check_config(config, int(os.environ.get("WORLD_SIZE", "1")))
+    num_processes = int(os.environ.get("WORLD_SIZE", "1"))
+    check_config(config, num_processes)
+    config = fitted(config, num_processes)
     processes = build.build_processes(
         config
     )  # before the rewards: a model of theirs then lands on this process's device
@@ -86,7 +90,9 @@ def check(config: Config) -> Checked:
         read_prompts(sources_of(config.evaluation.prompts), inputs=inputs) if config.evaluation else None
     )
     check_columns_of_prompts(config, prompts, evaluation_prompts)  # a reward may require some
-    return Checked(plan=plan, processes=processes, prompts=prompts, evaluation_prompts=evaluation_prompts)
+    return Checked(
+        config=config, plan=plan, processes=processes, prompts=prompts, evaluation_prompts=evaluation_prompts
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,8 +138,10 @@ def load(config: Config, checked: Checked, rewards: RewardSet) -> Loaded:
     )
 
 
-def open_folder(config: Config, folder: Path, checked: Checked, loaded: Loaded, *, resume: bool, quiet: bool) -> Run:
-    """Restore the newest checkpoint when resuming, then write into the run's folder."""
+def open_folder(
+    config: Config, folder: Path, checked: Checked, loaded: Loaded, *, given: Config, resume: bool, quiet: bool
+) -> Run:
+    """Restore the newest checkpoint when resuming, then write into the run's folder; ``given`` is what the user wrote."""
     engine, policy, rewards, prompts = loaded.engine, loaded.policy, loaded.rewards, checked.prompts
     checkpoints = Checkpoints(
         folder,
@@ -163,9 +171,9 @@ def open_folder(config: Config, folder: Path, checked: Checked, loaded: Loaded, 
         )
     if engine.is_main:
         folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / "config.json", config.model_dump_json(indent=1))
+        write_whole(folder / "config.json", given.model_dump_json(indent=1))
         write_whole(folder / "rewards.json", json.dumps(rewards.fingerprints, indent=1))
-        save_config(config, folder / "config.yaml")
+        save_config(given, folder / "config.yaml")
         if evaluations is not None:
             evaluations.drop_after(first)
     engine.wait()
@@ -177,7 +185,9 @@ def open_folder(config: Config, folder: Path, checked: Checked, loaded: Loaded, 
         config=json.loads(config.model_dump_json()),
     )
     screen.opening(
-        derived(config, policy, engine, prompts, loaded.pipeline), origin=origin, missing_trackers=log.missing_trackers
+        derived(config, policy, engine, prompts, loaded.pipeline, most=given.rollout.batch_size),
+        origin=origin,
+        missing_trackers=log.missing_trackers,
     )
     return Run(
         config=config,
@@ -208,17 +218,20 @@ def origin_of(first: int, checkpoints: Checkpoints, config: Config, *, resume: b
     return f"continuing with step {first} ({first}/{config.num_steps} done)"
 
 
-def derived(config: Config, policy: Policy, engine: Engine, prompts: Prompts, pipeline: Pipeline) -> dict[str, str]:
-    """Quantities that follow from the configuration: printed at the start, never asked for."""
+def derived(
+    config: Config, policy: Policy, engine: Engine, prompts: Prompts, pipeline: Pipeline, *, most: int
+) -> dict[str, str]:
+    """Quantities that follow from the configuration: printed at the start, never asked for; ``most``: rollout.batch_size."""
     rollout, algorithm = config.rollout, config.algorithm
     images = rollout.prompts_per_step * rollout.group_size
     trained = sum(parameter.numel() for parameter in policy.parameters().values())
+    size = f"{rollout.batch_size}" + (f" (rollout.batch_size={most} at most)" if rollout.batch_size < most else "")
     through = f" through {config.model.adapter}" if config.model.adapter else ""
     lines = {
         "model": f"{config.model.path}{through}, {trained:,} parameters trained",
         "algorithm": f"{algorithm.name}, {algorithm.updates_per_rollout} update(s) per step",
         "images per step": f"{images} = {rollout.prompts_per_step} prompts x {rollout.group_size}",
-        "batches": f"{images // rollout.batch_size} of {rollout.batch_size} on {engine.processes.num_processes} process(es), "
+        "batches": f"{images // rollout.batch_size} of {size} on {engine.processes.num_processes} process(es), "
         f"{engine.accumulation} backward passes per update",
         "prompts": f"{len(prompts)}, all seen after {len(prompts) / rollout.prompts_per_step:.1f} steps",
         **({"pictures": f"{sum(map(len, prompts.groups))} of them, none is drawn"} if prompts.groups else {}),

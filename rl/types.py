@@ -125,6 +125,7 @@ class Facts:
     seed: int
     common_indices: bool  # all batches of a training step are trained at the same denoising indices
     gather: Callable[[Tensor], Tensor]  # concatenates [B] over processes to [N]
+    train_parts: int = 1  # a rollout batch passes the network in so many equal parts when it is trained on
 
 
 def changed(section: BaseModel) -> set[str]:
@@ -159,6 +160,8 @@ class Algorithm(BaseModel, Generic[LossTerm]):
     learns_from: ClassVar[Literal["transitions", "final latents"]]
     on_pairs: ClassVar[bool] = False
     """The best and the worst sample of every group are compared; advantages are not asked for."""
+    over_groups: ClassVar[bool] = False
+    """The loss of a sample reads the other samples of its group in the same pass."""
     possible_anchors: ClassVar[frozenset[str]] = frozenset()
     """The policies that a loss of this family can be held near to."""
     keeps_means: ClassVar[bool] = False

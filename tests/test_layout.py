@@ -6,6 +6,7 @@ import ast
 import graphlib
 import importlib.metadata
 import inspect
+import math
 import re
 import shlex
 import subprocess
@@ -231,7 +232,10 @@ def test_every_configuration_is_runnable(name):
     after = command[command.index("train") + 1 :]
     assert after[0] == name.removesuffix(".yaml")
     config = load_config(after[0], after[1:])
-    processes = int(command[command.index("--nproc_per_node") + 1]) if "--nproc_per_node" in command else 1
+    processes = math.prod(
+        int(command[command.index(key) + 1]) for key in ("--nnodes", "--nproc_per_node") if key in command
+    )
+    assert "--nproc_per_node" not in command or int(command[command.index("--nproc_per_node") + 1]) <= 8, "a node has 8"
     check_config(config, processes)
     processes: Any = SimpleNamespace(gather=None)
     build_algorithm(config, build_plan(config.rollout.plan, config), processes)

@@ -19,13 +19,13 @@ Letters: B samples, N samples of all processes, X latent shape of one sample.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
 
-from flowsteer.rl.algorithms.forward import ForwardAlgorithm, ForwardTerms, NoiseLevels, ramp
+from flowsteer.rl.algorithms.forward import ForwardAlgorithm, ForwardBatch, ForwardTerms, NoiseLevels, ramp
 from flowsteer.rl.algorithms.losses import Terms
 from flowsteer.rl.types import Facts, Setting, changed, not_whole
 from flowsteer.rollout.steps.noise import mix
@@ -34,6 +34,8 @@ from flowsteer.rollout.types import Rollout
 
 class DGPO(ForwardAlgorithm):
     """DGPO's hyper-parameters; the defaults are the published ones for Stable Diffusion 3.5 with guided rollouts."""
+
+    over_groups: ClassVar[bool] = True
 
     name: Literal["dgpo"] = "dgpo"
     beta: PositiveFloat = 100.0
@@ -82,6 +84,10 @@ class DGPO(ForwardAlgorithm):
     def old_decay(self, num_updates: int) -> float:
         """The published schedule: the old policy is almost the one of the update before."""
         return ramp(num_updates, self.old_decay_slope, self.old_decay_max)
+
+    def counting(self, batch: ForwardBatch) -> ForwardBatch:
+        """All samples pass: groups may lie over processes, which add up equally many numbers."""
+        return batch
 
     def indices(self, levels: NoiseLevels, step: int, rollout: Rollout) -> list[int]:
         """Those of the training step, which all processes share."""

@@ -20,7 +20,7 @@ from pydantic import Field, PositiveInt, PrivateAttr
 from torch import Tensor
 
 from flowsteer.rl.algorithms.losses import Terms, weighted
-from flowsteer.rl.algorithms.pairs import best_and_worst, preference_loss
+from flowsteer.rl.algorithms.pairs import best_and_worst, preference_loss, rows_that_count
 from flowsteer.rl.types import Algorithm, Comparison, Facts, Metrics, PolicyView, Setting, schedule_of
 from flowsteer.rollout.steps.kernels import denoised
 from flowsteer.rollout.steps.noise import mix, stream_noise
@@ -45,6 +45,7 @@ class ForwardTerms:
     sigma: float
     group: Tensor  # [R] int64
     comparison: Comparison  # of the R samples, on the prediction's device
+    share: Tensor  # [R] float32, see `ForwardAlgorithm.shares`
     facts: Facts
 
     @property
@@ -91,6 +92,11 @@ class ForwardBatch:
     def of_rows(self, rows: Tensor, *, noise_from: Tensor) -> ForwardBatch:
         """Only these samples [R], each with the noise of the sample ``noise_from`` [R]."""
         return replace(self, rows=rows, noise_seeds=self.rollout.seeds[noise_from])
+
+    def part(self, places: Tensor) -> ForwardBatch:
+        """Only those at these places [R] of the samples that take part, with their noise."""
+        rows = places if self.rows is None else self.rows[places]
+        return replace(self, rows=rows, noise_seeds=self.noise_seeds[places])
 
     def noised(self) -> tuple[Tensor, Tensor]:
         """The final latents noised to the batch's level [R, *X], and the model's target there [R, *X] float32."""
@@ -181,6 +187,14 @@ class ForwardAlgorithm(Algorithm[ForwardBatch]):
         """Of algorithms on pairs, [2 P] samples with the winners first: the logit of each preference, [P]."""
         raise NotImplementedError
 
+    def shares(self, group: Tensor, comparison: Comparison) -> Tensor:
+        """How much each sample of a batch counts besides its weight, [B]; the loss of one with 0 must be 0.
+
+        It is made of the whole batch, while `per_sample` sees the samples that pass the network: those that have a weight, and
+        a share or a distance to hold them. None of all others passes.
+        """
+        return torch.ones_like(comparison.weight)
+
     def indices(self, levels: NoiseLevels, step: int, rollout: Rollout) -> list[int]:
         """The denoising indices that a rollout batch is trained at."""
         return levels.spread(step, int(rollout.sample[0]))
@@ -213,31 +227,50 @@ class ForwardAlgorithm(Algorithm[ForwardBatch]):
 
     @property
     def passes_per_batch(self) -> int:
-        """One for each noise level."""
-        return self.noise_levels_per_sample
+        """One for each noise level and part of the batch."""
+        return self.noise_levels_per_sample * self.facts.train_parts
 
     def batches(
         self, rollouts: Sequence[Rollout], comparisons: Sequence[Comparison], step: int
     ) -> Iterator[ForwardBatch]:
-        """Every rollout batch at the noise levels that are drawn for it."""
+        """Every rollout batch at the noise levels that are drawn for it, in as many parts as it is trained in."""
         assert self._levels is not None, "an algorithm trains once it is bound to a run"
         for rollout, comparison in zip(rollouts, comparisons):
             seeds = self.noise_seeds(rollout, step)
             for index in self.indices(self._levels, step, rollout):
-                yield ForwardBatch(rollout=rollout, comparison=comparison, index=index, noise_seeds=seeds)
+                whole = ForwardBatch(rollout=rollout, comparison=comparison, index=index, noise_seeds=seeds)
+                if self.facts.train_parts == 1:
+                    yield whole
+                else:
+                    yield from map(whole.part, torch.arange(len(rollout)).chunk(self.facts.train_parts))
 
     def loss(self, policy: PolicyView, batch: ForwardBatch) -> tuple[Tensor, Metrics]:
-        """The loss of one noise level; with preferences only the pairs' samples pass the network."""
+        """The loss of one noise level; only samples that count pass the network, with preferences those of pairs."""
         if self.on_pairs:
-            pairs = best_and_worst(batch.rollout.group, batch.comparison)
-            chosen = batch.of_rows(pairs.sides(), noise_from=pairs.win.repeat(2))
-            return preference_loss(self.logits(self._terms(policy, chosen)), pairs)
+            of_groups = best_and_worst(batch.group, batch.comparison.take(batch.rows))
+            pairs = of_groups.counting()
+            win, lose = (side if batch.rows is None else batch.rows[side] for side in (pairs.win, pairs.lose))
+            chosen = batch.of_rows(torch.cat([win, lose]), noise_from=win.repeat(2))
+            logits = self.logits(self._terms(policy, chosen))
+            return preference_loss(logits, pairs, over=len(of_groups.weight))
+        over = len(batch.group)
+        batch = self.counting(batch)
         terms = self._terms(policy, batch)
         held = {name for name, weight in self.anchors.items() if weight}
         distances = {name: matching_loss(terms.prediction, terms.others[name]) for name in held}
-        return weighted(self.per_sample(terms), terms.comparison.weight, distances, self.anchors)
+        return weighted(self.per_sample(terms), terms.comparison.weight, distances, self.anchors, over=over)
+
+    def counting(self, batch: ForwardBatch) -> ForwardBatch:
+        """The samples whose loss has a gradient; one where there is none, so that each batch makes its passes."""
+        held = any(self.anchors.values())
+        counts = batch.comparison.weight > 0
+        if not held:
+            counts &= self.shares(batch.rollout.group, batch.comparison) > 0
+        kept = rows_that_count(counts if batch.rows is None else counts[batch.rows])
+        return batch if kept is None else batch.part(kept)
 
     def _terms(self, policy: PolicyView, batch: ForwardBatch) -> ForwardTerms:
+        share = self.shares(batch.rollout.group, batch.comparison)
         noised, target = batch.noised()
         read = self.compares_with | {name for name, weight in self.anchors.items() if weight}
         # before the pass that is trained: its activations do not wait meanwhile
@@ -252,6 +285,7 @@ class ForwardAlgorithm(Algorithm[ForwardBatch]):
             sigma=float(batch.schedule.sigma[batch.index]),
             group=batch.group.to(prediction.device),
             comparison=batch.comparison.take(batch.rows).to(prediction.device),
+            share=(share if batch.rows is None else share[batch.rows]).to(prediction.device),
             facts=self.facts,
         )
 

@@ -29,11 +29,17 @@ class Terms:
 
 
 def weighted(
-    terms: Terms, weight: Tensor, distances: Mapping[str, Tensor], anchors: Mapping[str, float]
+    terms: Terms,
+    weight: Tensor,
+    distances: Mapping[str, Tensor],
+    anchors: Mapping[str, float],
+    *,
+    over: int | None = None,
 ) -> tuple[Tensor, Metrics]:
     """The mean of (loss + weighted distances to the anchors) [R] times weight [R]; and the metrics as means over the samples.
 
     ``distances`` [R] and their weights ``anchors`` go by the name of the other policy; those of weight 0 do not count.
+    ``over`` is how many samples the mean is over where some that count nothing are left out; None: R.
     Raises ValueError if ``terms``, which may be a plug-in's, are not `Terms` with one number per sample, or if a metric has
     the name of one that is reported anyway.
     """
@@ -55,11 +61,13 @@ def weighted(
                 f"{tuple(weight.shape)}"
             )
     pull = sum(anchors[name] * distance for name, distance in held.items())
-    loss = ((terms.loss + pull) * weight).mean()
+    each = (terms.loss + pull) * weight  # [R]
+    over = over or len(each)
+    loss = each.mean() if over == len(each) else each.sum() / over
     count = float(weight.sum())
     reported = terms.metrics | {DISTANCES[name]: distance for name, distance in held.items()}
     return loss, {
-        "loss": Mean(loss.detach() * len(weight), float(len(weight))),
+        "loss": Mean(loss.detach() * over, float(over)),
         **{name: Mean((value.detach() * weight).sum(), count) for name, value in reported.items()},
     }
 

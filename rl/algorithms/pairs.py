@@ -27,6 +27,20 @@ class Pairs:
         """[2 P] rows, the winners first."""
         return torch.cat([self.win, self.lose])
 
+    def counting(self) -> Pairs:
+        """Those with a weight; where there are none, the first: a batch passes the network in any case."""
+        rows = rows_that_count(self.weight > 0)
+        if rows is None:
+            return self
+        return Pairs(win=self.win[rows], lose=self.lose[rows], weight=self.weight[rows])
+
+
+def rows_that_count(counts: Tensor) -> Tensor | None:
+    """The rows [R] int64 of [B] bool, or the first one where none counts; None where all do."""
+    if bool(counts.all()):
+        return None
+    return torch.nonzero(counts).flatten() if bool(counts.any()) else torch.zeros(1, dtype=torch.int64)
+
 
 def best_and_worst(group: Tensor, comparison: Comparison, *, threshold: float = 0.0) -> Pairs:
     """The best and the worst sample of every group, whole in this batch.
@@ -62,8 +76,12 @@ def preference(logits: Tensor) -> Terms:
     return Terms(loss=-logsigmoid(logits), metrics={"margin": detached, "accuracy": right})
 
 
-def preference_loss(logits: Tensor, pairs: Pairs) -> tuple[Tensor, Metrics]:
-    """The weighted mean of `preference` over the batch's groups; ``pairs`` is how many of them make a pair."""
+def preference_loss(logits: Tensor, pairs: Pairs, *, over: int | None = None) -> tuple[Tensor, Metrics]:
+    """The weighted mean of `preference` over the batch's groups; ``pairs`` is how many of them make a pair.
+
+    ``over`` is how many groups there are where those that make none are left out.
+    """
+    over = over or len(pairs.weight)
     weight = pairs.weight.to(logits.device)
-    loss, metrics = weighted(preference(logits), weight, {}, {})
-    return loss, {**metrics, "pairs": Mean(float((weight > 0).sum()), float(len(weight)))}
+    loss, metrics = weighted(preference(logits), weight, {}, {}, over=over)
+    return loss, {**metrics, "pairs": Mean(float((weight > 0).sum()), float(over))}

@@ -153,15 +153,21 @@ class TransitionAlgorithm(Algorithm[TransitionBatch]):
         )
 
     def loss(self, policy: PolicyView, batch: TransitionBatch) -> tuple[Tensor, Metrics]:
-        """The loss of one transition; with preferences only the pairs' samples pass the network."""
+        """The loss of one transition; with preferences only the pairs' samples pass the network.
+
+        Others pass as they were drawn, so that the ratio is 1; only of a batch in which nothing counts one is enough.
+        """
         if self.on_pairs:
             pairs = best_and_worst(batch.rollout.group, batch.comparison, threshold=self.threshold_of_pairs())
             terms = self._terms(policy, replace(batch, rows=pairs.sides()))
             return preference_loss(self.logits(terms), pairs)
+        over = len(batch.rollout)
+        if not bool((batch.comparison.weight > 0).any()):
+            batch = replace(batch, rows=torch.zeros(1, dtype=torch.int64))
         terms = self._terms(policy, batch)
-        weight = batch.comparison.weight.to(terms.advantage.device)
+        weight = _rows(batch.comparison.weight, batch.rows).to(terms.advantage.device)
         distances = {} if terms.reference is None else {"reference": kernels.kl(terms.current, terms.reference)}
-        return weighted(self.per_sample(terms), weight, distances, self.anchors)
+        return weighted(self.per_sample(terms), weight, distances, self.anchors, over=over)
 
     def _terms(self, policy: PolicyView, batch: TransitionBatch) -> TransitionTerms:
         reference = None

@@ -85,11 +85,14 @@ class WeightedSFT(ForwardAlgorithm):
         """The policy that draws stays, or is replaced when due."""
         return renewed(self.refresh_every, self.updates_per_rollout, num_updates)
 
+    def shares(self, group: Tensor, comparison: Comparison) -> Tensor:
+        """How good each sample is in its group."""
+        return sample_weights(group, comparison, self.weights, self.temperature)
+
     def per_sample(self, terms: ForwardTerms) -> Terms:
         """The matching error, weighted by how good the sample is in its group."""
-        share = sample_weights(terms.group, terms.comparison, self.weights, self.temperature)  # [R]
         error = terms.error()
-        return Terms(loss=share * error, metrics={"matching_loss": error})
+        return Terms(loss=terms.share * error, metrics={"matching_loss": error})
 
 
 def sample_weights(group: Tensor, comparison: Comparison, kind: SampleWeights, temperature: float) -> Tensor:

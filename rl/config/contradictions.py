@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 
 from flowsteer.rewards.doors import blaming
 from flowsteer.rl.config.schema import Config, KernelConfig, WindowPlan
 from flowsteer.rl.types import Setting, changed, not_whole
-from flowsteer.rollout.data.batches import check_divisible
+from flowsteer.rollout.data.batches import batch_sizes
 
 logger = logging.getLogger(__name__)
 
@@ -30,17 +31,24 @@ USED_BY_STRATEGY = {
 
 def check_config(config: Config, num_processes: int) -> None:
     """Refuse what no run can be made of. Raises ValueError that says what would work, with every fault."""
+    most = config.rollout.batch_size
+    if sharing := list(_sharing(config, num_processes)):  # one sentence is enough: the others see whole groups
+        config = _with_rollout(config, batch_size=config.rollout.prompts_per_step * config.rollout.group_size)
+    else:
+        config = fitted(config, num_processes)
     setting = setting_of(config, num_processes)
     with blaming(f"the check of algorithm {config.algorithm.label!r} cannot be made"):
         own = [*config.algorithm.check(setting), *config.algorithm.idle()]
     faults = [
-        *_sharing(config, num_processes),
+        *sharing,
         *own,
         *_drawing(config),
         *_passes(config),
+        *_training_in_parts(config, most),
         *_pictures(config),
         *_grouping(config),
-        *_branching(config, setting),
+        *_branching(config),
+        *_whole_branches(config, setting),
         *_comparing(config, setting),
         *_steps(config),
         *_precision(config),
@@ -68,6 +76,44 @@ def check_config(config: Config, num_processes: int) -> None:
         )
 
 
+def fitted(config: Config, num_processes: int) -> Config:
+    """The configuration with the batch size that is used: ``rollout.batch_size`` is the most that it may be.
+
+    It is the largest with which a training step divides evenly over processes and updates and that gives the algorithm whole
+    groups where it needs them; failing that, the largest that divides. Where none does, the configuration stays as it is.
+    """
+    sizes = _dividing(config, num_processes)
+    candidates = [_with_rollout(config, batch_size=size) for size in sizes]
+    whole = (one for one in candidates if not _cut(one, num_processes))
+    return next(whole, candidates[0] if candidates else config)
+
+
+def _dividing(config: Config, num_processes: int) -> list[int]:
+    """Batch sizes with which a training step divides evenly, the largest first."""
+    rollout = config.rollout
+    return batch_sizes(
+        prompts_per_step=rollout.prompts_per_step,
+        group_size=rollout.group_size,
+        batch_size=rollout.batch_size,
+        num_processes=num_processes,
+        updates_per_rollout=config.algorithm.updates_per_rollout,
+    )
+
+
+def _with_rollout(config: Config, **changes: int) -> Config:
+    return config.model_copy(update={"rollout": config.rollout.model_copy(update=changes)})
+
+
+def _cut(config: Config, num_processes: int) -> bool:
+    """Whether batches cut groups apart that have to be whole."""
+    setting = setting_of(config, num_processes)
+    with blaming(f"the check of algorithm {config.algorithm.label!r} cannot be made"):
+        # what it says of this batch size and not of one that holds a step's samples together
+        at_once = replace(setting, batch_size=config.rollout.prompts_per_step * config.rollout.group_size)
+        own = set(config.algorithm.check(setting)) - set(config.algorithm.check(at_once))
+    return bool(own) or any(_whole_branches(config, setting))
+
+
 def setting_of(config: Config, num_processes: int) -> Setting:
     """What the algorithm may have demands on."""
     rollout = config.rollout
@@ -88,17 +134,79 @@ def setting_of(config: Config, num_processes: int) -> Setting:
 
 
 def _sharing(config: Config, num_processes: int) -> Iterator[str]:
-    """Samples that cannot be shared evenly."""
-    try:
-        check_divisible(
-            prompts_per_step=config.rollout.prompts_per_step,
-            group_size=config.rollout.group_size,
-            batch_size=config.rollout.batch_size,
-            num_processes=num_processes,
-            updates_per_rollout=config.algorithm.updates_per_rollout,
+    """Samples that cannot be shared evenly, or only in batches that cut groups apart."""
+    rollout, updates = config.rollout, config.algorithm.updates_per_rollout
+    sizes = _dividing(config, num_processes)
+    if sizes and not _cut(fitted(config, num_processes), num_processes):
+        return
+    if sizes and not _whole_in_one(config, num_processes):
+        return  # too small a batch size, whatever the number of processes: the algorithm's own sentence says it all
+    needed = "whole groups" if sizes else "samples"
+    proposals = [
+        f"rollout.{key}={' or '.join(map(str, near))}"
+        for key in ("prompts_per_step", "group_size")
+        if (near := _near(config, num_processes, key))
+    ]
+    advice = f"With the others as they are, one of these works: {'; '.join(proposals)}" if proposals else ""
+    yield (
+        f"rollout.prompts_per_step={rollout.prompts_per_step} groups of rollout.group_size={rollout.group_size} cannot be "
+        f"shared evenly, in {needed}, among {num_processes} processes x {updates} updates, with no rollout.batch_size up to "
+        f"{rollout.batch_size}. {advice or 'Change more than one of them'}"
+    )
+
+
+def _whole_in_one(config: Config, num_processes: int) -> bool:
+    """Whether the largest batches that may be hold whole groups, were there prompts enough."""
+    most = max(config.rollout.batch_size // config.rollout.group_size * config.rollout.group_size, 1)
+    return not _cut(_with_rollout(config, batch_size=most), num_processes)
+
+
+def _near(config: Config, num_processes: int, key: str) -> list[int]:
+    """The nearest smaller and the nearest larger value of a key of ``rollout`` that can be shared evenly."""
+    value = getattr(config.rollout, key)
+    limit = value + config.rollout.batch_size * num_processes * config.algorithm.updates_per_rollout
+
+    def works(other: int) -> bool:
+        changed = _with_rollout(config, **{key: other})
+        return bool(_dividing(changed, num_processes)) and not _cut(fitted(changed, num_processes), num_processes)
+
+    least = 1 if key == "prompts_per_step" or not config.algorithm.compares else 2
+    smaller = next((other for other in range(value - 1, least - 1, -1) if works(other)), None)
+    larger = next((other for other in range(value + 1, limit + 1) if works(other)), None)
+    return [found for found in (smaller, larger) if found is not None]
+
+
+def train_parts(config: Config) -> int:
+    """In how many equal parts a rollout batch is trained on; 0 where none of them is small enough and of whole groups."""
+    rollout = config.rollout
+    most = rollout.train_batch_size or rollout.batch_size
+    unit = rollout.group_size if within_pass(config) and rollout.batch_size > most else 1
+    fits = (size for size in range(min(most, rollout.batch_size), 0, -1) if rollout.batch_size % size == 0)
+    return next((rollout.batch_size // size for size in fits if size % unit == 0), 0)
+
+
+def within_pass(config: Config) -> bool:
+    """Whether the algorithm compares the samples of a group that pass the network together."""
+    return config.algorithm.on_pairs or config.algorithm.over_groups
+
+
+def _training_in_parts(config: Config, given: int) -> Iterator[str]:
+    """Training batches apart from those of sampling, for which a size is ``given``."""
+    rollout, algorithm = config.rollout, config.algorithm
+    if rollout.train_batch_size is None:
+        return
+    if algorithm.learns_from == "transitions":
+        yield (
+            f"rollout.train_batch_size: algorithm.name={algorithm.label} trains the ratio of the steps that were drawn, which "
+            "is 1 only in the batches of sampling; leave it out, or lower rollout.batch_size"
         )
-    except ValueError as error:
-        yield str(error)
+    elif rollout.train_batch_size >= given:
+        yield f"rollout.train_batch_size={rollout.train_batch_size} cuts no batch of rollout.batch_size={given}; leave it out"
+    elif not train_parts(config):
+        yield (
+            f"rollout.train_batch_size={rollout.train_batch_size} cuts groups of rollout.group_size={rollout.group_size} "
+            f"apart, and algorithm.name={algorithm.label} compares them within a pass; set it to {rollout.group_size} or more"
+        )
 
 
 def _drawing(config: Config) -> Iterator[str]:
@@ -192,18 +300,22 @@ def _grouping(config: Config) -> Iterator[str]:
         yield f"algorithm.name={config.algorithm.label} compares no samples with these settings; leave {keys} out"
 
 
-def _branching(config: Config, setting: Setting) -> Iterator[str]:
+def _whole_branches(config: Config, setting: Setting) -> Iterator[str]:
+    """Groups that part must be whole."""
+    if config.rollout.branching is not None and not setting.groups_are_whole():
+        yield not_whole("rollout.branching", setting)
+
+
+def _branching(config: Config) -> Iterator[str]:
     """Branches from a common state, and shortened tails."""
     rollout = config.rollout
     if rollout.branching is not None:
-        if not setting.stochastic:
+        if rollout.plan.name == "none":
             yield "rollout.branching parts groups at stochastic steps, but rollout.plan.name=none has none; set a plan"
         if rollout.shared_noise:
             yield "rollout.branching shares the noise of a group anyway; leave rollout.shared_noise out"
         if rollout.branching.first and rollout.plan.name == "window":
             yield "rollout.branching.first needs a plan whose steps stay the same; set rollout.plan.name to all or steps"
-        if not setting.groups_are_whole():
-            yield not_whole("rollout.branching", setting)
     if rollout.tail_fraction < 1 and (rollout.plan.name in ("none", "all") or rollout.branching is not None):
         yield (
             "rollout.tail_fraction shortens what comes after the last stochastic step of a trajectory; it needs a window "
@@ -242,7 +354,9 @@ def _precision(config: Config) -> Iterator[str]:
 
 
 def _optimizing(config: Config) -> Iterator[str]:
-    """Optimisers that do not use a setting, or cannot do what they are for."""
+    """Optimisers that do not use a setting, or cannot do what they are for; averages that are not made."""
+    if not config.ema_decay and (idle := sorted(changed(config) & {"ema_ramp", "ema_every"})):
+        yield f"ema_decay=0 averages nothing; leave {' and '.join(idle)} out, or set ema_decay"
     name, strategy = config.optimizer.name, config.engine.strategy
     if strategy == "fsdp2" and name != "adamw":
         yield f"optimizer.name={name} is not tried with engine.strategy=fsdp2; use adamw, or zero1, zero2 or zero3"

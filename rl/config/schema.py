@@ -208,7 +208,14 @@ class RolloutConfig(Section):
     """Samples of each prompt, which are compared with one another. 1 only where nothing is compared: fine-tuning on pictures
     (``weighted_sft`` with ``weights=all``)."""
     batch_size: PositiveInt = 64
-    """Samples per network pass, the same in sampling and in training. It must hold whole groups, or divide a group."""
+    """The most samples in a network pass, the same in sampling and in training. Used is the largest number up to it that
+    holds whole groups or divides a group, and with which a step's samples can be shared evenly among processes and updates; it
+    is printed at the start."""
+    train_batch_size: PositiveInt | None = None
+    """The most samples in a network pass of training, where the algorithm noises final latents again; null is as many as in
+    sampling. A rollout batch is cut into equal parts, of whole groups for algorithms that compare within a pass (dgpo,
+    diffusion_dpo). Lossless: the gradient is the same but for rounding, with less memory. Refused for algorithms that learn
+    from transitions, whose ratio is 1 only in the batches that were drawn."""
     plan: Annotated[PlanConfig, BeforeValidator(by_name)] = NonePlan()
     """Which steps are stochastic; by default ``all`` for algorithms that learn from transitions, ``none`` for others."""
     kernel: Annotated[KernelConfig, BeforeValidator(by_name)] = KernelConfig()
@@ -242,6 +249,9 @@ class AdvantageConfig(Section):
     """Several rewards: sum the scores; or compare each on its own scale and sum that; or normalise that sum once more."""
     best_and_worst: Annotated[int, Field(ge=2, multiple_of=2)] | None = None
     """Learn from so many samples of each group only, its best and its worst; null learns from all."""
+    tied: Literal["keep", "drop"] = "keep"
+    """Samples of a group whose scores are all equal: they count, with an advantage of 0, so that they feel a KL; or they are
+    left out of the mean, as in Flow-GRPO's code."""
     min_scored: Annotated[float, Field(ge=0, le=1)] = 0.9
     """The run stops, with everything saved, when less than this part of a step's samples has a score."""
 
@@ -308,6 +318,10 @@ class Config(Section):
     """What is learned from the comparisons (`docs/algorithms.md`)."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Decay of the averaged weights, which are evaluated and exported; 0 takes the current weights."""
+    ema_ramp: bool = False
+    """Average faster at first: after n updates the decay is min((1 + n) / (10 + n), ``ema_decay``)."""
+    ema_every: PositiveInt = 1
+    """The averaged weights move after each so many optimiser updates, counted over the whole run."""
     optimizer: OptimizerConfig = OptimizerConfig()
     engine: EngineConfig = EngineConfig()
     evaluation: EvaluationConfig | None = EvaluationConfig()

@@ -66,7 +66,7 @@ class Trained(Protocol):
 
     def ready(self, shares: Shares | None) -> None: ...
 
-    def updated(self) -> None: ...
+    def updated(self, num_updates: int, /) -> None: ...
 
     def state(self) -> dict[str, Tensor]: ...
 
@@ -190,7 +190,7 @@ class Engine:
         if not boundary:
             return None
         self.num_updates += 1
-        self._policy.updated()
+        self._policy.updated(self.num_updates)
         agreement = float(self.gather(self._agreement.finish().view(1)).mean())
         return UpdateInfo(grad_norm=norm, learning_rate=rate, gradient_agreement=agreement)
 

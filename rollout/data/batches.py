@@ -102,6 +102,20 @@ def sample_seeds(samples: Iterable[int], *, seed: int, step: int) -> Tensor:
     return torch.tensor([mix(seed, _SAMPLE_STREAM, step, sample) for sample in samples], dtype=torch.int64)
 
 
+def batch_sizes(
+    *, prompts_per_step: int, group_size: int, batch_size: int, num_processes: int, updates_per_rollout: int = 1
+) -> list[int]:
+    """The batch sizes up to ``batch_size`` with which a training step divides evenly, the largest first."""
+    sizes = {
+        "prompts_per_step": prompts_per_step,
+        "group_size": group_size,
+        "num_processes": num_processes,
+        "updates_per_rollout": updates_per_rollout,
+    }
+    most = min(batch_size, prompts_per_step * group_size)
+    return [size for size in range(most, 0, -1) if _indivisible(**sizes, batch_size=size) is None]
+
+
 def check_divisible(
     *, prompts_per_step: int, group_size: int, batch_size: int, num_processes: int, updates_per_rollout: int = 1
 ) -> None:

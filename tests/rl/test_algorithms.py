@@ -390,6 +390,22 @@ def test_only_the_best_and_the_worst_count_when_asked() -> None:
     assert float(first.weight.max()) == pytest.approx(2.0)  # half of all samples count: twice as much
 
 
+def test_samples_of_tied_groups_are_dropped_when_asked() -> None:
+    """The first group of each batch is tied: kept, it has the weight 1 and no advantage; dropped, the others have more."""
+    rollouts = ToyRun(flow_grpo()).rollouts()
+    totals = [[0.5] * GROUP, *([float(row) for row in range(GROUP)] for _ in rollouts[1:])]
+    settings: dict[str, Any] = {"deviation": "global", "clip": 5.0, "min_scored": 1.0, "weights": {}}
+    kept, _ = compare(rollouts, scored(*totals), lambda x: x, **settings)
+    dropped, _ = compare(rollouts, scored(*totals), lambda x: x, tied="drop", **settings)
+    assert kept[0].weight.tolist() == [1.0] * GROUP
+    assert dropped[0].weight.tolist() == kept[0].advantage.tolist() == [0.0] * GROUP
+    assert dropped[1].weight.tolist() == pytest.approx([len(rollouts) / (len(rollouts) - 1)] * GROUP)
+    for one, other in zip(kept, dropped):
+        assert torch.equal(one.advantage, other.advantage)
+    nothing, _ = compare(rollouts, scored(*[[0.5] * GROUP] * len(rollouts)), lambda x: x, tied="drop", **settings)
+    assert all(float(one.weight.sum()) == 0 for one in nothing)
+
+
 def test_too_few_scores_say_how_many_and_why() -> None:
     rollouts = ToyRun(flow_grpo()).rollouts()
     totals = scored([1.0] * 8, [NAN] * 8, [1.0] * 6 + [NAN] * 2)

@@ -601,7 +601,7 @@ def test_report_again(trained):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["rollout.group_size=3", "rollout.batch_size=4"], "one of these works"),
+        (["rollout.group_size=3", "algorithm.updates_per_rollout=7"], "one of these works"),
         (["rollot.group_size=3"], "rollot: unknown key; did you mean 'rollout'?"),
         (["group_size"], "is not of the form key=value"),
         (["rewards=5"], "rewards: maps names to values, got 5; write {NAME: VALUE}"),

@@ -353,8 +353,12 @@ def test_the_advice_of_a_message_works():
 
 
 def test_all_contradictions_in_one_message():
-    with pytest.raises(ValueError, match="do not fill batches of 64") as caught:
-        check(rollout={"plan": {"name": "none"}, "prompts_per_step": 5}, model={"lora": None, "dtype": "bfloat16"})
+    with pytest.raises(ValueError, match="cannot be shared evenly, in samples") as caught:
+        check(
+            rollout={"plan": {"name": "none"}, "prompts_per_step": 5, "group_size": 3},
+            model={"lora": None, "dtype": "bfloat16"},
+            processes=2,
+        )
     assert "learns from stochastic transitions" in str(caught.value)
     assert "float32 master copies" in str(caught.value)
 

@@ -176,11 +176,26 @@ def test_follow_copies_at_decay_0_and_mixes_otherwise(subject: Subject) -> None:
 def test_old_and_ema_follow_when_they_are_told(subject: Subject) -> None:
     policy, start = subject.policy, subject.weights("current")
     subject.move(1)
-    policy.updated()  # after an optimiser update
+    policy.updated(1)  # after an optimiser update
     assert same(subject.weights("old"), start)
     assert not same(subject.weights("ema"), start)
     policy.follow_old(0.0)  # after a training step
     assert same(subject.weights("old"), subject.weights("current"))
+
+
+def test_the_average_is_faster_at_first_and_moves_when_due() -> None:
+    """After n updates min((1 + n) / (10 + n), decay), and only at every second update: 3/12 at 2, 5/14 at 4, then 0.4."""
+    subject = Subject("lora", ema_decay=0.4)
+    subject.policy.ema_ramp, subject.policy.ema_every = True, 2
+    expected = {key: value.double() for key, value in subject.weights("ema").items()}
+    for number in range(1, 9):
+        subject.move(number)
+        subject.policy.updated(number)
+        decay = {2: 3 / 12, 4: 5 / 14, 6: 0.4, 8: 0.4}.get(number, 1.0)
+        now = subject.weights("current")
+        expected = {key: decay * value + (1 - decay) * now[key].double() for key, value in expected.items()}
+    for key, value in subject.weights("ema").items():
+        torch.testing.assert_close(value.double(), expected[key], rtol=1e-6, atol=1e-6)
 
 
 def test_the_averaged_policy_keeps_so_much_of_itself_at_each_update() -> None:
@@ -189,7 +204,7 @@ def test_the_averaged_policy_keeps_so_much_of_itself_at_each_update() -> None:
     expected = {key: value.double() for key, value in subject.weights("ema").items()}
     for seed in (1, 2):
         subject.move(seed)
-        subject.policy.updated()
+        subject.policy.updated(seed)
         now = subject.weights("current")
         expected = {key: 0.9 * value + 0.1 * now[key].double() for key, value in expected.items()}
     for key, value in subject.weights("ema").items():
@@ -198,7 +213,7 @@ def test_the_averaged_policy_keeps_so_much_of_itself_at_each_update() -> None:
 
 def test_policies_that_are_not_there_need_not_follow() -> None:
     few = Subject("lora", variants=frozenset())
-    few.policy.updated()
+    few.policy.updated(1)
     few.policy.follow_old(0.0)
     assert few.policy.names == {"current"}
 
@@ -296,7 +311,7 @@ def test_a_restart_brings_back_the_live_policies_where_averages_are_tensors_of_t
     with torch.no_grad():
         for parameter in unbroken.parameters().values():
             parameter += 0.05
-    unbroken.updated()
+    unbroken.updated(1)
     unbroken.follow_old(0.25)
     resumed = fresh()
     resumed.load_state({key: value.clone() for key, value in unbroken.state().items()})

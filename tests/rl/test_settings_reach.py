@@ -118,6 +118,8 @@ CASES: dict[str, list[Case]] = {
     "keep": [moves(1, "files", save_every=1, num_steps=2)],
     "trackers": [direct("Log.trackers", ["tensorboard"], "files", reads=(("tensorboard",),))],
     "ema_decay": [direct("follow.ema", 0.9, "evaluation.policy", "evaluation.images", "exported", **EVALUATED)],
+    "ema_ramp": [moves(True, "follow.ema", ema_decay=0.9)],
+    "ema_every": [moves(2, "follow.ema", ema_decay=0.9)],
     "evaluation": [moves(EVALUATED["evaluation"], "files", "evaluation.images")],
     "model.path": [direct("load.path", "OTHER_MODEL")],
     "model.adapter": [moves(f"{Path(__file__).parents[1] / 'negative.py'}:Negative", "rollout.images")],
@@ -190,6 +192,7 @@ CASES: dict[str, list[Case]] = {
     "rollout.prompts_per_step": [moves(4, "rollout.prompts", "rollout.groups")],
     "rollout.group_size": [moves(8, "rollout.groups")],
     "rollout.batch_size": [moves(2, "rollout.latents", "train.latents"), moves(1, "evaluation.latents", **EVALUATED)],
+    "rollout.train_batch_size": [Case(2, ("train.latents",), NFT)],
     "rollout.kernel.name": [moves("cps", "rollout.kernel", "rollout.std", "train.kernel")],
     "rollout.kernel.noise_level": [moves(0.5, "rollout.kernel", "rollout.std", "train.kernel")],
     "rollout.kernel.decay": [
@@ -275,6 +278,7 @@ CASES: dict[str, list[Case]] = {
     "advantage.clip": [moves(0.5, "advantages"), Case(3.0, ("loss",), NFT)],
     "advantage.combine": [moves("gdpo", "advantages", rewards=BOTH)],
     "advantage.best_and_worst": [moves(2, "weights")],
+    "advantage.tied": [direct("compare.tied", "drop")],
     "advantage.min_scored": [direct("compare.min_scored", 0.5)],
     "optimizer.name": [
         Case("adafactor", ("optimizer.class", "exported"), {"optimizer": {"learning_rate": 3e-2}}, ("Adafactor",))

@@ -113,16 +113,15 @@ def refused(folder: Path, config: dict[str, Any], *, resume: bool = False) -> st
 def test_numbers_that_do_not_divide(tmp_path, make_config):
     """The message proposes numbers; each of them works."""
     message = refused(tmp_path, make_config(tmp_path / "run", **{"rollout.prompts_per_step": 3}))
-    assert "3 batches per step cannot be shared evenly among 1 processes x 2 updates" in message
-    config = make_config(tmp_path / "run", **{"rollout.batch_size": 5})
-    message = refused(tmp_path, config)
-    assert "a batch of 5 neither holds whole groups of 4 nor is a whole part of one" in message
-    proposals = re.findall(r"(\w+)=(\d+(?: or \d+)*)", message.split("one of these works: ")[1])
-    assert {name for name, _ in proposals} >= {"batch_size", "group_size"}
+    config = {"rollout.prompts_per_step": 3, "rollout.group_size": 5}
+    message = refused(tmp_path, make_config(tmp_path / "run", **config))
+    assert "prompts_per_step=3 groups of rollout.group_size=5 cannot be shared evenly, in samples" in message
+    assert "among 1 processes x 2 updates" in message
+    proposals = re.findall(r"(rollout\.\w+)=(\d+(?: or \d+)*)", message.split("one of these works: ")[1])
+    assert {name for name, _ in proposals} == {"rollout.prompts_per_step", "rollout.group_size"}
     for name, values in proposals:
         for value in values.split(" or "):
-            settings = {"rollout.batch_size": 5, f"rollout.{name}": int(value)}
-            check_config(parse_config(make_config(tmp_path / "run", **settings)), 1)
+            check_config(parse_config(make_config(tmp_path / "run", **config | {name: int(value)})), 1)
 
 
 @pytest.mark.parametrize("key", ["prompts.train", "evaluation"])
