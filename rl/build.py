@@ -220,6 +220,7 @@ def build_worker(
         group_size=rollout.group_size,
         batch_size=rollout.batch_size,
         updates_per_rollout=config.algorithm.updates_per_rollout,
+        mixed=rollout.updates == "mixed",
         seed=config.seed,
         num_processes=processes.num_processes,
         process_index=processes.process_index,

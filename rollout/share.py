@@ -27,6 +27,7 @@ class Share(TypedDict):
     group_size: int
     batch_size: int
     updates_per_rollout: int  # batches come in the order of the updates that they are shared among
+    mixed: NotRequired[bool]  # an update has a random part of the batches, not those of one prompt after another
     seed: int  # of prompts and noise
     num_processes: int
     process_index: int
@@ -52,6 +53,7 @@ class Worker(ABC):
         self.group_size = share["group_size"]
         self.batch_size = share["batch_size"]
         self.updates_per_rollout = share["updates_per_rollout"]
+        self.mixed = share.get("mixed", False)
         self.seed = share["seed"]
         self.num_processes = share["num_processes"]
         self.process_index = share["process_index"]
@@ -73,6 +75,7 @@ class Worker(ABC):
             num_processes=self.num_processes,
             process_index=self.process_index,
             updates_per_rollout=self.updates_per_rollout,
+            mixed=self.mixed,
         )
 
     def sample(self, step: int, *, policy_version: int = 0, done: Done | None = None) -> list[Rollout]:

@@ -42,7 +42,7 @@ def check_config(config: Config, num_processes: int) -> None:
     faults = [
         *sharing,
         *own,
-        *_drawing(config),
+        *_drawing(config, most),
         *_passes(config),
         *_training_in_parts(config, most),
         *_pictures(config),
@@ -209,9 +209,18 @@ def _training_in_parts(config: Config, given: int) -> Iterator[str]:
         )
 
 
-def _drawing(config: Config) -> Iterator[str]:
-    """Ways of drawing that teach nothing or do nothing."""
+def _drawing(config: Config, batch_size: int) -> Iterator[str]:
+    """Ways of drawing that teach nothing or do nothing; ``batch_size`` is the one given."""
     rollout = config.rollout
+    if rollout.updates == "mixed" and config.algorithm.updates_per_rollout == 1:
+        yield "rollout.updates=mixed does nothing with algorithm.updates_per_rollout=1; leave it out, or set that above 1"
+    elif rollout.updates == "mixed" and batch_size >= rollout.group_size:
+        yield (
+            f"rollout.updates=mixed parts groups among updates, but batches of {batch_size} hold whole groups of "
+            f"rollout.group_size={rollout.group_size}; set rollout.batch_size below that, or leave it out"
+        )
+    elif rollout.updates == "mixed" and config.algorithm.over_groups:
+        yield f"rollout.updates=mixed parts groups, which algorithm.name={config.algorithm.label} needs whole; leave it out"
     if rollout.shared_noise and rollout.plan.name == "none":
         yield (
             "rollout.shared_noise=true with rollout.plan.name=none draws one picture for a whole group: nothing can be "

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 from flowsteer.rl.build import build_plan
-from flowsteer.rl.config import Config, check_config, parse_config, parse_overrides
+from flowsteer.rl.config import Config, check_config, fitted, parse_config, parse_overrides
+from flowsteer.rl.config.contradictions import train_parts
 from flowsteer.rl.config.schema import EngineConfig
 
 BYTES = {"float32": 4, "bfloat16": 2}
@@ -52,6 +53,7 @@ class Settings:
     num_prompts: int  # of a training step
     group_size: int
     batch_size: int
+    train_parts: int  # in which a batch is trained
     updates: int
     guided: bool  # in sampling or evaluation
     train_guided: bool
@@ -64,7 +66,8 @@ class Settings:
 
     @staticmethod
     def of(config: Config, num_processes: int) -> Settings:
-        """Those of a configuration on so many processes."""
+        """Those of a configuration on so many processes, with the batch size that it has there."""
+        config = fitted(config, num_processes)
         model, rollout, algorithm = config.model, config.rollout, config.algorithm
         plan = build_plan(rollout.plan, config)
         branching = rollout.branching
@@ -97,6 +100,7 @@ class Settings:
             num_prompts=rollout.prompts_per_step,
             group_size=rollout.group_size,
             batch_size=rollout.batch_size,
+            train_parts=max(train_parts(config), 1),
             updates=algorithm.updates_per_rollout,
             guided=max(scales) > 1,
             train_guided=(rollout.guidance_scale if train_scale is None else train_scale) > 1,
@@ -114,7 +118,8 @@ class Settings:
         groups = max(self.batch_size // self.group_size, 1)
         if self.pools:  # all candidates of a pool left one state
             return groups
-        return min(2 * groups, self.batch_size) if self.pairs else self.batch_size
+        rows = min(2 * groups, self.batch_size) if self.pairs else self.batch_size
+        return max(rows // self.train_parts, 1)
 
     @property
     def samples(self) -> int:
@@ -141,11 +146,13 @@ def batches_that_divide(config: Config, num_processes: int, most: int) -> list[i
         if samples % size:
             continue
         rollout = config.rollout.model_copy(update={"batch_size": size})
+        other = config.model_copy(update={"rollout": rollout})
         try:
-            check_config(config.model_copy(update={"rollout": rollout}), num_processes)
+            check_config(other, num_processes)
         except ValueError:
             continue
-        found.append(size)
+        if fitted(other, num_processes).rollout.batch_size == size:
+            found.append(size)
     return found
 
 

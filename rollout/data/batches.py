@@ -18,7 +18,12 @@ from torch import Tensor
 from flowsteer.rollout.data.prompts import Prompts
 from flowsteer.rollout.steps.noise import mix
 
-_PASS_STREAM, _SAMPLE_STREAM, _SOURCE_STREAM = 1, 2, 3  # keep orders and seeds independent of one another
+_PASS_STREAM, _SAMPLE_STREAM, _SOURCE_STREAM, _UPDATE_STREAM = (
+    1,
+    2,
+    3,
+    4,
+)  # keep orders and seeds independent of one another
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,11 +54,13 @@ def step_batches(
     num_processes: int,
     process_index: int,
     updates_per_rollout: int = 1,
+    mixed: bool = False,
 ) -> list[Batch]:
     """What a process draws at a training step, in order.
 
     The step's samples stand in one order, prompt by prompt, ``group_size`` each, and are cut into batches; every
-    update takes a contiguous run of batches, and of that, process r takes every batch whose place leaves the remainder r:
+    update takes a contiguous run of batches (``mixed``: a random part of them, in order), and of that,
+    process r takes every batch whose place leaves the remainder r:
     processes are at neighbouring batches at the same time. The samples of a batch and the batches of an update are
     therefore the same whatever the number of processes is.
 
@@ -78,7 +85,11 @@ def step_batches(
         )
     rows = step_rows(prompts, step=step, seed=seed, prompts_per_step=prompts_per_step)
     num_batches = prompts_per_step * group_size // batch_size
-    mine = torch.arange(num_batches).view(updates_per_rollout, -1, num_processes)[..., process_index].flatten()
+    places = range(num_batches)
+    if mixed:
+        places = sorted(places, key=lambda place: mix(seed, _UPDATE_STREAM, step, place))
+    of_updates = torch.tensor(places).view(updates_per_rollout, -1).sort().values
+    mine = of_updates.view(updates_per_rollout, -1, num_processes)[..., process_index].flatten()
     return [
         _batch(rows, range(index * batch_size, (index + 1) * batch_size), group_size, seed, step)
         for index in mine.tolist()

@@ -192,6 +192,7 @@ CASES: dict[str, list[Case]] = {
     "rollout.prompts_per_step": [moves(4, "rollout.prompts", "rollout.groups")],
     "rollout.group_size": [moves(8, "rollout.groups")],
     "rollout.batch_size": [moves(2, "rollout.latents", "train.latents"), moves(1, "evaluation.latents", **EVALUATED)],
+    "rollout.updates": [moves("mixed", "rollout.groups", rollout__batch_size=2)],
     "rollout.train_batch_size": [Case(2, ("train.latents",), NFT)],
     "rollout.kernel.name": [moves("cps", "rollout.kernel", "rollout.std", "train.kernel")],
     "rollout.kernel.noise_level": [moves(0.5, "rollout.kernel", "rollout.std", "train.kernel")],

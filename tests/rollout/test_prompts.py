@@ -3,6 +3,7 @@
 import itertools
 import json
 from collections import Counter
+from typing import Any
 
 import PIL.Image
 import pytest
@@ -359,6 +360,29 @@ class TestBatches:
             step_batches(numbered(4), step=0, process_index=2, **options)
         with pytest.raises(ValueError, match="steps begin at 0"):
             step_batches(numbered(4), step=-1, process_index=0, **options)
+
+
+def test_mixed_updates_have_parts_of_all_groups():
+    """On any number of processes the same samples in each update; each sample once; nearly every group in both updates."""
+    sizes: dict[str, Any] = {"prompts_per_step": 8, "group_size": 12, "batch_size": 1, "updates_per_rollout": 2}
+
+    def updates(processes: int, step: int, mixed: bool = True) -> list[set[int]]:
+        halves = [set[int](), set[int]()]
+        for index in range(processes):
+            own = step_batches(
+                numbered(20), step=step, seed=3, num_processes=processes, process_index=index, mixed=mixed, **sizes
+            )
+            for place, batch in enumerate(own):
+                halves[place * 2 // len(own)].update(batch.sample.tolist())
+        return halves
+
+    first, second = updates(1, 0)
+    assert first | second == set(range(96))
+    assert not first & second
+    assert {sample // 12 for sample in first} == {sample // 12 for sample in second} == set(range(8))
+    assert updates(4, 0) == [first, second]
+    assert updates(1, 1) != [first, second]
+    assert updates(2, 0, mixed=False) == [set(range(48)), set(range(48, 96))]
 
 
 SIZES = ("prompts_per_step", "group_size", "batch_size", "num_processes", "updates_per_rollout")
