@@ -73,7 +73,7 @@ def plan(
         "checkpoint_gb": round(found.disk / GB, 2),
         "rewards_not_counted": sorted(name for name, section in loaded.rewards.items() if section.host is None),
     }
-    steps = [*proposals(settings, limit, sizes, accepts=lambda setting: accepts(loaded, processes, setting))]
+    steps = [*proposals(settings, limit, sizes, accepts=lambda chosen: accepts(loaded, processes, chosen))]
     report["options"] = [
         {key: value for key, value in asdict(step).items() if key in ("setting", "costs")}
         | {"saves_gb": round(step.saves / GB, 2), "peak_gb": round(step.peak / GB, 2)}

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from flowsteer.rl.plan.parts import Estimate, estimate
-from flowsteer.rl.plan.settings import Settings, strategy_key, strategy_names
+from flowsteer.rl.plan.settings import Settings
 
 LEAST = 5e7  # bytes; an option that saves less is not worth a line
 
@@ -50,7 +50,11 @@ def largest_batch(settings: Settings, memory: float, sizes: Sequence[int]) -> in
 
 
 def proposals(
-    settings: Settings, memory: float, sizes: Sequence[int], *, accepts: Callable[[str], bool] = lambda setting: True
+    settings: Settings,
+    memory: float,
+    sizes: Sequence[int],
+    *,
+    accepts: Callable[[Sequence[str]], bool] = lambda chosen: True,
 ) -> Iterator[Proposal]:
     """Options one after another, each on top of the others, until the run fits.
 
@@ -58,14 +62,14 @@ def proposals(
         settings: of the run.
         memory: bytes of the device.
         sizes: batch sizes that a run is not refused with, ascending.
-        accepts: whether a configuration takes a setting, such as ``model.quantize=nf4``.
+        accepts: whether a configuration takes settings together, such as ``["model.quantize=nf4"]``.
     """
     now = settings
-    peak = estimate(now).peak
+    peak, chosen = estimate(now).peak, list[str]()
     for option in _options(settings):
         if peak <= memory:
             return
-        if option.setting != SMALLER and not accepts(option.setting):
+        if option.setting != SMALLER and not accepts([*chosen, option.setting]):
             continue
         if option.setting == SMALLER:
             found = largest_batch(now, memory, [size for size in sizes if size < now.batch_size])
@@ -82,6 +86,7 @@ def proposals(
             continue
         yield Proposal(setting=setting, costs=option.costs, saves=peak - new, peak=new, settings=after)
         now, peak = after, new
+        chosen.append(setting)
     if peak > memory and (left := [size for size in sizes if size < now.batch_size]):
         after = replace(now, batch_size=left[0])
         new = estimate(after).peak
@@ -114,7 +119,7 @@ def _options(settings: Settings) -> Iterator[Option]:
     )
     if settings.rank is None and settings.strategy == "zero1":
         yield Option(
-            setting=strategy_key("zero2"),
+            setting="engine.strategy=zero2",
             costs="0 to 10 %: gradients are reduced at every pass",
             apply=lambda s: replace(s, strategy="zero2"),
         )
@@ -124,11 +129,10 @@ def _options(settings: Settings) -> Iterator[Option]:
         and settings.strategy != "fsdp2"
         and (settings.rank is None or settings.quantize is None)
     ):
-        sharded = "fsdp2" if "fsdp2" in strategy_names() else "zero3"
         yield Option(
-            setting=strategy_key(sharded),
+            setting="engine.strategy=fsdp2",
             costs="10 to 20 %: weights are gathered in every pass",
-            apply=lambda s: replace(s, strategy=sharded) if s.sharded == 1 else None,
+            apply=lambda s: replace(s, strategy="fsdp2") if s.sharded == 1 else None,
         )
         yield Option(setting=SMALLER, costs=_SMALL, apply=lambda s: None)
     yield Option(

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any
 
 from flowsteer.rl.build import build_plan
 from flowsteer.rl.config import Config, check_config, fitted, parse_config, parse_overrides
 from flowsteer.rl.config.contradictions import train_parts
-from flowsteer.rl.config.schema import EngineConfig
 
 BYTES = {"float32": 4, "bfloat16": 2}
 QUANTISED = {
@@ -156,26 +155,16 @@ def batches_that_divide(config: Config, num_processes: int, most: int) -> list[i
     return found
 
 
-def accepts(config: Config, num_processes: int, setting: str) -> bool:
-    """Whether the configuration takes a setting, such as ``model.quantize=nf4``, and a run with it is not refused."""
+def accepts(config: Config, num_processes: int, settings: Sequence[str]) -> bool:
+    """Whether the configuration takes settings, such as ``model.quantize=nf4``, and a run with them is not refused."""
     tree = json.loads(config.model_dump_json())
     try:
-        parse_overrides([setting], tree)
+        for setting in settings:
+            parse_overrides([setting], tree)
         check_config(parse_config(tree), num_processes)
     except ValueError:
         return False
     return True
-
-
-def strategy_names() -> tuple[str, ...]:
-    """What engine.strategy may be; none where the engine only has stages."""
-    field = EngineConfig.model_fields.get("strategy")
-    return () if field is None else get_args(field.annotation)
-
-
-def strategy_key(strategy: str) -> str:
-    """The setting that asks for a strategy."""
-    return f"engine.strategy={strategy}"
 
 
 def _of(section: Any, name: str, default: Any) -> Any:

@@ -234,6 +234,7 @@ def test_check_model(tiny_sd3):
         "purity",
         "sub-batch",
         "parity",
+        "encoding",
         "LoRA",
         "parameters",
         "gradient",
@@ -608,7 +609,7 @@ def test_report_again(trained):
         (["rewards=[ocr, ocr]"], "rewards: 'ocr' is listed twice"),
         (
             ["model=embedded"],
-            "model: this is a section, got the text 'embedded'; set its keys, as model.KEY=VALUE: adapter, call,",
+            "model: this is a section, got the text 'embedded'; set its keys, as model.KEY=VALUE: adapter, attention,",
         ),
         (["rewards.jpeg_compressibility=1.0"], "jpeg_compressibility: this is a section, got 1.0; set its keys"),
         (["rollout.plan=al"], "rollout.plan.name: unknown name 'al'; allowed: all, none, steps, window"),

@@ -304,7 +304,10 @@ def trained(request: pytest.FixtureRequest, make_config: Make, tmp_path_factory:
         train(run)
         pictures = {}
         for name in ("reference", run.policy.best):
-            with run.policy.using(name):
+            with run.policy.using(name), pytest.MonkeyPatch.context() as patch:
+                patch.setattr(
+                    "flowsteer.rl.evaluate.thumbnails", lambda images: images
+                )  # as they were drawn, not in 8 bits
                 pictures[name] = evaluate(
                     run.policy.pipeline,
                     run.worker.prompts,

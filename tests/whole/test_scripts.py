@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from PIL import Image
 
 from flowsteer.rl.config import load_config
 from flowsteer.rl.start import start
+from flowsteer.rollout.lifting.company import TOGETHER
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ["num_steps=2", "rollout.prompts_per_step=4", "rollout.group_size=6", "rollout.batch_size=6"]
@@ -118,7 +120,8 @@ def test_every_timed_draw_prepares_its_prompts(tmp_path: Path) -> None:
         rollout_once(run, 1)
         counts.append(len(encoded))
     run.close()
-    assert counts == [config.rollout.prompts_per_step] * 3  # one pass of the encoder for each prompt, without guidance
+    # one pass of the encoder for each few prompts, without guidance
+    assert counts == [math.ceil(config.rollout.prompts_per_step / TOGETHER)] * 3
 
 
 @pytest.mark.slow
