@@ -306,7 +306,7 @@ def trained(request: pytest.FixtureRequest, make_config: Make, tmp_path_factory:
         for name in ("reference", run.policy.best):
             with run.policy.using(name), pytest.MonkeyPatch.context() as patch:
                 patch.setattr(
-                    "flowsteer.rl.evaluate.thumbnails", lambda images: images
+                    "flowsteer.rl.evaluate.thumbnails", lambda images: (images, 1)
                 )  # as they were drawn, not in 8 bits
                 pictures[name] = evaluate(
                     run.policy.pipeline,
