@@ -33,6 +33,7 @@ from flowsteer.rl.evaluate import evaluate
 from flowsteer.rl.export import LORA_FILE, export_lora, load_lora, merge
 from flowsteer.rl.policy import Policy
 from flowsteer.rl.start import start
+from flowsteer.rl.thumbnails import thumbnails
 from flowsteer.rl.train import train
 from flowsteer.rl.types import Comparison, Facts
 from flowsteer.rollout.data.prompts import Prompts
@@ -302,12 +303,16 @@ def trained(request: pytest.FixtureRequest, make_config: Make, tmp_path_factory:
     run = start(parse_config(config), quiet=True)
     try:
         train(run)
-        pictures = {}
+        pictures, drawn = {}, dict[str, list[Tensor]]()
         for name in ("reference", run.policy.best):
+            drawn[name] = []  # as they were drawn: an evaluation keeps 8 bits
+
+            def seen(images: Tensor, name: str = name) -> tuple[Tensor, int]:
+                drawn[name].append(images)
+                return thumbnails(images)
+
             with run.policy.using(name), pytest.MonkeyPatch.context() as patch:
-                patch.setattr(
-                    "flowsteer.rl.evaluate.thumbnails", lambda images: (images, 1)
-                )  # as they were drawn, not in 8 bits
+                patch.setattr("flowsteer.rl.evaluate.thumbnails", seen)
                 pictures[name] = evaluate(
                     run.policy.pipeline,
                     run.worker.prompts,
@@ -323,8 +328,8 @@ def trained(request: pytest.FixtureRequest, make_config: Make, tmp_path_factory:
             export=run.export() if request.param == "full" else run.export().parent,
             exact=request.param in ("lora", "full"),
             prompts=pictures["ema"].prompts,
-            before=pictures["reference"].images,
-            after=pictures["ema"].images,
+            before=torch.cat(drawn["reference"]),
+            after=torch.cat(drawn["ema"]),
         )
     finally:
         run.close()
