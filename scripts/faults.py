@@ -117,8 +117,8 @@ FAULTS = (
     Fault(
         name="pair noised with two noises",
         file="rl/algorithms/forward.py",
-        right="noise_from=pairs.win.repeat(2)",
-        wrong="noise_from=pairs.sides()",
+        right="noise_from=win.repeat(2)",
+        wrong="noise_from=torch.cat([win, lose])",
         tests="tests/rl/test_losses.py",
     ),
     Fault(
@@ -341,8 +341,8 @@ FAULTS = (
     Fault(
         name="averaged policy keeps what it should take",
         file="rl/policy.py",
-        right='self.follow("ema", self.ema_decay)',
-        wrong='self.follow("ema", 1 - self.ema_decay)',
+        right='self.follow("ema", min(most, self.ema_decay))',
+        wrong='self.follow("ema", 1 - min(most, self.ema_decay))',
         tests="tests/rl/test_policy.py",
     ),
     Fault(

@@ -112,7 +112,6 @@ def refused(folder: Path, config: dict[str, Any], *, resume: bool = False) -> st
 
 def test_numbers_that_do_not_divide(tmp_path, make_config):
     """The message proposes numbers; each of them works."""
-    message = refused(tmp_path, make_config(tmp_path / "run", **{"rollout.prompts_per_step": 3}))
     config = {"rollout.prompts_per_step": 3, "rollout.group_size": 5}
     message = refused(tmp_path, make_config(tmp_path / "run", **config))
     assert "prompts_per_step=3 groups of rollout.group_size=5 cannot be shared evenly, in samples" in message
