@@ -101,6 +101,7 @@ class Case:
             num_prompts=8 if self.video else 48,
             group_size=8 if self.video else 24,
             batch_size=self.batch,
+            train_parts=1,
             updates=1,
             guided=self.guided,
             train_guided=self.guided,
