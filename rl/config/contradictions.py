@@ -44,6 +44,7 @@ def check_config(config: Config, num_processes: int) -> None:
         *own,
         *_drawing(config, most),
         *_passes(config),
+        *_context(config, num_processes),
         *_training_in_parts(config, most),
         *_pictures(config),
         *_grouping(config),
@@ -88,6 +89,11 @@ def fitted(config: Config, num_processes: int) -> Config:
     return next(whole, candidates[0] if candidates else config)
 
 
+def sharers(config: Config, num_processes: int) -> int:
+    """Among how many a training step's samples are shared: processes, or teams of them that have the same samples."""
+    return max(num_processes // config.engine.context_parallel, 1)
+
+
 def _dividing(config: Config, num_processes: int) -> list[int]:
     """Batch sizes with which a training step divides evenly, the largest first."""
     rollout = config.rollout
@@ -95,7 +101,7 @@ def _dividing(config: Config, num_processes: int) -> list[int]:
         prompts_per_step=rollout.prompts_per_step,
         group_size=rollout.group_size,
         batch_size=rollout.batch_size,
-        num_processes=num_processes,
+        num_processes=sharers(config, num_processes),
         updates_per_rollout=config.algorithm.updates_per_rollout,
     )
 
@@ -124,7 +130,7 @@ def setting_of(config: Config, num_processes: int) -> Setting:
         log_prob_weight=rollout.kernel.log_prob_weight,
         group_size=rollout.group_size,
         batch_size=rollout.batch_size,
-        num_processes=num_processes,
+        num_processes=sharers(config, num_processes),
         advantage_clip=config.advantage.clip,
         best_and_worst=config.advantage.best_and_worst,
         advantage_changed=frozenset(changed(config.advantage)),
@@ -150,9 +156,33 @@ def _sharing(config: Config, num_processes: int) -> Iterator[str]:
     advice = f"With the others as they are, one of these works: {'; '.join(proposals)}" if proposals else ""
     yield (
         f"rollout.prompts_per_step={rollout.prompts_per_step} groups of rollout.group_size={rollout.group_size} cannot be "
-        f"shared evenly, in {needed}, among {num_processes} processes x {updates} updates, with no rollout.batch_size up to "
+        f"shared evenly, in {needed}, among {_among(config, num_processes)} x {updates} updates, with no rollout.batch_size up to "
         f"{rollout.batch_size}. {advice or 'Change more than one of them'}"
     )
+
+
+def _among(config: Config, num_processes: int) -> str:
+    size = config.engine.context_parallel
+    return f"{num_processes} processes" if size == 1 else f"{sharers(config, num_processes)} teams of {size} processes"
+
+
+def _context(config: Config, num_processes: int) -> Iterator[str]:
+    """Sequences that cannot be split over processes."""
+    size, model = config.engine.context_parallel, config.model
+    if size == 1:
+        return
+    if num_processes % size:
+        yield (
+            f"engine.context_parallel={size} makes teams of so many processes, but the run has {num_processes}; start a multiple "
+            f"of {size}, or set engine.context_parallel to a number that divides them"
+        )
+    if model.attention not in (None, "native"):
+        yield (
+            f"engine.context_parallel={size} splits the attention of model.attention=native, not of {model.attention}; leave "
+            "model.attention out"
+        )
+    if model.compile:
+        yield f"engine.context_parallel={size} does not go together with model.compile; leave one of them out"
 
 
 def _whole_in_one(config: Config, num_processes: int) -> bool:
