@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from flowsteer.rewards.doors import blaming
 from flowsteer.rl.config.schema import Config, KernelConfig, WindowPlan
+from flowsteer.rl.config.teams import among, context_faults, sharers
 from flowsteer.rl.types import Setting, changed, not_whole
 from flowsteer.rollout.data.batches import batch_sizes
 
@@ -44,7 +45,7 @@ def check_config(config: Config, num_processes: int) -> None:
         *own,
         *_drawing(config, most),
         *_passes(config),
-        *_context(config, num_processes),
+        *context_faults(config, num_processes),
         *_training_in_parts(config, most),
         *_pictures(config),
         *_grouping(config),
@@ -87,11 +88,6 @@ def fitted(config: Config, num_processes: int) -> Config:
     candidates = [_with_rollout(config, batch_size=size) for size in sizes]
     whole = (one for one in candidates if not _cut(one, num_processes))
     return next(whole, candidates[0] if candidates else config)
-
-
-def sharers(config: Config, num_processes: int) -> int:
-    """Among how many a training step's samples are shared: processes, or teams of them that have the same samples."""
-    return max(num_processes // config.engine.context_parallel, 1)
 
 
 def _dividing(config: Config, num_processes: int) -> list[int]:
@@ -156,33 +152,9 @@ def _sharing(config: Config, num_processes: int) -> Iterator[str]:
     advice = f"With the others as they are, one of these works: {'; '.join(proposals)}" if proposals else ""
     yield (
         f"rollout.prompts_per_step={rollout.prompts_per_step} groups of rollout.group_size={rollout.group_size} cannot be "
-        f"shared evenly, in {needed}, among {_among(config, num_processes)} x {updates} updates, with no rollout.batch_size up to "
-        f"{rollout.batch_size}. {advice or 'Change more than one of them'}"
+        f"shared evenly, in {needed}, among {among(config, num_processes)} x {updates} updates, with no "
+        f"rollout.batch_size up to {rollout.batch_size}. {advice or 'Change more than one of them'}"
     )
-
-
-def _among(config: Config, num_processes: int) -> str:
-    size = config.engine.context_parallel
-    return f"{num_processes} processes" if size == 1 else f"{sharers(config, num_processes)} teams of {size} processes"
-
-
-def _context(config: Config, num_processes: int) -> Iterator[str]:
-    """Sequences that cannot be split over processes."""
-    size, model = config.engine.context_parallel, config.model
-    if size == 1:
-        return
-    if num_processes % size:
-        yield (
-            f"engine.context_parallel={size} makes teams of so many processes, but the run has {num_processes}; start a multiple "
-            f"of {size}, or set engine.context_parallel to a number that divides them"
-        )
-    if model.attention not in (None, "native"):
-        yield (
-            f"engine.context_parallel={size} splits the attention of model.attention=native, not of {model.attention}; leave "
-            "model.attention out"
-        )
-    if model.compile:
-        yield f"engine.context_parallel={size} does not go together with model.compile; leave one of them out"
 
 
 def _whole_in_one(config: Config, num_processes: int) -> bool:

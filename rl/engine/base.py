@@ -120,9 +120,7 @@ def prepare(
             accumulation=accumulation,
         )
         policy.pipeline.route(zero.module)
-    agreement = GradientAgreement(
-        watched, batches=batches, passes_per_batch=passes_per_batch, total=processes.team_sum
-    )
+    agreement = GradientAgreement(watched, batches=batches, passes_per_batch=passes_per_batch, total=processes.team_sum)
     policy.ready(backend.shares())
     return Engine(processes, policy, backend, settings, agreement, accumulation=accumulation)
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from flowsteer.rewards.types import Scores
 from flowsteer.rl.config import check_config, fitted, parse_config
-from flowsteer.rl.config.contradictions import sharers
+from flowsteer.rl.config.teams import sharers
 from flowsteer.rl.engine.context import SPLIT, check_split, split_sequences
 from flowsteer.rl.engine.processes import Processes
 from flowsteer.rl.scoring import read_scores, written_scores
@@ -152,7 +152,12 @@ def test_scores_are_told_exactly() -> None:
 
 def test_what_cannot_be_split_is_refused() -> None:
     ltx = LTXVideoTransformer3DModel(
-        in_channels=8, out_channels=8, num_attention_heads=2, attention_head_dim=16, cross_attention_dim=32, num_layers=1
+        in_channels=8,
+        out_channels=8,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        cross_attention_dim=32,
+        num_layers=1,
     )
     with pytest.raises(ValueError, match=r"context_parallel=2 cannot split transformer, a LTXVideoTransformer3DModel"):
         check_split({"transformer": ltx}, 2)
