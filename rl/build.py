@@ -101,7 +101,8 @@ def build_algorithm(config: Config, plan: Plan, processes: Processes, *, common_
 
 def build_processes(config: Config) -> Processes:
     """The process group."""
-    return Processes(cpu=config.engine.device == "cpu", timeout_s=config.engine.timeout_s)
+    engine = config.engine
+    return Processes(cpu=engine.device == "cpu", timeout_s=engine.timeout_s, team_size=engine.context_parallel)
 
 
 def build_engine(config: Config, processes: Processes, policy: Policy, algorithm: Algorithm) -> Engine:
@@ -113,15 +114,15 @@ def build_engine(config: Config, processes: Processes, policy: Policy, algorithm
         strategy=config.engine.strategy,
         dtype=DTYPES[config.model.dtype],
         batch_size=config.rollout.batch_size // train_parts(config),
-        batches=batches_per_update(config, processes.num_processes),
+        batches=batches_per_update(config, processes.num_teams),
         passes_per_batch=algorithm.passes_per_batch,
     )
 
 
-def batches_per_update(config: Config, num_processes: int) -> int:
-    """Rollout batches of one optimiser update on one process."""
+def batches_per_update(config: Config, num_teams: int) -> int:
+    """Rollout batches of one optimiser update on one process, or on all that share them."""
     rollout = config.rollout
-    batches = rollout.prompts_per_step * rollout.group_size // rollout.batch_size // num_processes
+    batches = rollout.prompts_per_step * rollout.group_size // rollout.batch_size // num_teams
     return batches // config.algorithm.updates_per_rollout
 
 
@@ -146,7 +147,7 @@ def build_pipeline(config: Config, device: torch.device) -> Pipeline:
     set_passes(
         pipeline.denoisers,
         checkpoint_every=checkpointing["every"] if isinstance(checkpointing, dict) else (1 if checkpointing else None),
-        attention=model.attention,
+        attention=model.attention or ("native" if config.engine.context_parallel > 1 else None),
         compiled=model.compile,
     )
     return pipeline
@@ -222,8 +223,8 @@ def build_worker(
         updates_per_rollout=config.algorithm.updates_per_rollout,
         mixed=rollout.updates == "mixed",
         seed=config.seed,
-        num_processes=processes.num_processes,
-        process_index=processes.process_index,
+        num_processes=processes.num_teams,
+        process_index=processes.team_index,
     )
     if config.prompts.pictures is not None:
         return PictureWorker(build_encoder(config, pipeline), prompts, **share)
@@ -272,8 +273,8 @@ def build_evaluation(
         batch_size=run.rollout.batch_size,
         dtype=DTYPES[run.model.dtype],
         device=processes.device,
-        process_index=processes.process_index,
-        num_processes=processes.num_processes,
+        process_index=processes.team_index,
+        num_processes=processes.num_teams,
         timeout_s=scorer.timeout_s,
         gather=processes.gather,
         to_main=processes.to_main,

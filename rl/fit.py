@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 from flowsteer.rewards.combine import RewardSet
 from flowsteer.rl import adapters, build
 from flowsteer.rl.adapters import tail_is_idle
@@ -88,6 +90,23 @@ def lora_targets(config: Config, pipeline: Pipeline, row: Row) -> tuple[str, ...
         guidance_scale=rollout.guidance_scale,
         negative_prompt=rollout.negative_prompt,
     )
+
+
+@torch.no_grad()
+def check_tokens(config: Config, pipeline: Pipeline, row: Row) -> None:
+    """One pass of a network that is split over processes, which raises ValueError where its tokens cannot be shared evenly."""
+    rollout = config.rollout
+    conditioning = prepare_rows(
+        pipeline,
+        [row],
+        num_inference_steps=rollout.num_inference_steps,
+        guidance_scale=rollout.guidance_scale,
+        negative_prompt=rollout.negative_prompt,
+    )
+    device = next(next(iter(pipeline.denoisers.values())).parameters()).device
+    noise = torch.zeros((1, *conditioning.latent_shape), device=device, dtype=conditioning.latent_dtype)
+    latents, started = conditioning.start(noise)
+    pipeline.begin(latents, 0, started)
 
 
 def check_rows(

@@ -16,7 +16,7 @@ from flowsteer.rl.metrics import Log, Meter
 from flowsteer.rl.policy import Policy
 from flowsteer.rl.report.screen import Screen
 from flowsteer.rl.saving import Saving
-from flowsteer.rl.scoring import StepScorer, StoredScorer
+from flowsteer.rl.scoring import LedScorer, StepScorer, StoredScorer
 from flowsteer.rl.types import Algorithm, Comparison
 from flowsteer.rollout.offline import PictureWorker
 from flowsteer.rollout.worker import RolloutWorker
@@ -33,7 +33,7 @@ class Run:
     policy: Policy
     engine: Engine
     worker: RolloutWorker | PictureWorker
-    scorer: StepScorer | StoredScorer
+    scorer: StepScorer | StoredScorer | LedScorer
     compare: Callable[
         ..., tuple[list[Comparison], dict[str, float]]
     ]  # `flowsteer.rl.compare.compare`, with its settings

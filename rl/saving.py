@@ -54,7 +54,9 @@ class Saving:
         time, so that all save together.
         """
         late = self._engine.is_main and self._every_s and time.monotonic() - self._saved_at >= self._every_s
-        asked = self._engine.gather(torch.tensor([[self._interrupts.received, int(late)]]))  # [processes, 2]
+        asked = self._engine.processes.gather_all(
+            torch.tensor([[self._interrupts.received, int(late)]])
+        )  # [processes, 2]
         self.stopped_by, overdue = asked.amax(dim=0).tolist()
         regular = self._every and step % self._every == 0
         if (now or self.stopped_by or overdue or regular or step == self._num_steps) and step != self._saved:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterable, Sequence
+from typing import Protocol
 
 import torch
 
@@ -131,3 +133,68 @@ class StepScorer:
             self.rewards.close()
         finally:
             self._scorer.close()
+
+
+class Team(Protocol):
+    """Processes that have the same samples; see `flowsteer.rl.engine.processes.Processes`."""
+
+    team_size: int
+
+    @property
+    def leads(self) -> bool: ...
+
+    def from_leader(self, said: bytes, /) -> bytes: ...
+
+
+class LedScorer:
+    """In the place of a `StepScorer` where processes have the same samples: the first of them asks the rewards, and says the
+    others what they answered. So each sample is scored once, and all of them learn from the same number.
+
+    Args:
+        scorer: of this process; the others' wait for their evaluations.
+        team: who has the same samples.
+    """
+
+    def __init__(self, scorer: StepScorer, team: Team) -> None:
+        self._scorer = scorer
+        self._team = team
+
+    @staticmethod
+    def of(scorer: StepScorer, team: Team) -> StepScorer | LedScorer:
+        """The scorer itself where a process shares its samples with none."""
+        return scorer if team.team_size == 1 else LedScorer(scorer, team)
+
+    def submit(self, rollout: Rollout) -> None:
+        """Begin to score a rollout batch, if this process does."""
+        if self._team.leads:
+            self._scorer.submit(rollout)
+
+    def collect(self) -> list[Scores]:
+        """The scores of everything that was submitted, in that order, the same on every process of the team."""
+        own = self._scorer.collect() if self._team.leads else []
+        return read_scores(self._team.from_leader(written_scores(own)))
+
+    def close(self) -> None:
+        """End the rewards."""
+        self._scorer.close()
+
+
+def written_scores(scores: Sequence[Scores]) -> bytes:
+    """As JSON, which holds float32 exactly; `read_scores` takes it back."""
+    table = [
+        [one.total.tolist(), {name: part.tolist() for name, part in one.parts.items()}, list(one.failures.items())]
+        for one in scores
+    ]
+    return json.dumps(table).encode()
+
+
+def read_scores(text: bytes) -> list[Scores]:
+    """What `written_scores` wrote."""
+    return [
+        Scores(
+            total=torch.tensor(total),
+            parts={name: torch.tensor(part) for name, part in parts.items()},
+            failures={row: reason for row, reason in failures},
+        )
+        for total, parts, failures in json.loads(text)
+    ]

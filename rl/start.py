@@ -20,17 +20,18 @@ from flowsteer.rl.checkpoint import Checkpoints, fingerprint, open_run, write_wh
 from flowsteer.rl.config import Config, check_config, fitted, save_config
 from flowsteer.rl.config.data import inputs_of, pictures_of, sources_of
 from flowsteer.rl.engine.base import Engine
+from flowsteer.rl.engine.context import split_sequences
 from flowsteer.rl.engine.processes import Processes
 from flowsteer.rl.evaluations import Evaluations
 from flowsteer.rl.export import how_to_load
-from flowsteer.rl.fit import check_groupwise, check_prompts, checked_plan, lora_targets
+from flowsteer.rl.fit import check_groupwise, check_prompts, check_tokens, checked_plan, lora_targets
 from flowsteer.rl.metrics import Log, Meter
 from flowsteer.rl.passes import uncompiled
 from flowsteer.rl.policy import Policy
 from flowsteer.rl.prompt_files import add_pictures, check_columns_of_prompts, frame_rate_of, warn_of_long_prompts
 from flowsteer.rl.report.screen import Screen
 from flowsteer.rl.run import Run
-from flowsteer.rl.scoring import StepScorer, StoredScorer
+from flowsteer.rl.scoring import LedScorer, StepScorer, StoredScorer
 from flowsteer.rl.types import Algorithm
 from flowsteer.rollout.data.prompts import Prompts, read_prompts
 from flowsteer.rollout.lifting.pipeline import FlowPipeline
@@ -115,7 +116,7 @@ def load(config: Config, checked: Checked, rewards: RewardSet) -> Loaded:
     check_prompts(rewards, config, checked.prompts, checked.evaluation_prompts)
     processes = checked.processes
     depends_on = without(rewards.fingerprints, "platform")
-    check_alike(depends_on, processes.gather)
+    check_alike(depends_on, processes.gather_all)
     pipeline = build.build_pipeline(config, processes.device)
     rewards.frame_rate = frame_rate_of(pipeline)
     warn_of_long_prompts(config, pipeline, checked.prompts, checked.evaluation_prompts)
@@ -126,6 +127,9 @@ def load(config: Config, checked: Checked, rewards: RewardSet) -> Loaded:
     # processes meet in every pass under ZeRO, so they must ask the same one of several denoisers at the same time
     algorithm = build.build_algorithm(config, plan, processes, common_indices=len(pipeline.denoisers) > 1)
     policy = build.build_policy(config, pipeline, algorithm, targets)
+    split_sequences(pipeline.denoisers, processes)
+    if config.engine.context_parallel > 1:
+        check_tokens(config, pipeline, checked.prompts.row(0))
     return Loaded(
         rewards=rewards,
         depends_on=depends_on,
@@ -197,7 +201,7 @@ def open_folder(
         policy=policy,
         engine=engine,
         worker=build.build_worker(config, loaded.pipeline, prompts, loaded.plan, checked.processes, policy),
-        scorer=StoredScorer(scorer) if config.training_asks_no_reward else scorer,
+        scorer=StoredScorer(scorer) if config.training_asks_no_reward else LedScorer.of(scorer, checked.processes),
         compare=build.build_compare(config, rewards),
         algorithm=loaded.algorithm,
         meter=Meter(),
@@ -226,13 +230,15 @@ def derived(
     images = rollout.prompts_per_step * rollout.group_size
     trained = sum(parameter.numel() for parameter in policy.parameters().values())
     size = f"{rollout.batch_size}" + (f" (rollout.batch_size={most} at most)" if rollout.batch_size < most else "")
+    team = engine.processes.team_size
+    together = f"each shared by {team} of them, " if team > 1 else ""
     through = f" through {config.model.adapter}" if config.model.adapter else ""
     lines = {
         "model": f"{config.model.path}{through}, {trained:,} parameters trained",
         "algorithm": f"{algorithm.name}, {algorithm.updates_per_rollout} update(s) per step",
         "images per step": f"{images} = {rollout.prompts_per_step} prompts x {rollout.group_size}",
         "batches": f"{images // rollout.batch_size} of {size} on {engine.processes.num_processes} process(es), "
-        f"{engine.accumulation} backward passes per update",
+        f"{together}{engine.accumulation} backward passes per update",
         "prompts": f"{len(prompts)}, all seen after {len(prompts) / rollout.prompts_per_step:.1f} steps",
         **({"pictures": f"{sum(map(len, prompts.groups))} of them, none is drawn"} if prompts.groups else {}),
         "output": config.output,

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from flowsteer.rewards.doors import blaming
 from flowsteer.rl.config.schema import Config, KernelConfig, WindowPlan
+from flowsteer.rl.config.teams import among, context_faults, sharers
 from flowsteer.rl.types import Setting, changed, not_whole
 from flowsteer.rollout.data.batches import batch_sizes
 
@@ -44,6 +45,7 @@ def check_config(config: Config, num_processes: int) -> None:
         *own,
         *_drawing(config, most),
         *_passes(config),
+        *context_faults(config, num_processes),
         *_training_in_parts(config, most),
         *_pictures(config),
         *_grouping(config),
@@ -95,7 +97,7 @@ def _dividing(config: Config, num_processes: int) -> list[int]:
         prompts_per_step=rollout.prompts_per_step,
         group_size=rollout.group_size,
         batch_size=rollout.batch_size,
-        num_processes=num_processes,
+        num_processes=sharers(config, num_processes),
         updates_per_rollout=config.algorithm.updates_per_rollout,
     )
 
@@ -124,7 +126,7 @@ def setting_of(config: Config, num_processes: int) -> Setting:
         log_prob_weight=rollout.kernel.log_prob_weight,
         group_size=rollout.group_size,
         batch_size=rollout.batch_size,
-        num_processes=num_processes,
+        num_processes=sharers(config, num_processes),
         advantage_clip=config.advantage.clip,
         best_and_worst=config.advantage.best_and_worst,
         advantage_changed=frozenset(changed(config.advantage)),
@@ -150,8 +152,8 @@ def _sharing(config: Config, num_processes: int) -> Iterator[str]:
     advice = f"With the others as they are, one of these works: {'; '.join(proposals)}" if proposals else ""
     yield (
         f"rollout.prompts_per_step={rollout.prompts_per_step} groups of rollout.group_size={rollout.group_size} cannot be "
-        f"shared evenly, in {needed}, among {num_processes} processes x {updates} updates, with no rollout.batch_size up to "
-        f"{rollout.batch_size}. {advice or 'Change more than one of them'}"
+        f"shared evenly, in {needed}, among {among(config, num_processes)} x {updates} updates, with no "
+        f"rollout.batch_size up to {rollout.batch_size}. {advice or 'Change more than one of them'}"
     )
 
 

@@ -267,6 +267,10 @@ class EngineConfig(Section):
     """What each process keeps a share of. ``plain``: of nothing. DeepSpeed's ZeRO: the optimiser (``zero1``), gradients too
     (``zero2``), weights too (``zero3``). torch's ``fsdp2``: optimiser and weights; it adds gradients up before it exchanges
     them once per update."""
+    context_parallel: PositiveInt = 1
+    """So many consecutive processes share each sample: they split the sequence of the network's tokens, for videos and pictures
+    that one device has no room for. Lossless: the same samples, seeds and gradient as on one process, up to the order of sums.
+    Divides the number of processes, the attention heads and the tokens. For Wan, FLUX and FLUX.2."""
     device: Literal["auto", "cpu"] = "auto"
     """``auto``: an accelerator if there is one."""
     timeout_s: PositiveInt = 1800

@@ -11,7 +11,7 @@ DiffusionNFT's towards its old policy once they are apart, is common to both hal
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -29,11 +29,19 @@ class GradientAgreement:
         batches: rollout batches of one update on this process; the first half of them makes one gradient, the rest the other.
         passes_per_batch: consecutive backward passes that share a rollout batch.
         most: elements that are compared; of a larger model every k-th element of every parameter.
+        total: from this process's part of a gradient to the gradient, where processes share samples.
     """
 
     def __init__(
-        self, parameters: Sequence[nn.Parameter], *, batches: int, passes_per_batch: int, most: int = MAX_ELEMENTS
+        self,
+        parameters: Sequence[nn.Parameter],
+        *,
+        batches: int,
+        passes_per_batch: int,
+        most: int = MAX_ELEMENTS,
+        total: Callable[[Tensor], Tensor] = lambda part: part,
     ) -> None:
+        self._total = total
         self._half = batches // 2 * passes_per_batch
         self._sums: list[dict[int, Tensor]] = [{}, {}]
         self._pass = 0
@@ -49,7 +57,7 @@ class GradientAgreement:
 
     def finish(self) -> Tensor:
         """The cosine of this update, a scalar float32 on the parameters' device; NaN where an update is a single batch."""
-        first, second = self._sums
+        first, second = ({key: self._total(half[key]) for key in sorted(half)} for half in self._sums)
         self._sums, self._pass = [{}, {}], 0
         common = sorted(first.keys() & second.keys())
         if not common:

@@ -120,7 +120,7 @@ def prepare(
             accumulation=accumulation,
         )
         policy.pipeline.route(zero.module)
-    agreement = GradientAgreement(watched, batches=batches, passes_per_batch=passes_per_batch)
+    agreement = GradientAgreement(watched, batches=batches, passes_per_batch=passes_per_batch, total=processes.team_sum)
     policy.ready(backend.shares())
     return Engine(processes, policy, backend, settings, agreement, accumulation=accumulation)
 
@@ -162,7 +162,7 @@ class Engine:
         return self.processes.is_main
 
     def gather(self, values: Tensor) -> Tensor:
-        """Concatenate equally long tensors of all processes in their order: [n, ...] -> [processes * n, ...]."""
+        """Concatenate equally long tensors of all processes (of teams, their first) in their order: [n, ...] -> [N, ...]."""
         return self.processes.gather(values)
 
     def wait(self) -> None:
@@ -186,6 +186,9 @@ class Engine:
         if boundary:
             for group in self.backend.param_groups:
                 group["lr"] = rate
+        team = self.processes.team_size
+        if team > 1:  # a team's gradient is the sum of its processes', of which the back-end takes the mean over all
+            loss = loss * team
         norm = self.backend.backward(loss, boundary=boundary, check=self._refuse_not_finite)
         if not boundary:
             return None

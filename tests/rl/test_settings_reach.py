@@ -34,6 +34,7 @@ NOTHING_OBSERVED: dict[str, str] = {
     **{f"evaluation.prompts.*.{name}": _SOURCES for name in SourceConfig.model_fields},
     "prompts.train.*.made_by": "said only where the file is not there; tests/rollout/test_pictures.py reads the message",
     "model.attention": "this network's attention takes no back-end; tests/rl/test_passes.py has one that does",
+    "engine.context_parallel": "wants as many processes; tests/whole/test_context_parallel.py trains on them",
     "model.compile": "takes minutes; tests/rl/test_passes.py trains with it",
     "model.quantize": "needs packages of its own; tests/quantization/test_quantized.py draws and trains with it",
     "prompts.pictures.kind": "this pipeline draws pictures; videos are in tests/rollout/test_pictures.py",
