@@ -8,6 +8,7 @@ the part of the gradient that its own tokens give: the gradient is their sum ove
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from diffusers import ModelMixin
 from diffusers.hooks import HookRegistry
@@ -64,14 +65,14 @@ def split_sequences(denoisers: Mapping[str, nn.Module], processes: Processes) ->
     parallel.setup(processes.process_index, processes.num_processes, processes.device, mesh=mesh)
     for denoiser in denoisers.values():
         for module in denoiser.modules():
-            if hasattr(processor := getattr(module, "processor", None), "_parallel_config"):
+            processor: Any = getattr(module, "processor", None)
+            if hasattr(processor, "_parallel_config"):
                 processor._parallel_config = parallel
-        plan = denoiser._cp_plan
-        assert plan is not None, "networks that can be split have one"
+        plan: Any = denoiser._cp_plan
         for place, cut in plan.items():
-            found = _get_submodule_by_name(denoiser, place)  # type: ignore[arg-type]
+            found = _get_submodule_by_name(denoiser, place)
             for module in found if isinstance(found, list) else [found]:
-                hook = _Split(cut, context) if isinstance(cut, dict) else ContextParallelGatherHook([cut], context)  # type: ignore[arg-type, list-item]
+                hook = _Split(cut, context) if isinstance(cut, dict) else ContextParallelGatherHook([cut], context)
                 HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, f"context_parallel {place}")
 
 
@@ -81,7 +82,7 @@ class _Split(ContextParallelSplitHook):
     def _prepare_cp_input(self, x: Tensor, cp_input: ContextParallelInput) -> Tensor:
         if cp_input.expected_dims not in (None, x.dim()):
             return x  # Wan's timestep has a dimension for the sequence in some models only
-        size, length = self.parallel_config.ulysses_degree, x.shape[cp_input.split_dim]
+        size, length = self.parallel_config.ulysses_degree or 1, x.shape[cp_input.split_dim]
         if length % size:
             raise ValueError(
                 f"engine.context_parallel={size} does not divide a sequence of {length} tokens; change model.height, "
