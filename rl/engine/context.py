@@ -69,11 +69,10 @@ def split_sequences(denoisers: Mapping[str, nn.Module], processes: Processes) ->
             if hasattr(processor, "_parallel_config"):
                 processor._parallel_config = parallel
         plan: Any = denoiser._cp_plan
-        assert plan is not None, "networks that can be split have one"
         for place, cut in plan.items():
-            found = _get_submodule_by_name(denoiser, place)  # type: ignore[arg-type]
+            found = _get_submodule_by_name(denoiser, place)
             for module in found if isinstance(found, list) else [found]:
-                hook = _Split(cut, context) if isinstance(cut, dict) else ContextParallelGatherHook([cut], context)  # type: ignore[arg-type, list-item]
+                hook = _Split(cut, context) if isinstance(cut, dict) else ContextParallelGatherHook([cut], context)
                 HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, f"context_parallel {place}")
 
 

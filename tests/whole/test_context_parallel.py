@@ -20,8 +20,11 @@ from flowsteer.rl.metrics import read_metrics
 
 # As in test_processes.py; and products of half as many rows are rounded otherwise, in every pass and not in sums alone.
 RELATIVE = 2e-4
-ABSOLUTE = 2e-6
-WEIGHTS = 1e-5  # of 1e-3 that training moves
+ABSOLUTE = {"ratio": 5e-7, "ratio_deviation": 5e-7, "loss": 5e-7}
+WEIGHTS = 1e-6  # of 1e-3 and more that training moves
+# A reward sees 8-bit pixels. With all weights trained, one of 12,288 pixels of a picture may fall on the other side of a
+# boundary between two grey levels after an update: 1e-4 of the scores' deviation, and of what they weigh.
+PIXEL = 1e-3
 
 Runs = Callable[..., Path]
 
@@ -75,17 +78,20 @@ def weights(folder: Path) -> dict[str, Tensor]:
     return {f"{file.name} {key}": value for file in files for key, value in load_file(file).items()}
 
 
-def assert_close(one: Path, other: Path) -> None:
+def assert_close(one: Path, other: Path, *, later: float = RELATIVE) -> None:
+    """``later``: the relative tolerance of the metrics after the first step."""
     mine, theirs = lines(one), lines(other)
     assert len(mine) == len(theirs) > 1
-    for first, second in zip(mine, theirs):
+    assert mine[0]["grad_norm"] > 1e-4
+    for step, (first, second) in enumerate(zip(mine, theirs)):
         assert first.keys() == second.keys()
         for key, value in first.items():
-            assert value == pytest.approx(second[key], rel=RELATIVE, abs=ABSOLUTE, nan_ok=True), key
+            near = pytest.approx(second[key], rel=later if step else RELATIVE, abs=ABSOLUTE.get(key, 0.0), nan_ok=True)
+            assert value == near, key
     left, right = weights(one), weights(other)
     assert left.keys() == right.keys()
-    moved = max(float(value.abs().max()) for key, value in left.items() if "lora_B" in key or "lora.up" in key)
-    assert moved > 1e-3
+    if moved := [float(value.abs().max()) for key, value in left.items() if "lora_B" in key]:
+        assert max(moved) > 1e-3
     for key, value in left.items():
         torch.testing.assert_close(value, right[key], rtol=0, atol=WEIGHTS)
 
@@ -121,7 +127,8 @@ def test_teams_are_processes_under_every_strategy_and_resume_bit_for_bit(
     two = launch.run(make_config(tmp_path / "two", **settings), processes=2)
     team = {**settings, "engine.context_parallel": 2, "engine.strategy": strategy, "save_every": 1}
     four = launch.run(make_config(tmp_path / "four", **team), processes=4)
-    assert_close(two, four)
+    assert_close(two, four, later=PIXEL if kind == "full" else RELATIVE)
+    assert lines(four)[-1]["kl"] > 1e-6  # something was learned
 
     config = make_config(tmp_path / "resumed", **team)
     stopped = shutil.copytree(four, tmp_path / "resumed")
