@@ -149,7 +149,8 @@ def share(size: int, count: int) -> list[int]:
 def joined(answers: Sequence[Values | Mapping[str, Values]], sizes: Sequence[int]) -> Values | Mapping[str, Values]:
     """The answers for consecutive parts of a batch as one. A part of a score that not all answers have is missing there.
 
-    An answer that is no list of its part's length is given back alone, for `flowsteer.rewards.contract` to refuse.
+    An answer that is no list is given back alone, for `flowsteer.rewards.contract` to refuse. Raises ValueError for a list of
+    another length than its part's: alone, it could have the length of the whole batch.
     """
     if len(answers) == 1:
         return answers[0]
@@ -158,8 +159,10 @@ def joined(answers: Sequence[Values | Mapping[str, Values]], sizes: Sequence[int
         for own in answers
     ]
     for answer, given, size in zip(answers, named, sizes):
-        if not all(isinstance(values, list) and len(values) == size for values in given.values()):
+        if not all(isinstance(values, list) for values in given.values()):
             return answer
+        if wrong := next((len(values) for values in given.values() if len(values) != size), None):
+            raise ValueError(f"{wrong} scores for {size} images, of one worker's part of the batch")
     whole: dict[str, Values] = {
         name: [value for given, size in zip(named, sizes) for value in given.get(name, [None] * size)]
         for name in dict.fromkeys(name for given in named for name in given)

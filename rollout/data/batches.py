@@ -18,12 +18,11 @@ from torch import Tensor
 from flowsteer.rollout.data.prompts import Prompts
 from flowsteer.rollout.steps.noise import mix
 
-_PASS_STREAM, _SAMPLE_STREAM, _SOURCE_STREAM, _UPDATE_STREAM = (
-    1,
-    2,
-    3,
-    4,
-)  # keep orders and seeds independent of one another
+# They keep orders and seeds independent of one another; 4 is that of rollout/offline.py.
+_PASS_STREAM = 1
+_SAMPLE_STREAM = 2
+_SOURCE_STREAM = 3
+_UPDATE_STREAM = 5
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,14 +31,17 @@ class Company:
     reason: str = ""  # why one by one; empty if together
     anywhere: bool = False  # a row has the same bits at every place of a batch, not just at its own
 
-    def batches(self, rows: Sequence[Row], size: int) -> Iterator[dict[int, Row]]:
-        """Rows by their places, in as few batches as may be, each filled up to ``size`` with one of its rows."""
+    def batches(self, rows: Sequence[Row], size: int) -> Iterator[tuple[list[Row], dict[int, Row]]]:
+        """Batches of ``size`` rows, as few as may be: what is encoded, and the places whose result is to be kept.
+
+        Empty places are filled with one of the batch's rows. What comes out there may have other bits, and is dropped.
+        """
         waiting: dict[int, list[Row]] = {}
         for number, row in enumerate(rows):
             waiting.setdefault(number % size if self.anywhere else place_of(row, size), []).append(row)
         while any(waiting.values()):
             batch = {place: own.pop(0) for place, own in waiting.items() if own}
-            yield {place: batch.get(place, next(iter(batch.values()))) for place in range(size)}
+            yield [batch.get(place, next(iter(batch.values()))) for place in range(size)], batch
 
 
 def _mixed_by_vectors(networks: Iterable[nn.Module]) -> bool:

@@ -127,9 +127,10 @@ class Preparer:
         for row in missing if self.together > 1 else ():
             kinds.setdefault(self.company(row, settings, self.together), []).append(row)
         for company, own in kinds.items():
-            for batch in company.batches(own, self.together) if not company.reason else ():
-                for row, prepared in zip(batch.values(), self.batched([*batch.values()], settings)):
-                    self.prepared[row, settings] = self.loop.kept(prepared)
+            for filled, places in company.batches(own, self.together) if not company.reason else ():
+                made = self.batched(filled, settings)
+                for place, row in places.items():
+                    self.prepared[row, settings] = self.loop.kept(made[place])
         for row in missing:
             if (row, settings) not in self.prepared:
                 self.prepared[row, settings] = self.loop.kept(self.alone(row, settings))

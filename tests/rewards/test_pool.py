@@ -128,12 +128,16 @@ def test_what_a_reward_says_of_itself_is_said() -> None:
         pool.close()
 
 
-def test_an_answer_of_another_length_is_refused_not_cut() -> None:
-    class Short(Mean):
-        def __call__(self, images: np.ndarray, prompts: Any, **columns: Any) -> Any:
-            return [1.0] * (len(images) - 1)
+@pytest.mark.parametrize(("each", "less"), [(1, 1), (2, 0)])
+def test_an_answer_of_another_length_is_refused_not_cut(each: int, less: int) -> None:
+    """Two numbers for each image: a part's answer has as many as the whole batch has images."""
 
-    with pool_of(Short(), Short()) as pool, pytest.raises(ValueError, match="'own' gave 3 scores, expected 8"):
+    class Unlike(Mean):
+        def __call__(self, images: np.ndarray, prompts: Any, **columns: Any) -> Any:
+            return [1.0] * (each * len(images) - less)
+
+    said = f"'own' gave {each - less} scores, expected 1"  # the batch fails, and its images are tried one by one
+    with pool_of(Unlike(), Unlike()) as pool, pytest.raises(ValueError, match=said):
         scored(pool, [8])
 
 

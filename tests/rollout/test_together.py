@@ -106,10 +106,21 @@ def test_where_places_matter_a_row_keeps_its_own():
     rows = [Row.of(prompt, {}) for prompt in PROMPTS]
     for order in (rows, rows[::-1], rows[3:7]):
         batches = list(Company(anywhere=False).batches(order, TOGETHER))
-        assert all([*batch] == [*range(TOGETHER)] for batch in batches)
-        own = [row for batch in batches for place, row in batch.items() if place == place_of(row, TOGETHER)]
-        assert {*own} == {*order}
+        assert all(len(filled) == TOGETHER for filled, _ in batches)
+        assert all(place == place_of(row, TOGETHER) for _, places in batches for place, row in places.items())
+        assert {row for _, places in batches for row in places.values()} == {*order}
         assert len(list(Company(anywhere=True).batches(order, TOGETHER))) == math.ceil(len(order) / TOGETHER)
+
+
+@pytest.mark.parametrize("order", [slice(None), slice(None, None, -1), slice(3, 7)])
+def test_what_is_kept_of_a_batch_is_what_its_own_place_gave(order: slice, monkeypatch: pytest.MonkeyPatch):
+    """Here each place gives its number. A row also stands at other places, where one is filled up with it."""
+    preparer, rows = fresh(EMBEDDED).preparer, [Row.of(prompt, {}) for prompt in PROMPTS][order]
+    monkeypatch.setattr(preparer, "company", lambda *_: Company(anywhere=False))
+    monkeypatch.setattr(preparer, "batched", lambda rows, settings: [*range(len(rows))])
+    monkeypatch.setattr(preparer.loop, "kept", lambda prepared: prepared)
+    settings: Any = "the same"
+    assert preparer.rows(rows, settings) == [place_of(row, TOGETHER) for row in rows]
 
 
 def test_a_step_encodes_its_prompts_before_its_first_batch(make_config: Make, tmp_path: Path):
