@@ -124,6 +124,7 @@ def check_rows(
     about = {
         "class": adapters.name_of(pipeline),
         "weights": weights,
+        "scheduler": dict(pipeline.pipe.scheduler.config) if isinstance(pipeline, FlowPipeline) else None,
         "model": config.model.model_dump(mode="json", exclude={"path", "lora", "selfcheck"}),
         "rows": rows,
         "settings": settings,

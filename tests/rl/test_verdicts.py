@@ -57,6 +57,7 @@ def test_a_good_verdict_is_kept_for_the_same_run_only(begin: Begin, tiny_sd3: Pa
     assert begin(**{"model.lora.rank": 8}) == 0, "the check is of the base"
     assert begin(**{"rollout.guidance_scale": 3.0}) == 1
     assert begin(**{"model.height": 32}) == 1
+    assert begin(**{"model.scheduler": {"shift": 1.0}}) == 1
     assert begin(**{"model.dtype": "bfloat16"}) == 1
     transformer = diffusers.SD3Transformer2DModel.from_pretrained(moved / "transformer")
     with torch.no_grad():
