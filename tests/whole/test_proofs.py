@@ -230,7 +230,7 @@ def drawn_and_learned(case: Case, name: str, *, guided: bool) -> tuple[list[Roll
     if case.model == "sdxl" and config.algorithm.learns_from == "transitions":
         data["rollout"]["kernel"] = {"name": "ddim", "noise_level": 0.6}
     config = parse_config(data)
-    here: Any = SimpleNamespace(gather=lambda x: x, num_processes=1, process_index=0, device=torch.device("cpu"))
+    here: Any = SimpleNamespace(gather=lambda x: x, num_teams=1, team_index=0, device=torch.device("cpu"))
     plan = build_plan(config.rollout.plan, config)
     rollouts = build_worker(config, case.pipeline, PROMPTS, plan, here).sample(0)
     return rollouts, build_algorithm(config, plan, here)
