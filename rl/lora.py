@@ -40,10 +40,8 @@ class Adapters:
         self.names = variants
         self._denoisers = denoisers
         self._bases: dict[LoraLayer, Tensor] = {}  # weights as they are without what is merged
-        self._lend, self._own = (
-            lend,
-            dict[str, Tensor](),
-        )  # the trained adapter's values, while others stand in their place
+        self._lend = lend
+        self._own: dict[str, Tensor] = {}  # the trained adapter's values, while others stand in their place
         _check_targets(denoisers, targets)
         with torch.random.fork_rng(devices=[]):
             for name in sorted({CURRENT, *variants} - {"reference"}):
@@ -104,19 +102,23 @@ class Adapters:
             yield
             return
         layers: list[Any] = self._layers
-        for layer in layers:
-            weight = layer.get_base_layer().weight
-            if layer not in self._bases:  # the base is never trained: one copy is enough, where it is in nobody's way
-                self._bases[layer] = weight.detach().to("cpu", copy=True)
-            (adapter,) = layer._active_adapter
-            down, up = (factor[adapter].weight.detach().float() for factor in (layer.lora_A, layer.lora_B))
-            weight.data.copy_(weight.data.float() + layer.scaling[adapter] * (up @ down))
-            layer._disable_adapters = True
         try:
+            for layer in layers:
+                weight = layer.get_base_layer().weight
+                if (
+                    layer not in self._bases
+                ):  # the base is never trained: one copy is enough, where it is in nobody's way
+                    self._bases[layer] = weight.detach().to("cpu", copy=True)
+                (adapter,) = layer._active_adapter
+                down, up = (factor[adapter].weight.detach().float() for factor in (layer.lora_A, layer.lora_B))
+                added = (up.flatten(1) @ down.flatten(1)).reshape(weight.shape)  # of a convolution, too
+                weight.data.copy_(weight.data.float() + layer.scaling[adapter] * added)
+                layer._disable_adapters = True
             yield
         finally:
             for layer in layers:
-                layer.get_base_layer().weight.data.copy_(self._bases[layer])
+                if layer in self._bases:
+                    layer.get_base_layer().weight.data.copy_(self._bases[layer])
                 layer._disable_adapters = False
 
     def ready(self) -> None:

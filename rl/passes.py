@@ -74,15 +74,20 @@ def uncompiled(compiled: bool) -> Iterator[None]:
 def _checkpoint(denoiser: Any, every: int) -> None:
     places: dict[int, int] = {}  # of each block among those that can be checkpointed, in the order of their first pass
 
-    def run(block: nn.Module, *arguments: Any) -> Any:
-        place = places.setdefault(id(block), len(places))
-        call: Callable[..., Any] = block.__call__
-        return checkpoint(call, *arguments, use_reentrant=False) if place % every == 0 else call(*arguments)
+    def run(block: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
+        owner = getattr(block, "__self__", block)  # some networks give a block's method, a new object each time
+        if places.setdefault(id(owner), len(places)) % every:
+            return block(*arguments, **keywords)
+        return checkpoint(block, *arguments, use_reentrant=False, **keywords)
 
     denoiser.enable_gradient_checkpointing(run)
 
 
 def _attend(name: str, denoiser: Any, attention: str) -> None:
+    if attention.startswith(("sage", "_sage")):  # it has no backward pass, and nothing would say so
+        raise ValueError(
+            f"model.attention={attention} is for inference: no gradient comes through it; choose another one"
+        )
     if attention not in attention_names():
         raise ValueError(
             f"model.attention={attention} is not known to diffusers; it has {', '.join(attention_names())}"

@@ -23,7 +23,17 @@ from flowsteer.rollout.lifting.selfcheck import Report
 logger = logging.getLogger(__name__)
 
 Asked = Literal["cached", "always", "never"]
-_PACKAGES = ("flowsteer", "torch", "diffusers", "transformers", "peft")
+_PACKAGES = (
+    "flowsteer",
+    "torch",
+    "diffusers",
+    "transformers",
+    "peft",
+    "torchao",
+    "bitsandbytes",
+    "flash-attn",
+    "kernels",
+)
 
 
 def verdict_file(about: Mapping[str, Any], device: torch.device) -> Path:

@@ -107,7 +107,7 @@ OPTIONS = {
     "zero3": Option(overrides=("engine.strategy=zero3",)),
     "fsdp2": Option(overrides=("engine.strategy=fsdp2",)),
     "adafactor": Option(overrides=("optimizer.name=adafactor",)),
-    "adamw8bit": Option(overrides=("optimizer.name=adamw8bit",), package="torchao"),
+    "adamw8bit": Option(overrides=("optimizer.name=adamw8bit",), package="bitsandbytes"),
     "int8": Option(overrides=("model.quantize=int8",), package="torchao"),
     "fp8": Option(overrides=("model.quantize=fp8",), package="torchao", gpu=True),
     "nf4": Option(overrides=("model.quantize=nf4",), package="bitsandbytes"),
@@ -182,6 +182,8 @@ def trained(
            "update_peak": peaks["update"], "held_after": held() or None, **saved_bytes}  # fmt: skip
 
     if plain is None:
+        if option != "none":
+            raise ValueError(f"{name} on {model} did not run without options: nothing to compare with")
         plain = known[model, name] = {
             "flops": trial.flops(rollouts[0]),
             "seconds": dict(trial.seconds),
@@ -191,11 +193,12 @@ def trained(
     batch, steps = trial.config.rollout.batch_size, trial.config.rollout.num_inference_steps
     passes = trial.counted
     drawn = passes["rollout"][False] + passes["rollout"][True]
-    right = drawn == len(rollouts) * steps and passes["update"][True] == trial.engine.accumulation
+    trained = trial.engine.accumulation  # compiled, other policies' passes have gradients enabled, too
+    right = drawn == len(rollouts) * steps and passes["update"][True] >= trained
     ceiling = peak_flops(torch.cuda.get_device_name()) if trial.on_gpu else None
     for act in ("rollout", "update"):
-        forward = passes[act][False] + (passes[act][True] if act == "rollout" else 0)
-        backward = passes[act][True] if act == "update" else 0
+        backward = trained if act == "update" else 0
+        forward = passes[act][False] + passes[act][True] - backward
         work = batch * (flops["forward"] * forward + flops["with_backward"] * backward)
         work += images * flops["decode"] * (act == "rollout")
         utilisation = work / trial.seconds[act] / ceiling if ceiling else None

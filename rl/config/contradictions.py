@@ -263,6 +263,8 @@ def _passes(config: Config) -> Iterator[str]:
             yield "rollout.merge_lora=true needs whole weights on every process; leave it out, or choose another engine"
     if model.compile and shares_weights:
         yield "model.compile=true needs whole weights on every process; leave it out, or choose another engine"
+    if model.compile and model.quantize is not None:
+        yield f"model.compile=true is not tried with model.quantize={model.quantize}; leave one of them out"
 
 
 def _pictures(config: Config) -> Iterator[str]:

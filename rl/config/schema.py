@@ -89,9 +89,9 @@ class ModelConfig(Section):
     """Compute activations again in the backward pass: less memory, more time; lossless. ``true``: those of every block;
     ``{every: 2}``: of every second one."""
     attention: str | None = None
-    """Which attention of diffusers, such as ``native``, ``flash``, ``_flash_3``, ``sage`` or ``xformers``; null is torch's own
-    choice. Sampling and training use the same one, so ratios stay exact; ``sage`` quantises, which is lossy. Refused for
-    networks whose attention takes none (Stable Diffusion 3)."""
+    """Which attention of diffusers, such as ``native``, ``flash``, ``_flash_3`` or ``xformers``; null is torch's own choice.
+    Sampling and training use the same one, so ratios stay exact. Refused for networks whose attention takes none (Stable
+    Diffusion 3), and without a backward pass (``sage``)."""
     compile: bool = False
     """Compile the network's repeated blocks with ``torch.compile``: the first passes take a minute or more, all others less
     time. What is compiled rounds differently with and without gradients, so the steps whose ratio is trained are drawn by the

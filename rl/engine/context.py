@@ -72,7 +72,8 @@ def split_sequences(denoisers: Mapping[str, nn.Module], processes: Processes) ->
         for place, cut in plan.items():
             found = _get_submodule_by_name(denoiser, place)
             for module in found if isinstance(found, list) else [found]:
-                hook = _Split(cut, context) if isinstance(cut, dict) else ContextParallelGatherHook([cut], context)
+                joins: Any = [cut]
+                hook = _Split(cut, context) if isinstance(cut, dict) else ContextParallelGatherHook(joins, context)
                 HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, f"context_parallel {place}")
 
 

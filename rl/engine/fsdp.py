@@ -88,8 +88,9 @@ class FsdpBackend:
             return 0.0
         for (name, parameter), master in zip(self._parameters.items(), self._masters):
             whole = self._sums.pop(name, None)
-            # a parameter that no pass reached counts as zero, and its momentum goes on
-            master.grad = torch.zeros_like(master) if whole is None else self._own_share(whole, parameter)
+            if whole is None:  # no pass of this process reached it: it counts as zero, and its momentum goes on
+                whole = torch.zeros(parameter.shape, dtype=torch.float32, device=master.device)
+            master.grad = self._own_share(whole, parameter)  # all processes exchange each parameter
         own = nn.utils.get_total_norm([master.grad for master in self._masters if master.grad is not None])
         norm = (self._processes.mean(own.square()) * self._processes.num_processes).sqrt()
         check(float(norm))

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -167,6 +168,7 @@ def test_attention_goes_by_name() -> None:
     ("family", "name", "said"),
     [
         ("flux", "flesh", "model.attention=flesh is not known to diffusers; it has flash, "),
+        ("flux", "sage", "model.attention=sage is for inference: no gradient comes through it"),
         ("flux", "_flash_3", "model.attention=_flash_3 cannot be used here by transformer: Flash Attention 3 backend"),
         ("sd3", "native", "the attention of transformer, a SD3Transformer2DModel, takes no back-end of diffusers"),
     ],
@@ -203,6 +205,26 @@ def test_a_merged_adapter_predicts_the_same_and_leaves_no_trace(name: str) -> No
     with torch.no_grad(), policy.using("reference"):
         assert (policy.velocity(latents, 1, rows) - apart).abs().max() > 100 * (within - apart).abs().max()
     assert all(torch.equal(bits[key], value) for key, value in policy.denoisers["transformer"].state_dict().items())
+
+
+def test_a_convolution_is_merged_and_an_error_leaves_the_base_as_it_was() -> None:
+    network = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.Conv2d(3, 2, 1))
+    policy = Policy(
+        SimpleNamespace(denoisers={"net": network}),  # type: ignore[arg-type]
+        lora=(2, 4, ("0", "1")), variants=frozenset(), seed=0,
+    )  # fmt: skip
+    policy.ready()
+    move(policy)
+    bits = {key: value.clone() for key, value in network.state_dict().items()}
+    pixels = torch.randn(1, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        apart = network(pixels)
+        with policy.merged():
+            torch.testing.assert_close(network(pixels), apart)
+        with pytest.raises(RuntimeError, match="out of memory"), policy.merged():
+            raise RuntimeError("out of memory")
+        assert torch.equal(network(pixels), apart)
+    assert all(torch.equal(bits[key], value) for key, value in network.state_dict().items())
 
 
 def test_a_run_draws_with_merged_adapters_and_trains_without(make_config: Any, tmp_path: Path) -> None:
