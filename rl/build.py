@@ -143,10 +143,9 @@ def build_pipeline(config: Config, device: torch.device) -> Pipeline:
         vae_dtype=None if model.vae.dtype is None else DTYPES[model.vae.dtype],
         vae_modes=model.vae.modes,
     )
-    checkpointing = model.gradient_checkpointing
     set_passes(
         pipeline.denoisers,
-        checkpoint_every=checkpointing["every"] if isinstance(checkpointing, dict) else (1 if checkpointing else None),
+        checkpoint_every=model.checkpoint_every,
         attention=model.attention or ("native" if config.engine.context_parallel > 1 else None),
         compiled=model.compile,
     )

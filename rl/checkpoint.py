@@ -191,7 +191,7 @@ def fingerprint(denoisers: dict[str, nn.Module]) -> str:
 
 def write_whole(path: Path, text: str) -> None:
     """Write a file so that a kill at any moment leaves either the old one or the new one."""
-    temporary = path.with_name(f".{path.name}.part")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")  # several processes may write the same
     temporary.write_text(text, encoding="utf-8")
     _sync(temporary)
     temporary.replace(path)

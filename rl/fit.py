@@ -153,9 +153,7 @@ def of_all_lengths(prompts: Prompts, count: int = 8) -> list[Row]:
 
     A pipeline that does not pad has rows of unlike shape for prompts of unlike length.
     """
-    rows = sorted(
-        map(prompts.row, range(len(prompts))), key=lambda row: len(row.text)
-    )  # the first of equally long ones first
+    rows = sorted(map(prompts.row, range(len(prompts))), key=lambda row: len(row.text))
     last = len(rows) - 1
     return [rows[place] for place in sorted({number * last // (count - 1) for number in range(count)})]
 

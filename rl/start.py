@@ -80,9 +80,8 @@ def check(config: Config) -> Checked:
     num_processes = int(os.environ.get("WORLD_SIZE", "1"))
     check_config(config, num_processes)
     config = fitted(config, num_processes)
-    processes = build.build_processes(
-        config
-    )  # before the rewards: a model of theirs then lands on this process's device
+    # before the rewards: a model of theirs then lands on this process's device
+    processes = build.build_processes(config)
     build.build_algorithm(config, plan, processes)  # likewise; made again when the pipeline's denoisers are known
     inputs = inputs_of(config.inputs)
     pictures = pictures_of(config.prompts, config.rollout.group_size)

@@ -107,6 +107,12 @@ class ModelConfig(Section):
     call: dict[str, Any] = {}
     """Further arguments of the pipeline's own ``__call__``, such as ``max_sequence_length``."""
 
+    @property
+    def checkpoint_every(self) -> int | None:
+        """Every so many blocks compute their activations again; None: no block does."""
+        given = self.gradient_checkpointing
+        return given["every"] if isinstance(given, dict) else 1 if given else None
+
 
 class KernelConfig(Section):
     """One stochastic denoising step as a Gaussian (rollout/steps/kernels.py)."""

@@ -130,20 +130,20 @@ def share_out(denoiser: nn.Module, mesh: DeviceMesh) -> None:
     """Spread a network over the processes, each of its repeated blocks by itself, and the rest of it together."""
     # gathered weights are freed after every pass: policies change their shares between two passes
     policy = MixedPrecisionPolicy(cast_forward_inputs=False)
-    for block in repeated_blocks(denoiser):
+    for block in outermost_blocks(denoiser):
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     root = fully_shard(denoiser, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     root.set_requires_gradient_sync(False)
 
 
-def repeated_blocks(denoiser: nn.Module) -> Iterator[nn.Module]:
+def outermost_blocks(denoiser: nn.Module) -> Iterator[nn.Module]:
     """The members of its outermost lists of modules of one class."""
     for child in denoiser.children():
         blocks = list(child) if isinstance(child, nn.ModuleList) else []
         if len(blocks) > 1 and len({type(block) for block in blocks}) == 1:
             yield from (block for block in blocks if next(block.parameters(), None) is not None)
         else:
-            yield from repeated_blocks(child)
+            yield from outermost_blocks(child)
 
 
 def _inside_a_pass(

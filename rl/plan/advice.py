@@ -112,11 +112,6 @@ def _options(settings: Settings) -> Iterator[Option]:
         costs="about 1 %: pictures are decoded one by one",
         apply=lambda s: None if s.vae_slicing else replace(s, vae_slicing=True),
     )
-    yield Option(
-        setting="optimizer.name=adamw8bit",
-        costs="about 1 %; lossy: the optimiser's state has 8 bits",
-        apply=lambda s: replace(s, optimizer="adamw8bit") if s.optimizer == "adamw" else None,
-    )
     if settings.rank is None and settings.strategy == "zero1":
         yield Option(
             setting="engine.strategy=zero2",
@@ -135,6 +130,12 @@ def _options(settings: Settings) -> Iterator[Option]:
             apply=lambda s: replace(s, strategy="fsdp2") if s.sharded == 1 else None,
         )
         yield Option(setting=SMALLER, costs=_SMALL, apply=lambda s: None)
+    # after the strategies: FSDP2, which saves more, does not take it
+    yield Option(
+        setting="optimizer.name=adamw8bit",
+        costs="about 1 %; lossy: the optimiser's state has 8 bits",
+        apply=lambda s: replace(s, optimizer="adamw8bit") if s.optimizer == "adamw" else None,
+    )
     yield Option(
         setting="model.gradient_checkpointing={every: 2}",
         costs="about 15 %: every other block is computed twice",

@@ -41,9 +41,7 @@ class Estimate:
 
     rollout: Mapping[str, float]
     update: Mapping[str, float]
-    moments: Mapping[
-        str, float
-    ]  # of the rollout: what encoding, sampling and decoding each take; the most is in ``rollout``
+    moments: Mapping[str, float]  # what encoding, sampling and decoding each take; the most is in ``rollout``
     host: float  # of a node
     disk: float  # of a checkpoint
     trained: int  # weights that are trained
@@ -139,7 +137,7 @@ def _policies(settings: Settings, trained: int) -> float:
 def _optimiser(settings: Settings, trained: int) -> float:
     """The optimiser's state, and float32 masters where the engine has them."""
     state = OPTIMISER[settings.optimizer]
-    if settings.strategy in ("plain", "zero0"):
+    if settings.strategy == "plain":
         return trained * state
     return trained * (4 + state) / settings.num_processes
 
@@ -173,7 +171,7 @@ def _reductions(settings: Settings, trained: int) -> float:
 def _step(settings: Settings, trained: int) -> float:
     """What an update takes besides: the flat message of gradients, and AdamW's copies of what it works on."""
     copies = 4.0 if settings.optimizer in ("adamw", "adafactor") else 0.0
-    if settings.strategy in ("plain", "zero0"):
+    if settings.strategy == "plain":
         return trained * (copies + (4.0 if settings.num_processes > 1 else 0.0))
     return trained * (4.0 + copies) / settings.num_processes  # float32 gradients of the share
 

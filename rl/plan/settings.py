@@ -12,11 +12,8 @@ from flowsteer.rl.config import Config, check_config, fitted, parse_config, pars
 from flowsteer.rl.config.contradictions import train_parts
 
 BYTES = {"float32": 4, "bfloat16": 2}
-QUANTISED = {
-    "int8": 1.0,
-    "fp8": 1.0,
-    "nf4": 0.5625,
-}  # a weight of a linear layer; nf4: half a byte, and a float32 for 64
+# Of a weight of a linear layer; nf4: half a byte, and a float32 for 64.
+QUANTISED = {"int8": 1.0, "fp8": 1.0, "nf4": 0.5625}
 OPTIMISER = {"adamw": 8.0, "adamw8bit": 2.06, "adafactor": 0.02}  # the state of a weight, without its float32 master
 PROMPT_CACHE = 256  # prepared prompts that a pipeline remembers
 PROCESSES_PER_NODE = 8
@@ -44,7 +41,7 @@ class Settings:
     vae_dtype: str
     vae_slicing: bool
     vae_tiling: bool
-    strategy: str  # plain, zero0, zero1, zero2, zero3, fsdp2
+    strategy: str  # plain, zero1, zero2, zero3, fsdp2
     optimizer: str
     moving: tuple[str, ...]  # old and ema, where the run has them
     reference: bool
@@ -73,8 +70,6 @@ class Settings:
         pools = len([index for index in plan.indices(0) if index >= branching.first]) if branching else 0
         train_scale = rollout.train_guidance_scale
         scales = [rollout.guidance_scale, *([config.evaluation.guidance_scale] if config.evaluation else [])]
-        vae = getattr(model, "vae", None)
-        offload = getattr(model, "offload", None)
         variants = algorithm.variants | ({"ema"} if config.ema_decay else set())
         return Settings(
             path=model.path,
@@ -84,15 +79,15 @@ class Settings:
             call=json.dumps(model.call, sort_keys=True),
             rank=None if model.lora is None else model.lora.rank,
             targets="auto" if model.lora is None else model.lora.targets,
-            quantize=getattr(model, "quantize", None),
-            checkpointing=_every(model.gradient_checkpointing),
-            offload_text_encoders=bool(_of(offload, "text_encoders", False)),
-            offload_vae=bool(_of(offload, "vae", False)),
-            vae_dtype=_of(vae, "dtype", None) or model.dtype,
-            vae_slicing=bool(_of(vae, "slicing", False)),
-            vae_tiling=bool(_of(vae, "tiling", False)),
-            strategy=_strategy(config.engine),
-            optimizer=getattr(config.optimizer, "name", "adamw"),
+            quantize=model.quantize,
+            checkpointing=model.checkpoint_every or 0,
+            offload_text_encoders=model.offload.text_encoders,
+            offload_vae=model.offload.vae,
+            vae_dtype=model.vae.dtype or model.dtype,
+            vae_slicing=model.vae.slicing,
+            vae_tiling=model.vae.tiling,
+            strategy=config.engine.strategy,
+            optimizer=config.optimizer.name,
             moving=tuple(sorted(variants - {"reference"})),
             reference="reference" in variants,
             num_processes=num_processes,
@@ -165,19 +160,3 @@ def accepts(config: Config, num_processes: int, settings: Sequence[str]) -> bool
     except ValueError:
         return False
     return True
-
-
-def _of(section: Any, name: str, default: Any) -> Any:
-    """A field of a section that may be null."""
-    return default if section is None else getattr(section, name, default)
-
-
-def _every(given: Any) -> int:
-    """false, true or {every: N}, as a mapping or a section."""
-    if isinstance(given, bool):
-        return int(given)
-    return int(given["every"] if isinstance(given, Mapping) else given.every)
-
-
-def _strategy(engine: Any) -> str:
-    return engine.strategy

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 
 import huggingface_hub.constants
@@ -226,6 +227,16 @@ def test_proposals_save_what_they_say_until_the_run_fits(embedded, monkeypatch):
     assert [*proposals(embedded, peak, [])] == []
     first = [*proposals(embedded, found[0].peak, [1, 2])]
     assert len(first) == 1
+
+
+def test_the_larger_saving_is_not_lost_to_one_that_it_does_not_go_with(monkeypatch):
+    """FSDP2 does not take the 8-bit optimiser, which costs less time and saves less."""
+    monkeypatch.setattr("flowsteer.rl.plan.advice.LEAST", 1e4)
+    config = load_config("embedded_flow_grpo_sde_composition", ["engine.strategy=zero1"])
+    taken = partial(accepts, config, 4)
+    found = [step.setting for step in proposals(Settings.of(config, 4), CUDA_CONTEXT, [], accepts=taken)]
+    assert "engine.strategy=fsdp2" in found
+    assert "optimizer.name=adamw8bit" not in found
 
 
 def test_a_proposal_is_one_that_the_configuration_takes():

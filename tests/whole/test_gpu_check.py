@@ -199,8 +199,8 @@ def test_the_full_size_is_the_published_one(model: str) -> None:
     table_of_positions = 384 * 384 * 1536 if model == "sd35m" else 0
     assert nbytes(pipe.transformer) == 2 * numel + 4 * table_of_positions  # float32 until it is loaded
     assert round(sum(parameter.numel() for parameter in pipe.vae.parameters()) / 1e6, 1) == 83.8
-    for size, widths in about.clip_widths.items():  # the pooled embeddings stand side by side
-        shapes = about.shapes[size]
+    for size in ("full", "tiny"):  # the pooled embeddings stand side by side
+        shapes, widths = about.transformer(size), [width for _, width in about.clips(size).values()]
         assert sum(widths) == shapes["pooled_projection_dim"] <= shapes["joint_attention_dim"]
 
 
