@@ -190,8 +190,8 @@ class ForwardAlgorithm(Algorithm[ForwardBatch]):
     def shares(self, group: Tensor, comparison: Comparison) -> Tensor:
         """How much each sample of a batch counts besides its weight, [B]; the loss of one with 0 must be 0.
 
-        It is made of the whole batch, while `per_sample` sees the samples that pass the network: those that have a weight, and
-        a share or a distance to hold them. None of all others passes.
+        It is computed from the whole batch. Only samples with a weight pass the network; where no distance to another policy
+        counts, only those with a share. `per_sample` sees these alone.
         """
         return torch.ones_like(comparison.weight)
 

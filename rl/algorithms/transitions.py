@@ -155,7 +155,8 @@ class TransitionAlgorithm(Algorithm[TransitionBatch]):
     def loss(self, policy: PolicyView, batch: TransitionBatch) -> tuple[Tensor, Metrics]:
         """The loss of one transition; with preferences only the pairs' samples pass the network.
 
-        Others pass as they were drawn, so that the ratio is 1; only of a batch in which nothing counts one is enough.
+        Otherwise the whole batch passes: the ratio is exactly 1 only at the batch shape that was sampled. If no sample
+        counts, a single one passes, so that every process makes the same number of passes.
         """
         if self.on_pairs:
             pairs = best_and_worst(batch.rollout.group, batch.comparison, threshold=self.threshold_of_pairs())

@@ -218,9 +218,8 @@ class RolloutConfig(Section):
     holds whole groups or divides a group, and with which a step's samples can be shared evenly among processes and updates; it
     is printed at the start."""
     updates: Literal["by_prompt", "mixed"] = "by_prompt"
-    """With several updates for a step's samples: each trains on the samples of some prompts, one prompt after another; or on a
-    random part of the step's batches (``mixed``), which are parts of groups, so that it has samples of nearly all prompts, as
-    in the published codes."""
+    """What each of several updates of a step trains on. ``by_prompt``: all samples of some of the prompts. ``mixed``: a random
+    part of the samples of nearly all prompts, as published codes do; it needs ``batch_size`` below ``group_size``."""
     train_batch_size: PositiveInt | None = None
     """The most samples in a network pass of training, where the algorithm noises final latents again; null is as many as in
     sampling. A rollout batch is cut into equal parts, of whole groups for algorithms that compare within a pass (dgpo,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Sequence
@@ -190,3 +191,49 @@ def test_gradients_of_passes_in_bfloat16_are_added_in_float32(tmp_path: Path) ->
         assert passes == PASSES, strategy
         assert dtype == "torch.float32", strategy
         assert error < 1e-6, strategy
+
+
+class TwoLayers(nn.Module):
+    """A network of which a pass may leave the second layer out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(16, 16), nn.Linear(16, 8)
+
+    def forward(self, inputs: torch.Tensor, both: bool) -> torch.Tensor:
+        return self.second(self.first(inputs)) if both else self.first(inputs)
+
+
+def reached_on_one(config: dict[str, Any], *, resume: bool) -> None:
+    """Two processes, of which the second's pass leaves a layer out: the gradient's norm, and the weights after an update."""
+    found = {}
+    processes = Processes(cpu=True, timeout_s=60)
+    inputs = torch.ones(4, 16) * (1 + processes.process_index)
+    for strategy in ("plain", "fsdp2"):
+        network = Plain()
+        network.denoisers = {"network": TwoLayers()}
+        engine = prepare(
+            processes,
+            Policy(network, lora=None, variants=frozenset(), seed=0),  # type: ignore[arg-type]
+            build_optimizer_settings(toy_config({"algorithm": {"name": "flow_grpo"}})),
+            strategy=strategy,
+            dtype=torch.float32,
+            batch_size=4,
+            batches=1,
+            passes_per_batch=1,
+        )
+        output = network.denoisers["network"](inputs, processes.is_main)
+        info = engine.backward(output.square().mean())
+        assert info is not None
+        weights = [engine.full(value).flatten().tolist() for value in network.denoisers["network"].parameters()]
+        found[strategy] = [info.grad_norm, *itertools.chain(*weights)]
+    if processes.is_main:
+        Path(config["output"]).write_text(json.dumps(found))
+    processes.close()
+
+
+def test_a_layer_that_one_process_leaves_out_is_exchanged_all_the_same(tmp_path: Path) -> None:
+    launch.run({"output": str(tmp_path / "found")}, processes=2, work=reached_on_one)
+    found = json.loads((tmp_path / "found").read_text())
+    assert found["fsdp2"] == pytest.approx(found["plain"], rel=1e-5, abs=1e-6)
